@@ -1,0 +1,86 @@
+"""What every test stands on: fixed seeds, a clean environment, and real models pulled once."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+STORE_VARIABLE = "DEEPSEEK_HOME"
+REQUIRE_MODELS = os.environ.get("DEEPSEEK_REQUIRE_MODELS", "") not in ("", "0")
+"""Continuous integration sets it: there a model that cannot be fetched is a failure, not a skip."""
+
+
+def pytest_configure() -> None:
+    """Set what must be in place before torch or a hub client is imported."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for name in stray_settings():
+        del os.environ[name]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers share the cores: with more threads each would wait for the others.
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def stray_settings() -> list[str]:
+    """Return the variables of this package in the environment, except where the store is."""
+    return [name for name in os.environ if name.startswith("DEEPSEEK_") and name != STORE_VARIABLE]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Start every test from the same random numbers."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment() -> Iterator[None]:
+    """Give back the environment and the working directory as they were before the test."""
+    before, folder = dict(os.environ), Path.cwd()
+    yield
+    os.chdir(folder)
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """Return the bundle folder of SmolLM2-135M-Instruct, pulled into the user's store once."""
+    return pulled("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """Return the bundle folder of all-MiniLM-L6-v2, pulled into the user's store once."""
+    return pulled("all-minilm-l6-v2")
+
+
+def pulled(name: str) -> Path:
+    """Return the folder of a bundle in the store; the first worker to ask pulls it, others wait."""
+    hub = pytest.importorskip("deepseek.hub", exc_type=ModuleNotFoundError)
+    from filelock import FileLock
+
+    from deepseek.errors import DeepseekError
+
+    lock = Path(tempfile.gettempdir()) / f"deepseek-tests-{getpass.getuser()}-{name}.lock"
+    with FileLock(lock):
+        try:
+            return Path(hub.pull(name).path)
+        except DeepseekError as error:
+            if REQUIRE_MODELS:
+                raise
+            pytest.skip(f"{name} could not be fetched: {error}")

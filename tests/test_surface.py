@@ -1,0 +1,116 @@
+"""The names that users lean on are pinned, and the root is light."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import deepseek
+from tests.house import SOURCE
+
+MOST_NAMES = 30
+LONGEST_IMPORT_S = 0.3
+HEAVY = ("torch", "transformers", "numpy", "tokenizers", "safetensors", "huggingface_hub")
+
+ROOT_NAMES = [
+    "BackendError",
+    "CapacityError",
+    "ConfigError",
+    "DeepseekError",
+    "FormatError",
+    "MissingExtra",
+    "ShapeError",
+    "VerifyError",
+    "__version__",
+    "load",
+    "pull",
+    "save",
+]
+
+PROBE = """
+import json, sys, time
+start = time.perf_counter()
+import {module}
+took_s = time.perf_counter() - start
+print(json.dumps([took_s, [name for name in {heavy!r} if name in sys.modules]]))
+"""
+
+
+def probe(module: str, path: Path | None = None) -> tuple[float, list[str]]:
+    """Return seconds and heavy packages of importing `module` in a fresh process."""
+    code = PROBE.format(module=module, heavy=HEAVY)
+    if path is not None:
+        code = f"import sys; sys.path.insert(0, {str(path)!r})\n{code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    took_s, heavy = json.loads(done.stdout)
+    return took_s, heavy
+
+
+def unsorted_names(source: Path) -> list[str]:
+    """Return a complaint for each package folder whose `__all__` is not sorted or has doubles."""
+    problems = []
+    for path in sorted(source.rglob("__init__.py")):
+        names = declared_names(path)
+        if names is not None and names != sorted(set(names)):
+            problems.append(f"{path.relative_to(source.parent)}: __all__ is not sorted")
+    return problems
+
+
+def declared_names(path: Path) -> list[str] | None:
+    """Return the literal `__all__` of a module, or None when it declares none."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def test_root_names_are_pinned() -> None:
+    assert list(deepseek.__all__) == ROOT_NAMES
+    assert len(ROOT_NAMES) <= MOST_NAMES
+    assert sorted(ROOT_NAMES) == ROOT_NAMES
+
+
+def test_every_root_name_resolves_and_is_listed() -> None:
+    missing = [name for name in ROOT_NAMES if not hasattr(deepseek, name)]
+    assert not missing
+    assert set(ROOT_NAMES) <= set(dir(deepseek))
+
+
+def test_unknown_root_name_is_an_attribute_error() -> None:
+    assert not hasattr(deepseek, "no_such_name")
+
+
+def test_room_names_are_sorted() -> None:
+    assert not (problems := unsorted_names(SOURCE)), "\n".join(problems)
+
+
+def test_root_loads_nothing_heavy_and_is_quick() -> None:
+    probes = [probe("deepseek") for _ in range(3)]
+    assert probes[0][1] == []
+    assert min(took_s for took_s, _ in probes) < LONGEST_IMPORT_S
+
+
+def test_ground_floor_loads_nothing_heavy() -> None:
+    modules = "deepseek.config, deepseek.errors, deepseek.records"
+    assert probe(modules)[1] == []
+
+
+def test_heavy_and_slow_root_is_caught(tmp_path: Path) -> None:
+    (tmp_path / "planted.py").write_text("import time, numpy\ntime.sleep(0.31)\n")
+    took_s, heavy = probe("planted", tmp_path)
+    assert heavy == ["numpy"]
+    assert took_s > LONGEST_IMPORT_S
+
+
+def test_unsorted_names_are_caught(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text('__all__ = ["b", "a"]\n')
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "__init__.py").write_text('__all__: list[str] = ["a", "a"]\n')
+    assert len(unsorted_names(tmp_path)) == 2
