@@ -25,7 +25,9 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values, with the version."""
-        values = {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        values = {
+            field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
         return {"version": self.VERSION, **values}
 
     @classmethod
@@ -39,7 +41,9 @@ class Config:
         version = given.pop("version", cls.VERSION)
         if not isinstance(version, int) or version > cls.VERSION:
             must = f"at most {cls.VERSION}"
-            raise ConfigError(describe("version", cls.__name__, must, version, "Upgrade deepseek-stack"))
+            raise ConfigError(
+                describe("version", cls.__name__, must, version, "Upgrade deepseek-stack")
+            )
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in given:
             if name not in known:
@@ -48,9 +52,13 @@ class Config:
                 raise ConfigError(describe("field", cls.__name__, "a known name", name, step))
         for name, field in known.items():
             if name not in given and _is_required(field):
-                raise ConfigError(describe(name, cls.__name__, "given", "nothing", f"Add the field {name!r}"))
+                raise ConfigError(
+                    describe(name, cls.__name__, "given", "nothing", f"Add the field {name!r}")
+                )
         hints = get_type_hints(cls)
-        return cls(**{name: _read(value, hints[name], name, cls.__name__) for name, value in given.items()})
+        return cls(
+            **{name: _read(value, hints[name], name, cls.__name__) for name, value in given.items()}
+        )
 
     def replace(self, **changes: Any) -> Self:
         """Return a copy with some fields changed."""

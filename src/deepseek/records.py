@@ -69,7 +69,9 @@ class Measurement:
         except (TypeError, KeyError, ValueError) as error:
             fields = [field.name for field in dataclasses.fields(cls)]
             must = f"an object with the fields {', '.join(fields)}"
-            raise FormatError(describe("measurement", "a record file", must, dict(values))) from error
+            raise FormatError(
+                describe("measurement", "a record file", must, dict(values))
+            ) from error
 
 
 def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Measurement:
@@ -87,7 +89,9 @@ def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Me
         spread = Spread("p10-p90", deciles[0], deciles[-1])
     else:
         spread = Spread("min-max", ordered[0], ordered[-1])
-    return Measurement(name=name, value=statistics.median(ordered), unit=unit, spread=spread, **rest)
+    return Measurement(
+        name=name, value=statistics.median(ordered), unit=unit, spread=spread, **rest
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,8 +169,12 @@ class BundleCard:
             return cls(
                 parents=tuple(Parent(**parent) for parent in given.pop("parents", ())),
                 stage=StageRecord(**stage) if stage else None,
-                files={name: FileRecord(**record) for name, record in given.pop("files", {}).items()},
-                measurements=tuple(Measurement.from_dict(item) for item in given.pop("measurements", ())),
+                files={
+                    name: FileRecord(**record) for name, record in given.pop("files", {}).items()
+                },
+                measurements=tuple(
+                    Measurement.from_dict(item) for item in given.pop("measurements", ())
+                ),
                 **given,
             )
         except (TypeError, AttributeError) as error:

@@ -1,0 +1,179 @@
+"""What a model is made of, as data: the decoder, its parts, and the encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from deepseek.config import Config
+from deepseek.errors import ConfigError, describe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig(Config):
+    """Rotary position embedding and its rule for contexts beyond the training length.
+
+    Source: RoFormer (Su et al. 2021); `linear` Chen et al. 2023; `dynamic` the NTK-aware rule by sequence length;
+    `yarn` Peng et al. 2023; `llama3` the Llama 3.1 release. Formulas as in `transformers`.
+    """
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    scaling: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    factor: float = 1.0
+    """How many times the original context is stretched."""
+    original_max_positions: int | None = None
+    """Context of the original training, in tokens (yarn, llama3); None for the model's `max_positions`."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """Factor on cosines and sines (yarn); None for the paper's `0.1 ln(factor) + 1`."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Round the bounds of yarn's ramp to whole channels."""
+    interleaved: bool = False
+    """The checkpoint orders rotated channels in pairs (DeepSeek) and not in halves (Llama)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig(Config):
+    """Multi-head latent attention: keys and values are expanded from one small latent per token.
+
+    Source: DeepSeek-V2 (2405.04434), section 2.1.
+    """
+
+    query_rank: int | None = None
+    """Rank of the query projection; None for a full one."""
+    kv_rank: int = 512
+    """Channels of the latent."""
+    nope_dim: int = 128
+    """Channels of a head's query and key without a position."""
+    rope_dim: int = 64
+    """Channels of a head's query, and of the shared key, that are rotated."""
+    value_dim: int = 128
+    """Channels of a head's value."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(Config):
+    """A mixture of experts in place of the feed-forward of some layers.
+
+    Source: DeepSeekMoE (2401.06066) for shared and fine-grained experts; DeepSeek-V3 (2412.19437), section 2.1.2, for
+    sigmoid scores, the balancing bias and groups.
+    """
+
+    num_experts: int
+    """Routed experts."""
+    num_active: int
+    """Routed experts per token."""
+    width: int
+    """Hidden channels of one expert."""
+    num_shared: int = 0
+    """Experts that every token passes, as one feed-forward of `num_shared * width` channels."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become weights; `sigmoid` also has the balancing bias."""
+    normalize: bool = True
+    """Divide the chosen weights by their sum."""
+    scale: float = 1.0
+    """Factor on the chosen weights."""
+    num_groups: int = 1
+    """Groups the experts are divided into; a token uses `num_active_groups` of them."""
+    num_active_groups: int = 1
+    dense_layers: tuple[int, ...] = ()
+    """Layers that keep a dense feed-forward."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(Config):
+    """A decoder-only language model: every family this package runs is a point in this space."""
+
+    family: str = "llama"
+    """Key of the family table: how the model is named and laid out in a Hugging Face folder."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    """Hidden channels of a dense feed-forward."""
+    max_positions: int = 2048
+    """Context the model was made for, in tokens."""
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    """The head is the embedding."""
+    positions: Literal["rope", "alibi"] = "rope"
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias of the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm of each head's query and key before rotation."""
+    window: int | None = None
+    """Sliding window in tokens, the own token included, of the layers in `window_layers`."""
+    window_layers: tuple[int, ...] = ()
+    latent: LatentConfig | None = None
+    experts: ExpertsConfig | None = None
+    init_std: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    describe(name, "DecoderConfig", "at least 1", getattr(self, name))
+                )
+        if self.num_heads % self.num_kv_heads:
+            must = f"a divisor of num_heads ({self.num_heads})"
+            raise ConfigError(describe("num_kv_heads", "DecoderConfig", must, self.num_kv_heads))
+        if self.window is not None and self.window < 1:
+            raise ConfigError(describe("window", "DecoderConfig", "at least 1", self.window))
+        if self.positions == "alibi" and self.latent is not None:
+            must = "rope for latent attention, whose shared key carries the position"
+            raise ConfigError(describe("positions", "DecoderConfig", must, self.positions))
+
+    def has_experts(self, layer: int) -> bool:
+        """Return whether the feed-forward of a layer is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig(Config):
+    """A bidirectional encoder of the BERT family, with the pooling that makes a sentence vector of its states."""
+
+    family: str = "bert"
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    max_positions: int = 512
+    num_token_types: int = 2
+    norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_new", "relu"] = "gelu"
+    has_pooler: bool = True
+    """The checkpoint carries the first token's pooling layer."""
+    pooling: Literal["mean", "first"] = "mean"
+    """How `embed` makes one vector of a text's states."""
+    normalize: bool = True
+    """`embed` scales vectors to length 1."""
+    init_std: float = 0.02
+    pad_token_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            must = f"a multiple of num_heads ({self.num_heads})"
+            raise ConfigError(describe("hidden_size", "EncoderConfig", must, self.hidden_size))

@@ -1,0 +1,220 @@
+"""The encoder: the BERT family, and sentence vectors from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.models.config import EncoderConfig
+from deepseek.ops.attention import DenseKV, Layout, attention
+from deepseek.ops.linear import Linear
+
+if TYPE_CHECKING:
+    from deepseek.data import Tokenizer
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda states: F.gelu(states, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class EncoderOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    last_hidden_state: Tensor
+    """[B, T, hidden]."""
+    pooler_output: Tensor | None
+    """[B, hidden]: tanh of a linear map of the first token's state; None where the checkpoint has no pooler."""
+    hidden_states: tuple[Tensor, ...] | None
+    """Embedding output and each layer's: layers + 1 tensors [B, T, hidden]; None unless asked for."""
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and token type embeddings, normed."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.num_token_types, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Return [B, T, hidden]."""
+        types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        states = self.word_embeddings(input_ids) + self.token_type_embeddings(types)
+        return self.LayerNorm(states + self.position_embeddings.weight[: input_ids.shape[1]])
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value projections and the attention between them."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = Linear(config.hidden_size, config.hidden_size)
+        self.key = Linear(config.hidden_size, config.hidden_size)
+        self.value = Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, states: Tensor, layout: Layout) -> Tensor:
+        """Return [B, T, hidden]."""
+        rows, length, _ = states.shape
+        queries, keys, values = (
+            projection(states).view(rows, length, self.num_heads, -1).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        out = attention(queries, DenseKV(keys, values), layout)
+        return out.transpose(1, 2).reshape(rows, length, -1)
+
+
+class AddNorm(nn.Module):
+    """A projection, added to the residual and normed: BERT's `output` blocks."""
+
+    def __init__(self, inner: int, hidden: int, eps: float) -> None:
+        super().__init__()
+        self.dense = Linear(inner, hidden)
+        self.LayerNorm = nn.LayerNorm(hidden, eps)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """Return [B, T, hidden]."""
+        return self.LayerNorm(self.dense(states) + residual)
+
+
+class EncoderLayer(nn.Module):
+    """Post-norm layer of BERT (Devlin et al. 2018)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.norm_eps
+        self.attention = nn.ModuleDict(
+            {"self": SelfAttention(config), "output": AddNorm(hidden, hidden, eps)}
+        )
+        self.intermediate = nn.ModuleDict({"dense": Linear(hidden, config.intermediate_size)})
+        self.output = AddNorm(config.intermediate_size, hidden, eps)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, states: Tensor, layout: Layout) -> Tensor:
+        """Return [B, T, hidden]."""
+        attended = self.attention["output"](self.attention["self"](states, layout), states)
+        return self.output(self.activation(self.intermediate["dense"](attended)), attended)
+
+
+class Encoder(nn.Module):
+    """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.pooler: nn.ModuleDict | None = None
+        if config.has_pooler:
+            self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        self.tokenizer: Tokenizer | None = None
+        self.bundle: object | None = None
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta or "LayerNorm" in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=self.config.init_std)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.embeddings.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.embeddings.word_embeddings.weight.dtype
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the embedding of the tokens (PEFT and transformers ask by this name)."""
+        return self.embeddings.word_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Return the states of every token.
+
+        Args:
+            input_ids: int64 [B, T], T at most `max_positions`.
+            attention_mask: [B, T], 1 for a token, 0 for padding; None for no padding.
+            token_type_ids: int64 [B, T], the segment of each token; None for segment 0.
+            output_hidden_states: also return every layer's output.
+
+        Raises:
+            ShapeError: inputs that do not fit together or are longer than the model's positions.
+        """
+        rows, length = input_ids.shape
+        if length > self.config.max_positions:
+            must = f"at most {self.config.max_positions} tokens"
+            raise ShapeError(describe("input_ids", "Encoder", must, length, "Cut the text"))
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            must = f"of shape {[rows, length]}, like input_ids"
+            raise ShapeError(
+                describe("attention_mask", "Encoder", must, list(attention_mask.shape))
+            )
+        mask = (
+            None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        )
+        layout = Layout.dense(rows, length, mask, causal=False)
+        states = self.embeddings(input_ids, token_type_ids)
+        kept = [states]
+        for layer in self.encoder["layer"]:
+            states = layer(states, layout)
+            if output_hidden_states:
+                kept.append(states)
+        pooled = None if self.pooler is None else torch.tanh(self.pooler["dense"](states[:, 0]))
+        return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None)
+
+    def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
+        """Return one vector per text, [n, hidden], pooled and normalized as the config says, without gradient.
+
+        Texts longer than the model's positions are cut. Texts of like length share a batch.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
+        if self.tokenizer is None:
+            step = "Load a bundle with a tokenizer, or call the model with input_ids"
+            raise ConfigError(describe("tokenizer", "Encoder.embed", "loaded", None, step))
+        limit = min(self.config.max_positions, self.tokenizer.model_max_length or 1 << 30)
+        encoded = [ids[:limit] for ids in self.tokenizer.encode_batch(list(texts))]
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        vectors = torch.empty(len(encoded), self.config.hidden_size, dtype=self.dtype)
+        with torch.inference_mode():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                vectors[chosen] = self._embed_batch([encoded[index] for index in chosen])
+        return vectors
+
+    def _embed_batch(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+        lengths = torch.tensor([len(ids) for ids in encoded])
+        input_ids = torch.full((len(encoded), int(lengths.max())), self.config.pad_token_id or 0)
+        for row, ids in enumerate(encoded):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
+        states = self(input_ids.to(self.device), mask).last_hidden_state
+        if self.config.pooling == "first":
+            pooled = states[:, 0]
+        else:
+            pooled = (states * mask[..., None]).sum(1) / lengths[:, None].to(states)
+        return F.normalize(pooled, dim=-1) if self.config.normalize else pooled

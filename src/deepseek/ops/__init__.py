@@ -1,0 +1,1 @@
+"""Mathematics with a meaning and several executions: one package an operation, its reference the specification."""

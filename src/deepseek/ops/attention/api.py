@@ -1,0 +1,70 @@
+"""The one call for attention, and the choice of how it is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.ops.attention.cache import DenseKV, PagedKV
+from deepseek.ops.attention.layout import Layout
+from deepseek.ops.attention.reference import attention_reference
+from deepseek.ops.attention.sdpa import attention_sdpa
+from deepseek.ops.attention.table import BlockTable
+
+AttentionImpl = Literal["auto", "reference", "sdpa"]
+ATTENTION_IMPLS: dict[str, Callable[..., Tensor]] = {
+    "reference": attention_reference,
+    "sdpa": attention_sdpa,
+}
+
+
+def attention(
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    *,
+    table: BlockTable | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    impl: AttentionImpl = "auto",
+) -> Tensor:
+    """Return attention of queries over keys and values, one softmax over everything a query sees.
+
+    Args:
+        queries: [B, heads, T, key dim].
+        kv: keys and values of this pass (`DenseKV`), or one layer's pages of a cache (`PagedKV`) in which the keys of
+            this pass are already written. Query head h reads KV head `h // (heads // KV heads)`.
+        layout: where queries and keys sit; decides causality and padding.
+        table: which blocks each query block sees; None for all of them (dense).
+        slopes: [heads], ALiBi slopes; None for no distance bias.
+        scale: factor of the scores; None for `key dim ** -0.5`.
+        impl: "auto", or an execution by name, which is used or refused, never replaced.
+
+    Returns:
+        [B, heads, T, value dim], in the dtype of the queries; zeros where a query sees nothing.
+
+    Raises:
+        ConfigError: an unknown `impl`.
+        ShapeError: shapes that do not fit one another.
+    """
+    if impl != "auto" and impl not in ATTENTION_IMPLS:
+        must = f"one of auto, {', '.join(ATTENTION_IMPLS)}"
+        raise ConfigError(describe("impl", "attention", must, impl))
+    kv_heads = (kv.keys if isinstance(kv, DenseKV) else kv.key_pages.transpose(1, 2)).shape[1]
+    if queries.dim() != 4 or queries.shape[1] % kv_heads:
+        must = f"[B, heads, T, dim] with heads a multiple of the {kv_heads} KV heads"
+        raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
+    if (queries.shape[0], queries.shape[2]) != (layout.num_rows, layout.num_queries):
+        must = f"of {layout.num_rows} rows and {layout.num_queries} queries, as the layout says"
+        raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
+    run = ATTENTION_IMPLS[choose() if impl == "auto" else impl]
+    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    return run(queries, kv, layout, table=table, slopes=slopes, scale=scale)
+
+
+def choose() -> Literal["sdpa"]:
+    """Return the name of the execution that "auto" uses."""
+    return "sdpa"

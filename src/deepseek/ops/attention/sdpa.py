@@ -1,0 +1,89 @@
+"""Attention through PyTorch's scaled_dot_product_attention: the portable fast path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from deepseek.ops.attention.cache import DenseKV, PagedKV
+from deepseek.ops.attention.layout import Layout
+from deepseek.ops.attention.reference import distance_bias, visible
+from deepseek.ops.attention.table import BlockTable
+from deepseek.ops.hardware import computes_bf16
+
+
+def attention_sdpa(
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    *,
+    table: BlockTable | None,
+    slopes: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Return the same as `attention_reference`, in the dtype of the queries.
+
+    A table is executed as a mask: correct, but not sparse. One query per row is computed with the query heads of a
+    KV group as rows of one product, which spares SDPA the repetition of the keys.
+    """
+    keys, values = kv.dense(layout.num_slots)
+    mask, blind = _mask(layout, table, slopes, queries, keys.shape[1])
+    dtype = queries.dtype
+    if layout.num_queries == 1:
+        out = _one_query(queries, keys, values, mask, scale)
+    else:
+        if dtype == torch.bfloat16 and not computes_bf16(queries.device):
+            queries, keys, values = queries.float(), keys.float(), values.float()
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.float()
+        out = scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None and layout.causal,
+            scale=scale,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+    if blind is not None:
+        out = out.masked_fill(blind, 0.0)
+    return out.to(dtype)
+
+
+def _one_query(
+    queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    rows, heads, _, _ = queries.shape
+    kv_heads = keys.shape[1]
+    grouped = queries.reshape(rows, kv_heads, heads // kv_heads, -1)
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, -1)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, 1, -1)
+
+
+def _mask(
+    layout: Layout, table: BlockTable | None, slopes: Tensor | None, queries: Tensor, kv_heads: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the mask SDPA needs (None when plain attention says the same) and which queries see nothing, if any.
+
+    A softmax needs something to see, so a blind query is shown slot 0; the caller zeroes its output.
+    """
+    plain = layout.is_uniform and (not layout.causal or layout.num_queries in (1, layout.num_slots))
+    if table is None and slopes is None and plain:
+        return None, None
+    memo = layout.memo if table is None else table.memo
+    key = ("sdpa", id(layout), id(slopes), queries.dtype)
+    if key not in memo:
+        seen = visible(layout, table, queries.shape[1], kv_heads, queries.device)
+        blind = ~seen.any(-1, keepdim=True)
+        if bool(blind.any()):
+            seen = seen.clone()
+            seen[..., :1] |= blind
+        else:
+            blind = None
+        if slopes is not None:
+            bias = distance_bias(layout, slopes, torch.float32)
+            seen = bias.masked_fill(~seen, float("-inf")).to(queries.dtype)
+        memo[key] = (seen, blind, layout, slopes)
+    return memo[key][:2]

@@ -1,0 +1,145 @@
+"""The block table: which key blocks each query block sees. Planners make it, kernels execute it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import ShapeError, describe
+from deepseek.ops.attention.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockTable:
+    """A list of key blocks for every query block, one list per KV head.
+
+    Blocks are aligned to slots: block `j` holds slots `j * block_size … (j + 1) * block_size - 1`, which is also the
+    page size of the cache. Query block `i` of row `b` holds the queries whose slots lie in block
+    `query_start[b] // block_size + i`, so that one token being decoded is a query block of its own.
+
+    A query sees the slot of a listed block if the layout lets it (causality, padding), no skip bit removes the block
+    for its head, and the slot lies within its head's reach. Everything seen goes through **one** softmax: a table that
+    lists every block is dense attention. Dimensions of size 1 are shared by all rows or heads.
+    """
+
+    indices: Tensor
+    """int32 [B or 1, KV heads or 1, query blocks, K]: listed key blocks, each at most once; entries from `counts` on are
+    ignored."""
+    counts: Tensor
+    """int32 [B or 1, KV heads or 1, query blocks]: how many entries of `indices` hold."""
+    block_size: int
+    """Slots per block."""
+    skip: Tensor | None = None
+    """bool [B or 1, query heads, query blocks, K]: True where this head ignores the listed block."""
+    reach: Tensor | None = None
+    """int32 [B or 1, query heads or 1, query blocks or 1]: a query in slot s sees slots above `s - reach` only."""
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """What executions derive from the table (masks); lives as long as the table."""
+
+    @staticmethod
+    def num_query_blocks(layout: Layout, block_size: int) -> int:
+        """Return how many query blocks the longest row of `layout` touches."""
+        spans = [
+            (start + layout.num_queries - 1) // block_size - start // block_size + 1
+            for start in layout.query_start
+        ]
+        return max(spans)
+
+    @staticmethod
+    def num_key_blocks(layout: Layout, block_size: int) -> int:
+        """Return how many key blocks cover the slots of `layout`."""
+        return -(-layout.num_slots // block_size)
+
+    def check(self, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
+        """Raise if the table does not fit the layout and the heads, or lists a block twice or outside the slots.
+
+        Raises:
+            ShapeError: names the field that is wrong.
+        """
+        query_blocks = self.num_query_blocks(layout, self.block_size)
+        wanted = (layout.num_rows, num_kv_heads, query_blocks, self.indices.shape[-1])
+        _check_shape("indices", self.indices, wanted)
+        _check_shape("counts", self.counts, wanted[:3])
+        if self.skip is not None:
+            _check_shape("skip", self.skip, (layout.num_rows, num_heads, *wanted[2:]))
+        if self.reach is not None:
+            _check_shape("reach", self.reach, (layout.num_rows, num_heads, query_blocks))
+        if int(self.counts.min()) < 0 or int(self.counts.max()) > wanted[3]:
+            must = f"between 0 and {wanted[3]}, the width of indices"
+            raise ShapeError(describe("counts", "BlockTable", must, self.counts.max().item()))
+        held = self._held()
+        key_blocks = self.num_key_blocks(layout, self.block_size)
+        listed = self.indices[held.expand_as(self.indices)]
+        if listed.numel() and not (0 <= int(listed.min()) and int(listed.max()) < key_blocks):
+            must = f"between 0 and {key_blocks - 1}, the blocks that hold keys"
+            raise ShapeError(describe("indices", "BlockTable", must, listed.max().item()))
+        unheld = torch.arange(wanted[3], device=held.device) + key_blocks
+        ordered = torch.where(held, self.indices, unheld.to(self.indices.dtype)).sort(-1).values
+        if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+            raise ShapeError(
+                describe("indices", "BlockTable", "listed once per query block", "a block twice")
+            )
+
+    def visible(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
+        """Return which slots each query sees under the table and the layout: bool [B or 1, heads or 1, T, S].
+
+        This is the specification of the table; only the reference and the masked path may afford it.
+        """
+        device = self.indices.device
+        blocks = self._blocks_seen(layout, num_heads, num_kv_heads)
+        query_slots = layout.query_slots(device)
+        first_block = query_slots[:, :1] // self.block_size
+        query_block = query_slots // self.block_size - first_block
+        key_block = torch.arange(layout.num_slots, device=device) // self.block_size
+        rows, heads = layout.num_rows, blocks.shape[1]
+        blocks = blocks.expand(rows, -1, -1, -1)
+        per_query = blocks.gather(
+            2, query_block[:, None, :, None].expand(-1, heads, -1, blocks.shape[-1])
+        )
+        seen = per_query[..., key_block] & layout.visible(device)[:, None]
+        if self.reach is not None:
+            reach = self.reach.expand(rows, -1, blocks.shape[2])
+            reach = reach.gather(2, query_block[:, None].expand(-1, reach.shape[1], -1))
+            slots = torch.arange(layout.num_slots, device=device)
+            seen = seen & (slots > query_slots[:, None, :, None] - reach[..., None])
+        return seen
+
+    def _blocks_seen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
+        """Return bool [B or 1, heads or 1, query blocks, key blocks]."""
+        listed = self._held().expand_as(self.indices)
+        indices = self.indices.long().clamp(min=0)
+        if self.skip is not None or self.indices.shape[1] > 1:
+            group = num_heads // num_kv_heads
+            listed = listed.expand(-1, num_kv_heads, -1, -1).repeat_interleave(group, dim=1)
+            indices = indices.expand(-1, num_kv_heads, -1, -1).repeat_interleave(group, dim=1)
+        if self.skip is not None:
+            rows = max(listed.shape[0], self.skip.shape[0])
+            listed = listed.expand(rows, -1, -1, -1) & ~self.skip
+            indices = indices.expand(rows, -1, -1, -1)
+        key_blocks = self.num_key_blocks(layout, self.block_size)
+        hits = torch.zeros(
+            *listed.shape[:-1], key_blocks + 1, dtype=torch.int32, device=listed.device
+        )
+        target = torch.where(listed, indices, key_blocks).clamp(max=key_blocks)
+        hits.scatter_(-1, target, 1)
+        return hits[..., :key_blocks] > 0
+
+    def _held(self) -> Tensor:
+        place = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return place < self.counts[..., None]
+
+
+def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    fits = tensor.dim() == len(wanted) and all(
+        size in (1, want) for size, want in zip(tensor.shape[:2], wanted[:2], strict=True)
+    )
+    tail_fits = all(
+        size == want or (name == "reach" and size == 1)
+        for size, want in zip(tensor.shape[2:], wanted[2:], strict=False)
+    )
+    if not (fits and tail_fits):
+        must = f"of shape {list(wanted)} (rows and heads may be 1)"
+        raise ShapeError(describe(name, "BlockTable", must, list(tensor.shape)))

@@ -1,0 +1,60 @@
+"""The linear product, and the choice of how it is executed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepseek.ops.hardware import computes_bf16
+
+LinearImpl = Literal["native", "unpacked", "widened"]
+_FEW_ROWS = 4
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `inputs @ weight.T + bias`, as `torch.nn.functional.linear` defines it.
+
+    Args:
+        inputs: [..., in].
+        weight: [out, in].
+        bias: [out] or None.
+    """
+    rows = inputs.numel() // max(inputs.shape[-1], 1)
+    impl = choose(inputs.device, inputs.dtype, rows)
+    if impl == "native":
+        return F.linear(inputs, weight, bias)
+    if impl == "unpacked":
+        with torch.backends.mkldnn.flags(enabled=False):
+            return F.linear(inputs, weight, bias)
+    wide = F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
+    return wide.to(inputs.dtype)
+
+
+def choose(device: torch.device, dtype: torch.dtype, num_rows: int) -> LinearImpl:
+    """Return how a product of `num_rows` rows is executed.
+
+    native
+        PyTorch's own choice.
+    unpacked
+        bfloat16 with one row on a CPU that has bfloat16 instructions: oneDNN would repack the whole weight for every
+        call, so it is switched off and PyTorch's matrix-vector kernel reads the weight once.
+    widened
+        bfloat16 with many rows on a CPU that has none: the weight is widened to float32 for the call, which costs one
+        pass over it and makes the product several times faster.
+    """
+    if dtype != torch.bfloat16 or device.type != "cpu":
+        return "native"
+    if computes_bf16(device):
+        return "unpacked" if num_rows == 1 else "native"
+    return "widened" if num_rows > _FEW_ROWS else "native"
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` executed through `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return `linear(input, self.weight, self.bias)`: [..., in] to [..., out]."""
+        return linear(input, self.weight, self.bias)
