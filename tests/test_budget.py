@@ -15,7 +15,7 @@ from tests.house import REPO
 MOST_FILE_LINES = 800
 MOST_FUNCTION_LINES = 100
 MOST_ARGUMENTS = 10
-FOLDERS = ("src", "tests", "examples", "benchmarks", "docs")
+FOLDERS = ("src", "tests", "examples", "benchmarks", "docs", "scripts")
 PROMISE = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
 ANCHOR = re.compile(r"\((#\d+|v\d+(\.\d+)*)\)")
 
