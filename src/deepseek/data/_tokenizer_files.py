@@ -12,7 +12,15 @@ import tokenizers
 
 from deepseek.errors import FormatError, describe
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,9 +89,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FormatError(describe(path.name, str(path.parent), "JSON", str(error), "Fetch it again")) from error
+        raise FormatError(
+            describe(path.name, str(path.parent), "JSON", str(error), "Fetch it again")
+        ) from error
     if not isinstance(content, dict):
-        raise FormatError(describe(path.name, str(path.parent), "a JSON object", content, "Fetch it again"))
+        raise FormatError(
+            describe(path.name, str(path.parent), "a JSON object", content, "Fetch it again")
+        )
     return content
 
 
@@ -93,7 +105,9 @@ def _token(value: Any, name: str) -> tokenizers.AddedToken:
     if isinstance(value, Mapping) and isinstance(value.get("content"), str):
         known = ("single_word", "lstrip", "rstrip", "normalized")
         flags = {flag: bool(value[flag]) for flag in known if flag in value}
-        return tokenizers.AddedToken(value["content"], special=bool(value.get("special", True)), **flags)
+        return tokenizers.AddedToken(
+            value["content"], special=bool(value.get("special", True)), **flags
+        )
     must = "text or an object with 'content'"
     raise FormatError(describe(name, "tokenizer_config.json", must, value))
 
@@ -104,7 +118,9 @@ def _listed_tokens(config: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
         ordered = sorted(listed.items(), key=lambda item: int(item[0]))
     except (AttributeError, ValueError) as error:
         must = "an object of ids and tokens"
-        raise FormatError(describe("added_tokens_decoder", "tokenizer_config.json", must, listed)) from error
+        raise FormatError(
+            describe("added_tokens_decoder", "tokenizer_config.json", must, listed)
+        ) from error
     return [_token(value, "added_tokens_decoder") for _, value in ordered]
 
 
@@ -130,18 +146,26 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if isinstance(entry, str):
         return {"default": entry}
     try:
-        named = entry if isinstance(entry, Mapping) else {item["name"]: item["template"] for item in entry}
+        named = (
+            entry
+            if isinstance(entry, Mapping)
+            else {item["name"]: item["template"] for item in entry}
+        )
         return {str(name).replace("/", "_"): str(template) for name, template in named.items()}
     except (TypeError, KeyError) as error:
         must = "text, or a list of objects with 'name' and 'template'"
-        raise FormatError(describe("chat_template", "tokenizer_config.json", must, entry)) from error
+        raise FormatError(
+            describe("chat_template", "tokenizer_config.json", must, entry)
+        ) from error
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise FormatError(describe(path.name, str(path.parent), "UTF-8 text", str(error))) from error
+        raise FormatError(
+            describe(path.name, str(path.parent), "UTF-8 text", str(error))
+        ) from error
 
 
 def _max_length(value: Any) -> int | None:
@@ -156,7 +180,9 @@ def _eos_token_ids(folder: Path) -> tuple[int, ...]:
         if value is None:
             continue
         ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        if not all(
+            isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids
+        ):
             raise FormatError(describe("eos_token_id", name, "an id or a list of ids", value))
         return tuple(ids)
     return ()

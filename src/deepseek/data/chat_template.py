@@ -21,7 +21,9 @@ MAX_CHARACTERS = 16 * 2**20
 MAX_STEPS = 200_000
 """Most loop rounds and macro calls of one rendering."""
 
-_steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar("steps left in this rendering")
+_steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar(
+    "steps left in this rendering"
+)
 
 
 class ChatTemplate:
@@ -41,7 +43,9 @@ class ChatTemplate:
         """
         self.source = source
         environment = _Environment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_GenerationTag, jinja2.ext.loopcontrols],
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -50,10 +54,16 @@ class ChatTemplate:
             tree = environment.parse(source)
             _count_steps(tree, environment)
             code = environment.compile(tree)
-            self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+            self._template = jinja2.Template.from_code(
+                environment, code, environment.make_globals(None)
+            )
         except (jinja2.TemplateError, RecursionError, OverflowError, SyntaxError) as error:
-            step = "Use a model whose chat template can be compiled, or give the prompt as plain text"
-            raise ConfigError(describe("chat_template", "tokenizer", "valid jinja2", str(error), step)) from error
+            step = (
+                "Use a model whose chat template can be compiled, or give the prompt as plain text"
+            )
+            raise ConfigError(
+                describe("chat_template", "tokenizer", "valid jinja2", str(error), step)
+            ) from error
 
     def render(
         self,
@@ -82,7 +92,13 @@ class ChatTemplate:
         token = _steps_left.set([MAX_STEPS])
         try:
             return _join_within(self._template.generate(variables), MAX_CHARACTERS)
-        except (jinja2.TemplateError, ArithmeticError, LookupError, MemoryError, RecursionError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            MemoryError,
+            RecursionError,
+        ) as error:
             raise _render_error(error) from error
         except (TypeError, ValueError, AttributeError) as error:
             raise _render_error(error) from error
@@ -97,7 +113,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
-            size = len(str(left)) * abs(right) if isinstance(left, int) and isinstance(right, int) else 0
+            size = (
+                len(str(left)) * abs(right)
+                if isinstance(left, int) and isinstance(right, int)
+                else 0
+            )
         elif operator == "+":
             size = _size(left) + _size(right)
         else:
@@ -170,16 +190,28 @@ def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, 
     """Return a copy of the messages made of JSON values only; keys whose value is None are left out."""
     owner, must = "apply_chat_template", "a list of {'role': ..., 'content': ...}"
     step = "Write [{'role': 'user', 'content': 'Hello'}]"
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+    if (
+        isinstance(messages, str | bytes | Mapping)
+        or not isinstance(messages, Sequence)
+        or not messages
+    ):
         raise ConfigError(describe("messages", owner, must, messages, step))
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ConfigError(describe("message", owner, "a mapping with a 'role' of text", message, step))
+            raise ConfigError(
+                describe("message", owner, "a mapping with a 'role' of text", message, step)
+            )
     try:
-        plain: list[dict[str, Any]] = json.loads(json.dumps([dict(message) for message in messages]))
+        plain: list[dict[str, Any]] = json.loads(
+            json.dumps([dict(message) for message in messages])
+        )
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(describe("messages", owner, "plain JSON values", str(error), step)) from error
-    return [{key: value for key, value in message.items() if value is not None} for message in plain]
+        raise ConfigError(
+            describe("messages", owner, "plain JSON values", str(error), step)
+        ) from error
+    return [
+        {key: value for key, value in message.items() if value is not None} for message in plain
+    ]
 
 
 def _render_error(error: Exception) -> ConfigError:

@@ -36,7 +36,9 @@ class IncrementalDecoder:
         self._tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
         kinds = decoder_kinds(tokenizer)
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace") if kinds == ["ByteLevel"] else None
+        self._bytes = (
+            codecs.getincrementaldecoder("utf-8")("replace") if kinds == ["ByteLevel"] else None
+        )
         self._has_byte_tokens = "ByteFallback" in kinds
         self._waits_for_flush = tokenizer.cleans_up_spaces
         # ids[:read] have been emitted; they stay only as the context of the ones behind them.
@@ -78,7 +80,9 @@ class IncrementalDecoder:
         is_broken = text.endswith(_REPLACEMENT) and not self._has_byte_tokens
         if not at_end and is_broken and waiting < _MAX_WAITING_TOKENS:
             return ""
-        fresh = text[len(self._context_text) :] if at_end or text.startswith(self._context_text) else ""
+        fresh = (
+            text[len(self._context_text) :] if at_end or text.startswith(self._context_text) else ""
+        )
         if not fresh:
             if text == self._context_text and self._read and waiting >= _MAX_WAITING_TOKENS:
                 del self._ids[self._read :]
@@ -115,7 +119,11 @@ def token_bytes(token: str) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shown = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     alphabet = {chr(byte): byte for byte in shown}
     hidden = (byte for byte in range(256) if byte not in set(shown))
     return alphabet | {chr(256 + index): byte for index, byte in enumerate(hidden)}

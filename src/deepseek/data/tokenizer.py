@@ -61,14 +61,25 @@ class Tokenizer:
         self.backend = backend
         backend.no_truncation()
         backend.no_padding()
-        named = {"bos_token": bos_token, "eos_token": eos_token, "pad_token": pad_token, "unk_token": unk_token}
+        named = {
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+            "pad_token": pad_token,
+            "unk_token": unk_token,
+        }
         named.update(other_tokens or {})
-        self.special_tokens: dict[str, str] = {name: token for name, token in named.items() if token is not None}
+        self.special_tokens: dict[str, str] = {
+            name: token for name, token in named.items() if token is not None
+        }
         self.chat_templates: dict[str, str] = (
-            {"default": chat_template} if isinstance(chat_template, str) else dict(chat_template or {})
+            {"default": chat_template}
+            if isinstance(chat_template, str)
+            else dict(chat_template or {})
         )
         self.model_max_length = model_max_length
-        self.cleans_up_spaces = cleans_up_spaces and not isinstance(backend.model, tokenizers.models.BPE)
+        self.cleans_up_spaces = cleans_up_spaces and not isinstance(
+            backend.model, tokenizers.models.BPE
+        )
         own_eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*own_eos, *eos_token_ids)))
 
@@ -111,14 +122,19 @@ class Tokenizer:
         """
         folder = Path(folder)
         self.backend.save(str(folder / "tokenizer.json"), pretty=True)
-        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **self.special_tokens}
+        config: dict[str, object] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.special_tokens,
+        }
         config["clean_up_tokenization_spaces"] = self.cleans_up_spaces
         if self.model_max_length is not None:
             config["model_max_length"] = self.model_max_length
         texts = {"tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
         for name, source in self.chat_templates.items():
             is_main = name == "default"
-            texts["chat_template.jinja" if is_main else f"additional_chat_templates/{name}.jinja"] = source
+            texts[
+                "chat_template.jinja" if is_main else f"additional_chat_templates/{name}.jinja"
+            ] = source
         for name, text in texts.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8", newline="")
@@ -180,13 +196,17 @@ class Tokenizer:
         """
         return self.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Return the token ids of each text; as `encode`, in parallel for several."""
         for text in texts:
             _check_text(text)
         if len(texts) == 1:
             return [self.backend.encode(texts[0], add_special_tokens=add_special_tokens).ids]
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        encodings = self.backend.encode_batch_fast(
+            list(texts), add_special_tokens=add_special_tokens
+        )
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -203,7 +223,9 @@ class Tokenizer:
         try:
             text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except (TypeError, OverflowError) as error:
-            raise ConfigError(describe("ids", "decode", "integers from 0 to 2**32 - 1", ids)) from error
+            raise ConfigError(
+                describe("ids", "decode", "integers from 0 to 2**32 - 1", ids)
+            ) from error
         if self.cleans_up_spaces:
             for found, replacement in _CLEAN_UPS:
                 text = text.replace(found, replacement)
@@ -224,7 +246,9 @@ class Tokenizer:
             ConfigError: there is no template, the messages are malformed, or the template refuses them.
         """
         return self._compiled_template.render(
-            messages, add_generation_prompt=add_generation_prompt, special_tokens=self.special_tokens
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self.special_tokens,
         )
 
     @functools.cached_property
@@ -233,7 +257,9 @@ class Tokenizer:
             names = sorted(self.chat_templates)
             got = f"only {', '.join(names)}" if names else "no template"
             step = "Give a plain prompt, or load an instruction-tuned model"
-            raise ConfigError(describe("chat_template", "tokenizer", "present for a chat", got, step))
+            raise ConfigError(
+                describe("chat_template", "tokenizer", "present for a chat", got, step)
+            )
         return ChatTemplate(self.chat_template)
 
     def _named_id(self, name: str) -> int | None:
