@@ -1,0 +1,214 @@
+"""The seam of this room: what a model and a tokenizer must offer to be measured, and how each measurement runs them."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError, ShapeError, describe
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done and the share that is done (0 to 1, None when unknown)."""
+
+Condition = str | int | float | bool | None | list[int] | list[float]
+
+ROWS_PER_SLICE = 256
+"""Rows of logits that are turned into fp32 probabilities at a time: bounds the copy at 256 x vocabulary x 4 bytes."""
+
+
+class HasLogits(Protocol):
+    """What a model returns: an object with the logits of every position."""
+
+    logits: Tensor
+
+
+class CausalModel(Protocol):
+    """A callable from token ids to next-token logits: our `Decoder`, a model of transformers, or a function.
+
+    Contract: `input_ids` [B, T] int64 on the model's device gives `.logits` [B, T, V] (or that tensor itself); the
+    logits at a position depend on no later position; `attention_mask` [B, T] is passed only when a row is padded
+    on its right. A model whose `forward` has `logits_to_keep` is asked for the last positions only.
+    """
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HasLogits | Tensor: ...
+
+
+class TextTokenizer(Protocol):
+    """The part of a tokenizer that is used here; ours and those of transformers have it."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+
+def tokenizer_of(model: CausalModel, given: TextTokenizer | None, owner: str) -> TextTokenizer:
+    """Return the tokenizer given, or else the model's own.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    tokenizer = given if given is not None else getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        step = "Pass tokenizer=..., or load a bundle that has a tokenizer.json"
+        raise ConfigError(describe("tokenizer", owner, "given or attached to the model", None, step))
+    return tokenizer
+
+
+def max_positions_of(model: CausalModel) -> int | None:
+    """Return how many tokens the model was made for, or None when its configuration does not say."""
+    config = getattr(model, "config", None)
+    for field in ("max_positions", "max_position_embeddings", "n_positions"):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def device_of(model: CausalModel) -> torch.device:
+    """Return the device that the model's first parameter is on; the CPU for a plain function."""
+    if isinstance(model, nn.Module):
+        for parameter in model.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def address_of(model: CausalModel) -> str | None:
+    """Return the folder or name that the model was loaded from, or None for a model made in memory."""
+    bundle = getattr(model, "bundle", None)
+    if bundle is not None:
+        return str(bundle.path)
+    address = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return address or None
+
+
+def model_conditions(model: CausalModel) -> dict[str, Condition]:
+    """Return what must be known of the model and the machine to read a figure: name, dtype, device, threads."""
+    address = address_of(model)
+    bundle = getattr(model, "bundle", None)
+    conditions: dict[str, Condition] = {
+        "model": bundle.card.name if bundle is not None else Path(address).name if address else type(model).__name__,
+        "implementation": type(model).__module__.split(".")[0],
+    }
+    if isinstance(model, nn.Module):
+        parameters = list(model.parameters())
+        conditions["parameters"] = sum(parameter.numel() for parameter in parameters)
+        if parameters:
+            conditions["dtype"] = str(parameters[0].dtype).removeprefix("torch.")
+    conditions["device"] = str(device_of(model))
+    conditions["threads"] = torch.get_num_threads()
+    conditions["torch"] = str(torch.__version__)
+    conditions["machine"] = platform.machine()
+    return conditions
+
+
+def repeat_command(
+    model: CausalModel, task: str, flags: Mapping[str, object], *, repeatable: bool = True
+) -> str:
+    """Return the command line that repeats a measurement.
+
+    Args:
+        model: what was measured; `MODEL` stands for one that was made in memory.
+        task: the name after `--task`.
+        flags: option names with underscores and their values; None and False leave an option out.
+        repeatable: False when the data were handed over in Python and no file holds them: the command is empty.
+    """
+    if not repeatable:
+        return ""
+    words = ["deepseek", "eval", address_of(model) or "MODEL", "--task", task]
+    for name, value in flags.items():
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.extend(map(str, value) if isinstance(value, list | tuple) else [str(value)])
+    return shlex.join(words)
+
+
+@contextmanager
+def measuring(model: CausalModel) -> Iterator[None]:
+    """Run the body in evaluation mode and without gradients; the model's mode is put back afterwards."""
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        if isinstance(model, nn.Module):
+            model.train(was_training)
+
+
+def position_logits(
+    model: CausalModel, input_ids: Tensor, first: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Return the logits [B, T - first, V] of the positions from `first` on.
+
+    Args:
+        model: the seam above.
+        input_ids: [B, T] int64.
+        first: first position that is wanted; the ones before are not even computed where the model can.
+        attention_mask: [B, T], 0 = padding on the right; None when no row is padded.
+
+    Raises:
+        ShapeError: the model returned something that is not [B, T, V].
+    """
+    wanted = input_ids.shape[1] - first
+    options: dict[str, Tensor | int] = {}
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
+    if _keeps_last_positions(model):
+        options["logits_to_keep"] = wanted
+    output = model(input_ids, **options)  # type: ignore[arg-type]
+    logits = output if isinstance(output, Tensor) else output.logits
+    if logits.ndim != 3 or logits.shape[0] != input_ids.shape[0] or logits.shape[1] < wanted:
+        must = f"logits [{input_ids.shape[0]}, {input_ids.shape[1]}, vocabulary]"
+        raise ShapeError(describe("output", type(model).__name__, must, tuple(logits.shape)))
+    return logits[:, -wanted:]
+
+
+def target_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the log-likelihood and the rank of each target token.
+
+    The softmax is taken in fp32, `ROWS_PER_SLICE` rows at a time.
+
+    Args:
+        logits: [N, V].
+        targets: [N] int64.
+
+    Returns:
+        log-likelihoods [N] fp64 in nats, and ranks [N] int64: how many tokens are more likely; 0 = the greedy choice
+        (ties count in the target's favour only against tokens of a higher id, as argmax does).
+    """
+    scores, ranks = [], []
+    for begin in range(0, len(targets), ROWS_PER_SLICE):
+        rows = logits[begin : begin + ROWS_PER_SLICE].float()
+        wanted = targets[begin : begin + ROWS_PER_SLICE].to(rows.device)[:, None]
+        chosen = rows.gather(1, wanted)
+        scores.append((chosen - rows.logsumexp(dim=1, keepdim=True)).squeeze(1).double().cpu())
+        ahead = torch.arange(rows.shape[1], device=rows.device) < wanted
+        ranks.append(((rows > chosen) | ((rows == chosen) & ahead)).sum(dim=1).cpu())
+    if not scores:
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    return torch.cat(scores), torch.cat(ranks)
+
+
+def _keeps_last_positions(model: CausalModel) -> bool:
+    call = model.forward if isinstance(model, nn.Module) else model
+    try:
+        return "logits_to_keep" in inspect.signature(call).parameters
+    except (TypeError, ValueError):
+        return False

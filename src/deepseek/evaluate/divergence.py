@@ -1,0 +1,188 @@
+"""How far a model has moved from its reference: Kullback-Leibler divergence and agreement, token by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.evaluate.base import (
+    ROWS_PER_SLICE,
+    CausalModel,
+    Condition,
+    Progress,
+    TextTokenizer,
+    address_of,
+    measuring,
+    model_conditions,
+    position_logits,
+    repeat_command,
+    tokenizer_of,
+)
+from deepseek.evaluate.corpus import Corpus, as_corpus
+from deepseek.evaluate.intervals import (
+    NUM_RESAMPLES,
+    block_length,
+    block_sums,
+    bootstrap_ratio,
+    clustered_wilson,
+)
+from deepseek.evaluate.windows import batch_ids, plan_windows, window_and_stride, window_batches
+from deepseek.records import Measurement
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceResult:
+    """What `divergence` found."""
+
+    measurements: list[Measurement]
+    """`kl_divergence` and `top1_agreement`."""
+    divergences: Tensor
+    """KL(reference || model) at each position [tokens - 1] fp64, in nats."""
+    agreements: Tensor
+    """Whether the likeliest token is the same, at each position [tokens - 1]."""
+
+
+def divergence(
+    model: CausalModel,
+    reference: CausalModel,
+    text: str | Corpus | None = None,
+    *,
+    tokenizer: TextTokenizer | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> DivergenceResult:
+    """Measure how a model's predictions differ from a reference's on the same text.
+
+    Both see the same windows, one batch after the other; nothing of the size of the text times the vocabulary is
+    kept. The positions are those whose next token `perplexity` scores. A model against itself gives exactly 0.
+
+    Args:
+        model: the one that was changed (quantized, pruned, another attention).
+        reference: the one it should still be like; the expectation is taken under it.
+        text: a string or a corpus; None = the default corpus.
+        tokenizer: None = the model's own; both models must share the vocabulary.
+        window: as in `perplexity`; limited by the shorter of the two models.
+        stride: as in `perplexity`.
+        max_tokens: only the first tokens of the text; None = all.
+        seed: of the bootstrap.
+        progress: called after each batch.
+
+    Returns:
+        mean KL(reference || model) with a block bootstrap interval, top-1 agreement with a Wilson interval over the
+        same blocks, and both at every position.
+
+    Raises:
+        ConfigError: fewer than two tokens, no tokenizer, or a window or stride out of range.
+        ShapeError: the vocabularies differ.
+    """
+    tokenizer = tokenizer_of(model, tokenizer, "divergence")
+    window, stride = window_and_stride(model, window, stride)
+    window_and_stride(reference, window, stride)
+    corpus = as_corpus(text)
+    ids = list(tokenizer.encode(corpus.text))[:max_tokens]
+    if len(ids) < 2:
+        raise ConfigError(describe("text", "divergence", "at least 2 tokens long", corpus.text[:40]))
+    divergences, agreements = token_divergences(model, reference, ids, window, stride, progress=progress)
+    conditions: dict[str, Condition] = {**model_conditions(model), **corpus.conditions()}
+    conditions |= {f"reference_{name}": fact for name, fact in model_conditions(reference).items() if name in _SHOWN}
+    conditions |= {"tokens": len(divergences), "window": window, "stride": stride, "seed": seed}
+    flags = {"reference": address_of(reference) or "REFERENCE", "text": corpus.flag(), "window": window}
+    flags |= {"stride": stride, "max_tokens": max_tokens, "seed": seed}
+    command = repeat_command(model, "divergence", flags, repeatable=corpus.is_repeatable)
+    return DivergenceResult(
+        _measurements(divergences, agreements, seed, conditions, command), divergences, agreements
+    )
+
+
+_SHOWN = ("model", "implementation", "dtype")
+
+
+def token_divergences(
+    model: CausalModel,
+    reference: CausalModel,
+    ids: Sequence[int] | Tensor,
+    window: int,
+    stride: int,
+    *,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return KL(reference || model) [tokens - 1] fp64 in nats and top-1 agreement [tokens - 1] at each position.
+
+    Args:
+        model: see `base.CausalModel`.
+        reference: the same.
+        ids: [tokens].
+        window: as in `perplexity`.
+        stride: as in `perplexity`.
+        progress: called after each batch.
+
+    Raises:
+        ShapeError: the vocabularies differ.
+    """
+    tokens = torch.as_tensor(ids, dtype=torch.int64).cpu()
+    divergences: list[Tensor] = []
+    agreements: list[Tensor] = []
+    num_done = 0
+    with measuring(model), measuring(reference):
+        for windows, (length, num_scored) in window_batches(plan_windows(len(tokens), window, stride)):
+            first = length - num_scored - 1
+            theirs = position_logits(reference, batch_ids(reference, tokens, windows)[0], first)[:, :-1]
+            ours = position_logits(model, batch_ids(model, tokens, windows)[0], first)[:, :-1]
+            if ours.shape != theirs.shape:
+                must = f"over the reference's vocabulary of {theirs.shape[-1]}"
+                raise ShapeError(describe("logits", type(model).__name__, must, ours.shape[-1]))
+            found = _row_divergences(theirs.flatten(0, 1), ours.flatten(0, 1).to(theirs.device))
+            divergences.append(found[0])
+            agreements.append(found[1])
+            num_done += num_scored * len(windows)
+            if progress is not None:
+                progress("divergence", num_done / max(len(tokens) - 1, 1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def _row_divergences(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(reference || model) [N] fp64 and argmax agreement [N] of logits [N, V], a slice of rows at a time."""
+    divergences, agreements = [], []
+    for begin in range(0, len(reference), ROWS_PER_SLICE):
+        theirs = reference[begin : begin + ROWS_PER_SLICE].float().log_softmax(dim=1)
+        ours = model[begin : begin + ROWS_PER_SLICE].float().log_softmax(dim=1)
+        # A token that the reference excludes (-inf) adds nothing, whatever the model says of it.
+        terms = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - ours))
+        divergences.append(terms.sum(dim=1, dtype=torch.float64).cpu())
+        agreements.append((theirs.argmax(dim=1) == ours.argmax(dim=1)).cpu())
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+def _measurements(
+    divergences: Tensor, agreements: Tensor, seed: int, conditions: dict[str, Condition], command: str
+) -> list[Measurement]:
+    block = block_length(len(divergences))
+    sums, sizes = block_sums(divergences.numpy(), block)
+    agreed, _ = block_sums(agreements.numpy().astype(np.float64), block)
+    blocks = f"{len(sums)} blocks of {block} tokens"
+    return [
+        Measurement(
+            name="kl_divergence",
+            value=float(divergences.mean()),
+            unit="nats/token",
+            spread=bootstrap_ratio(sums, sizes, seed=seed),
+            conditions={**conditions, "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples"},
+            command=command,
+        ),
+        Measurement(
+            name="top1_agreement",
+            value=float(agreements.double().mean()),
+            unit="1",
+            spread=clustered_wilson(agreed, sizes),
+            conditions={**conditions, "interval": f"Wilson at the effective number of tokens, {blocks}"},
+            command=command,
+        ),
+    ]
