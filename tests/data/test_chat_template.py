@@ -1,4 +1,4 @@
-"""Chat templates are untrusted text: they follow transformers' conventions and cannot hang or escape."""
+"""Chat templates are untrusted text: they follow the conventions and cannot hang or escape."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ def render(source: str, **special: str) -> str:
 
 
 CONVENTIONS = {
-    "blocks are trimmed": "{% if true %}\n  {% for m in messages %}\n{{ m.role }}\n{% endfor %}\n{% endif %}",
+    "blocks are trimmed": "{% if true %}\n  {% for m in messages %}\n{{ m.role }}\n"
+    "{% endfor %}\n{% endif %}",
     "tojson": "{{ messages|tojson }}{{ messages|tojson(indent=2) }}",
-    "loop control": "{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
-    "loop variables": "{% for m in 'abc' %}{{ loop.index }}{{ loop.last }}{{ loop.length }}{% endfor %}",
+    "loop control": "{% for i in range(9) %}{% if i == 3 %}{% break %}{% endif %}"
+    "{{ i }}{% endfor %}",
+    "loop variables": "{% for m in 'abc' %}{{ loop.index }}{{ loop.last }}{{ loop.length }}"
+    "{% endfor %}",
     "recursive loop": "{% for x in [1, [2, 3]] recursive %}{% if x is iterable %}{{ loop(x) }}"
     "{% else %}{{ x }}{% endif %}{% endfor %}",
     "generation tag": "{% generation %}{{ messages[0].content }}{% endgeneration %}",
@@ -45,15 +48,16 @@ def test_conventions_of_transformers(case: str) -> None:
 
 
 HOSTILE = {
-    "endless loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "endless loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+    "{% endfor %}",
     "filtered loops": "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}"
     "{% endfor %}",
     "endless output": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
     "repeated text": "{{ 'x' * 10 ** 9 }}",
     "repeated list": "{{ ([0] * 10 ** 9)|length }}",
     "power": "{{ (10 ** 9) ** (10 ** 9) }}",
-    "doubling": "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}"
-    "{% endfor %}",
+    "doubling": "{% set ns = namespace(s='x') %}{% for i in range(60) %}"
+    "{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "recursion": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
     "python objects": "{{ ''.__class__.__mro__ }}",
     "range": "{{ range(10 ** 9)|list }}",
@@ -83,8 +87,16 @@ def test_invalid_template(source: str) -> None:
 
 @pytest.mark.parametrize(
     "messages",
-    [[], "hello", {"role": "user"}, ["hello"], [{"content": "x"}], [{"role": 5}], 7]
-    + [[{"role": "user", "content": object()}]],
+    [
+        [],
+        "hello",
+        {"role": "user"},
+        ["hello"],
+        [{"content": "x"}],
+        [{"role": 5}],
+        7,
+        [{"role": "user", "content": object()}],
+    ],
 )
 def test_malformed_messages(messages: object) -> None:
     with pytest.raises(ConfigError, match=r"messages? of apply_chat_template must be"):

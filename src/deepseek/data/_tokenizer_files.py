@@ -1,4 +1,4 @@
-"""Reading the files beside `tokenizer.json`, in the styles that have been written over the years."""
+"""Reading the files beside `tokenizer.json`, in the styles of all years."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def load_backend(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except BaseException as error:
-        # the library reports most faults as a bare Exception, and some as a panic that is not even that
+        # the library reports most faults as a bare Exception, and some as a panic, not even that
         if isinstance(error, OSError) or not (
             isinstance(error, Exception) or type(error).__name__ == "PanicException"
         ):
@@ -174,7 +174,7 @@ def _max_length(value: Any) -> int | None:
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:
-    """Return the ids that end a text: from `generation_config.json`, else from the model's config."""
+    """Return the ids that end a text, from `generation_config.json` or else `config.json`."""
     for name in ("generation_config.json", "config.json"):
         value = _read_json(folder / name).get("eos_token_id")
         if value is None:

@@ -1,4 +1,4 @@
-"""Chat templates: jinja2 text that came with a model, so untrusted; rendered in a sandbox and within bounds."""
+"""Chat templates: jinja2 text that came with a model, so untrusted: sandboxed and bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import jinja2.sandbox
 from deepseek.errors import ConfigError, describe
 
 MAX_CHARACTERS = 16 * 2**20
-"""Longest text a template may produce, and longest value that one `+`, `*` or `**` may make inside it."""
+"""Longest text a template may produce, and longest value that one `+`, `*` or `**` may make."""
 MAX_STEPS = 200_000
 """Most loop rounds and macro calls of one rendering."""
 
@@ -29,10 +29,11 @@ _steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar(
 class ChatTemplate:
     """One compiled chat template, following transformers' conventions.
 
-    The sandbox gives no access to Python objects or files. Three bounds keep a hostile or broken template from
-    hanging the process: the length of the output, the number of loop rounds and macro calls, and the size of what
-    `+`, `*` and `**` make. Not bounded is the memory of other ways to grow a text inside a template (`~`, `join`,
-    the width in a format); a service that renders templates of strangers needs a memory limit of its own.
+    The sandbox gives no access to Python objects or files. Three bounds keep a hostile or broken
+    template from hanging the process: on the length of the output, on the loop rounds and macro
+    calls, and on the size of what `+`, `*` and `**` make. Not bounded is the memory of other ways
+    to grow a text inside a template (`~`, `join`, the width in a format); a service that renders
+    templates of strangers needs a memory limit of its own.
     """
 
     def __init__(self, source: str) -> None:
@@ -80,7 +81,8 @@ class ChatTemplate:
             special_tokens: `bos_token`, `eos_token`, ... as the template's variables.
 
         Raises:
-            ConfigError: the messages are malformed, the template refuses them, or a bound is passed.
+            ConfigError: the messages are malformed, the template refuses them, or a bound is
+                passed.
         """
         variables = dict(
             special_tokens,
@@ -128,7 +130,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training; for a prompt it is only a scope."""
+    """`{% generation %}` marks the assistant's part for training; for a prompt it is a scope."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance attribute
 
@@ -144,15 +146,15 @@ def _count_steps(tree: jinja2.nodes.Template, environment: jinja2.Environment) -
     pay = f"{__name__}.{_pay_step.__name__}"
     for loop in tree.find_all(jinja2.nodes.For):
         # the iterable pays too: a loop whose `if` filters every round away never enters its body
-        loop.iter = _call(count, [loop.iter])
-        loop.body.insert(0, jinja2.nodes.ExprStmt(_call(pay, [])))
+        loop.iter = _call(count, loop.iter)
+        loop.body.insert(0, jinja2.nodes.ExprStmt(_call(pay)))
     for macro in tree.find_all((jinja2.nodes.Macro, jinja2.nodes.CallBlock)):
-        macro.body.insert(0, jinja2.nodes.ExprStmt(_call(pay, [])))
+        macro.body.insert(0, jinja2.nodes.ExprStmt(_call(pay)))
     tree.set_environment(environment)
 
 
-def _call(name: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
-    return jinja2.nodes.Call(jinja2.nodes.ImportedName(name), arguments, [], None, None)
+def _call(name: str, *arguments: Any) -> jinja2.nodes.Call:
+    return jinja2.nodes.Call(jinja2.nodes.ImportedName(name), list(arguments), [], None, None)
 
 
 def _pay_step() -> None:
@@ -187,7 +189,7 @@ def _join_within(parts: Iterable[str], limit: int) -> str:
 
 
 def _plain_messages(messages: Sequence[Mapping[str, object]]) -> list[dict[str, Any]]:
-    """Return a copy of the messages made of JSON values only; keys whose value is None are left out."""
+    """Return a copy of the messages in JSON values; keys whose value is None are left out."""
     owner, must = "apply_chat_template", "a list of {'role': ..., 'content': ...}"
     step = "Write [{'role': 'user', 'content': 'Hello'}]"
     if (

@@ -19,11 +19,12 @@ _MAX_WAITING_TOKENS = 16
 class IncrementalDecoder:
     """Turns a stream of token ids into text, piece by piece.
 
-    The pieces of `push` and `flush` together equal `tokenizer.decode` of all ids; no piece ends inside a character.
-    The cost per token does not grow with the length of the text. A byte-level tokenizer is decoded through its
-    bytes. For the others the newest tokens are decoded again together with the ones before them, because their text
-    depends on these (a leading space), and a run of byte tokens (`<0xE4>`) is held until it ends, because the
-    decoder judges the run as a whole. A tokenizer that cleans up spaces afterwards gives all its text at `flush`.
+    The pieces of `push` and `flush` together equal `tokenizer.decode` of all ids; no piece ends
+    inside a character. The cost per token does not grow with the length of the text. A byte-level
+    tokenizer is decoded through its bytes. For the others the newest tokens are decoded again
+    together with the ones before them, because their text depends on these (a leading space), and a
+    run of byte tokens (`<0xE4>`) is held until it ends, because the decoder judges the run as a
+    whole. A tokenizer that cleans up spaces afterwards gives all its text at `flush`.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -47,10 +48,11 @@ class IncrementalDecoder:
         self._context_text = ""
 
     def push(self, token_id: int) -> str:
-        """Take one more token and return the text that is now complete, often empty or several characters.
+        """Take one more token and return the text that is now complete, often none.
 
         Args:
-            token_id: an id of the tokenizer; special tokens (unless kept) and unknown ids add no text.
+            token_id: an id of the tokenizer; special tokens (unless kept) and unknown ids add no
+                text.
         """
         if token_id in self._skipped:
             return ""
@@ -94,7 +96,7 @@ class IncrementalDecoder:
 
 
 def decoder_kinds(tokenizer: Tokenizer) -> list[str]:
-    """Return the kinds of the steps of the tokenizer's decoder, in order; empty when it has none."""
+    """Return the kinds of the steps of the tokenizer's decoder, in order."""
     decoder = tokenizer.backend.decoder
     if decoder is None:
         return []
@@ -108,7 +110,7 @@ def _kinds(state: dict[str, Any]) -> list[str]:
 
 
 def token_bytes(token: str) -> bytes:
-    """Return the bytes that a byte-level token stands for; a token outside its alphabet is its own UTF-8.
+    """Return the bytes a byte-level token stands for; outside the alphabet, its own UTF-8.
 
     Source: the reversible byte alphabet of GPT-2's `bytes_to_unicode`.
     """

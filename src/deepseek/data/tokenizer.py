@@ -47,7 +47,7 @@ class Tokenizer:
         model_max_length: int | None = None,
         cleans_up_spaces: bool = False,
     ) -> None:
-        """Join a backend with its settings; the backend's own truncation and padding are switched off.
+        """Join a backend with its settings; the backend's truncation and padding are switched off.
 
         Args:
             backend: the tokenizer proper.
@@ -56,7 +56,8 @@ class Tokenizer:
             eos_token_ids: ids that end a text besides the one of `eos_token`.
             chat_template: jinja2 source, or several by name, of which "default" is used.
             model_max_length: longest input the model was made for, in tokens.
-            cleans_up_spaces: take the spaces before punctuation out of decoded text (word-piece models only).
+            cleans_up_spaces: take the spaces before punctuation out of decoded text (word-piece
+                models only).
         """
         self.backend = backend
         backend.no_truncation()
@@ -88,8 +89,9 @@ class Tokenizer:
         """Return the tokenizer of a model folder, or None when the folder has no `tokenizer.json`.
 
         Args:
-            folder: with `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json`,
-                `chat_template.jinja`, `additional_chat_templates/` and `generation_config.json`.
+            folder: with `tokenizer.json` and, where present, `tokenizer_config.json`,
+                `special_tokens_map.json`, `chat_template.jinja`, `additional_chat_templates/` and
+                `generation_config.json`.
 
         Raises:
             FormatError: a file is not what its name says.
@@ -113,9 +115,10 @@ class Tokenizer:
         )
 
     def save(self, folder: str | Path) -> list[str]:
-        """Write the tokenizer's files, readable by `AutoTokenizer.from_pretrained`, and return their names.
+        """Write the files, readable by `AutoTokenizer.from_pretrained`, and return their names.
 
-        The ids in `eos_token_ids` belong to a model's `generation_config.json`, which is not written here.
+        The ids in `eos_token_ids` belong to a model's `generation_config.json`, which is not
+        written here.
 
         Args:
             folder: an existing folder.
@@ -189,7 +192,8 @@ class Tokenizer:
 
         Args:
             text: any text; special tokens written in it are recognised as such.
-            add_special_tokens: add what the model expects around a text (`[CLS] ... [SEP]`, a leading `<s>`).
+            add_special_tokens: add what the model expects around a text (`[CLS] ... [SEP]`, a
+                leading `<s>`).
 
         Raises:
             ConfigError: `text` is not text, or has half a surrogate pair in it.
@@ -243,7 +247,8 @@ class Tokenizer:
             add_generation_prompt: end with the header that opens the assistant's answer.
 
         Raises:
-            ConfigError: there is no template, the messages are malformed, or the template refuses them.
+            ConfigError: there is no template, the messages are malformed, or the template refuses
+                them.
         """
         return self._compiled_template.render(
             messages,
