@@ -58,6 +58,12 @@ def imports_of(tree: ast.Module, package: list[str]) -> Iterator[tuple[int, str]
                 yield node.lineno, name.split(":")[0]
 
 
+def folders_without_init(source: Path) -> list[str]:
+    """Return the folders with modules that lack an `__init__.py`."""
+    folders = {path.parent for path in source.rglob("*.py")}
+    return sorted(str(folder) for folder in folders if not (folder / "__init__.py").exists())
+
+
 def docstring_of(node: ast.AST) -> ast.Constant | None:
     """Return the docstring's node of a module, class or function."""
     body = getattr(node, "body", None)
@@ -137,6 +143,10 @@ def label(room: str) -> str:
 def test_rooms_import_only_lower_floors() -> None:
     problems = find_violations(SOURCE)
     assert not problems, "\n" + "\n".join(problems)
+
+
+def test_every_folder_is_a_package() -> None:
+    assert folders_without_init(SOURCE) == []
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
@@ -229,6 +239,11 @@ def test_computed_name_of_a_room_is_caught(tmp_path: Path) -> None:
 def test_unlisted_room_is_caught(tmp_path: Path, name: str) -> None:
     problems = find_violations(plant(tmp_path, {name: ""}))
     assert len(problems) == 1 and "is not in the table" in problems[0], problems
+
+
+def test_folder_without_init_is_caught(tmp_path: Path) -> None:
+    source = plant(tmp_path, {"models/llama.py": ""})
+    assert folders_without_init(source) == [str(source / "models")]
 
 
 def test_allowed_imports_pass(tmp_path: Path) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import deepseek
-from tests.house import SOURCE
 
 MOST_NAMES = 30
 LONGEST_IMPORT_S = 0.3
@@ -51,26 +49,6 @@ def probe(module: str, path: Path | None = None) -> tuple[float, list[str]]:
     return took_s, heavy
 
 
-def unsorted_names(source: Path) -> list[str]:
-    """Return a complaint for each package folder whose `__all__` is not sorted or has doubles."""
-    problems = []
-    for path in sorted(source.rglob("__init__.py")):
-        names = declared_names(path)
-        if names is not None and names != sorted(set(names)):
-            problems.append(f"{path.relative_to(source.parent)}: __all__ is not sorted")
-    return problems
-
-
-def declared_names(path: Path) -> list[str] | None:
-    """Return the literal `__all__` of a module, or None when it declares none."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            return list(ast.literal_eval(node.value))
-    return None
-
-
 def test_root_names_are_pinned() -> None:
     assert list(deepseek.__all__) == ROOT_NAMES
     assert len(ROOT_NAMES) <= MOST_NAMES
@@ -85,10 +63,6 @@ def test_every_root_name_resolves_and_is_listed() -> None:
 
 def test_unknown_root_name_is_an_attribute_error() -> None:
     assert not hasattr(deepseek, "no_such_name")
-
-
-def test_room_names_are_sorted() -> None:
-    assert not (problems := unsorted_names(SOURCE)), "\n".join(problems)
 
 
 def test_root_loads_nothing_heavy_and_is_quick() -> None:
@@ -107,10 +81,3 @@ def test_heavy_and_slow_root_is_caught(tmp_path: Path) -> None:
     took_s, heavy = probe("planted", tmp_path)
     assert heavy == ["numpy"]
     assert took_s > LONGEST_IMPORT_S
-
-
-def test_unsorted_names_are_caught(tmp_path: Path) -> None:
-    (tmp_path / "__init__.py").write_text('__all__ = ["b", "a"]\n')
-    (tmp_path / "room").mkdir()
-    (tmp_path / "room" / "__init__.py").write_text('__all__: list[str] = ["a", "a"]\n')
-    assert len(unsorted_names(tmp_path)) == 2
