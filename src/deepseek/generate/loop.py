@@ -1,0 +1,243 @@
+"""The token loop: read the prompts, then choose, emit and append one token per row and step."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import ConfigError, describe
+from deepseek.generate.completion import Completion, FinishReason, Piece
+from deepseek.generate.prefill import prefill
+from deepseek.generate.prompt import Prompts, read_prompts
+from deepseek.generate.stop import TextStream
+from deepseek.models import Decoder
+from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
+
+
+def generate(
+    model: Decoder,
+    prompts: Prompts,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    on_piece: Callable[[Piece], None] | None = None,
+) -> Completion | list[Completion]:
+    """Return the model's continuation of one prompt, or of each of several.
+
+    Args:
+        model: a decoder; text needs its `tokenizer`, token ids do not.
+        prompts: text, token ids or a 1-D tensor; or a list of these, or a 2-D tensor.
+        max_tokens: most tokens to generate for a prompt; less where the context ends earlier.
+        sampling: how tokens are chosen; None is greedy. Row i uses seed + i.
+        stop: strings that end the text and are not part of it.
+        stop_token_ids: ids that end the text, besides the tokenizer's own.
+        ignore_eos: go on behind the tokenizer's own end tokens.
+        on_piece: called with each piece as it comes.
+
+    Returns:
+        A Completion for one prompt, a list for several.
+
+    Raises:
+        ConfigError: an argument that cannot be used.
+        CapacityError: a prompt leaves no room in the context, or memory for the cache is short.
+        BackendError: the model's logits are not finite.
+    """
+    start_s = time.perf_counter()
+    ids, is_single = read_prompts(model, prompts)
+    ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
+    texts: list[list[str]] = [[] for _ in ids]
+    tokens: list[list[int]] = [[] for _ in ids]
+    first_s, last_s = [0.0] * len(ids), [0.0] * len(ids)
+    reasons: list[FinishReason] = ["length"] * len(ids)
+    for piece in _run(model, ids, sampling or Sampling(), ends):
+        row, now_s = piece.row, time.perf_counter() - start_s
+        if not tokens[row]:
+            first_s[row] = now_s
+        texts[row].append(piece.text)
+        tokens[row].append(piece.token_id)
+        last_s[row], reasons[row] = now_s, piece.finish_reason or "length"
+        if on_piece is not None:
+            on_piece(piece)
+    completions = [
+        Completion(
+            text="".join(texts[row]),
+            token_ids=tuple(tokens[row]),
+            finish_reason=reasons[row],
+            num_prompt_tokens=len(ids[row]),
+            first_token_s=first_s[row],
+            total_s=last_s[row],
+        )
+        for row in range(len(ids))
+    ]
+    return completions[0] if is_single else completions
+
+
+def stream(
+    model: Decoder,
+    prompts: Prompts,
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop: str | Sequence[str] = (),
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+) -> Iterator[Piece]:
+    """Yield the pieces of the continuations as they come: each step one per unfinished row.
+
+    The arguments and errors are those of `generate`, checked at the call. The pieces of a row join
+    to its text. Leaving the loop early is fine: nothing of the run outlives the iterator.
+    """
+    ids, _ = read_prompts(model, prompts)
+    ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
+    return _run(model, ids, sampling or Sampling(), ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """What ends a row."""
+
+    max_tokens: int
+    strings: tuple[str, ...]
+    token_ids: frozenset[int]
+
+    @classmethod
+    def of(
+        cls,
+        model: Decoder,
+        max_tokens: int,
+        stop: str | Sequence[str],
+        stop_token_ids: Sequence[int],
+        ignore_eos: bool,
+    ) -> _Ends:
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+            must = "a whole number, at least 1"
+            raise ConfigError(describe("max_tokens", "generate", must, max_tokens))
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(string, str) and string for string in strings):
+            raise ConfigError(describe("stop", "generate", "strings that are not empty", stop))
+        if strings and model.tokenizer is None:
+            step = "Use stop_token_ids"
+            raise ConfigError(describe("stop", "generate", "empty without a tokenizer", stop, step))
+        ids = set(stop_token_ids)
+        if not all(isinstance(token, int) for token in ids):
+            raise ConfigError(describe("stop_token_ids", "generate", "token ids", stop_token_ids))
+        if model.tokenizer is not None and not ignore_eos:
+            ids.update(model.tokenizer.eos_token_ids)
+        return cls(max_tokens, strings, frozenset(ids))
+
+
+class _Row:
+    """One prompt's answer while it grows."""
+
+    def __init__(self, model: Decoder, number: int, prompt: list[int], ends: _Ends) -> None:
+        self.number, self.prompt, self.ends = number, prompt, ends
+        self.tokens_left = min(ends.max_tokens, model.config.max_positions - len(prompt))
+        self.is_finished = False
+        tokenizer = model.tokenizer
+        self._text = None if tokenizer is None else TextStream(tokenizer, ends.strings)
+
+    def take(self, token: int) -> Piece:
+        """Return the piece of the row's next token."""
+        self.tokens_left -= 1
+        text, reason = "", None
+        if token in self.ends.token_ids:
+            reason = "stop"
+        elif self._text is not None:
+            text = self._text.push(token)
+        if reason is None and self.tokens_left == 0:
+            reason = "length"
+        if self._text is not None:
+            if reason is not None and not self._text.is_stopped:
+                text += self._text.flush()
+            if self._text.is_stopped:
+                reason = "stop"
+        self.is_finished = reason is not None
+        return Piece(self.number, text, token, reason)
+
+
+def _run(
+    model: Decoder, prompts: list[list[int]], sampling: Sampling, ends: _Ends
+) -> Iterator[Piece]:
+    # shortest first: rows of similar length become neighbours in the cache
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    rows = [_Row(model, number, prompts[number], ends) for number in order]
+    batch = _Batch(model, rows, sampling)
+    tokens = batch.start()
+    while True:
+        pieces = [row.take(token) for row, token in zip(batch.rows, tokens, strict=True)]
+        yield from sorted(pieces, key=lambda piece: piece.row) if len(pieces) > 1 else pieces
+        if any(row.is_finished for row in batch.rows):
+            kept = [slot for slot, row in enumerate(batch.rows) if not row.is_finished]
+            if not kept:
+                return
+            tokens = [tokens[slot] for slot in kept]
+            batch.keep(kept)
+        tokens = batch.step(tokens)
+
+
+class _Batch:
+    """The unfinished rows with their cache; inference mode never spans a yield of the loop."""
+
+    def __init__(self, model: Decoder, rows: list[_Row], sampling: Sampling) -> None:
+        self.rows = rows
+        self._model, self._sampling = model, sampling
+        self._generators = [_generator(sampling.seed, row.number) for row in rows]
+        self._history: TokenHistory | None = None
+        if sampling.has_penalties:
+            prompts = [row.prompt for row in rows]
+            vocabulary = model.config.vocab_size
+            self._history = TokenHistory.of_prompts(prompts, vocabulary, model.device)
+        self._is_plain_greedy = sampling.is_greedy and self._history is None
+        self._tokens = torch.empty(len(rows), 1, dtype=torch.long, device=model.device)
+
+    @torch.inference_mode()
+    def start(self) -> list[int]:
+        """Read the prompts and return the first token of each row."""
+        capacity = max(len(row.prompt) + row.tokens_left for row in self.rows)
+        self._cache = self._model.new_cache(len(self.rows), capacity)
+        prompts = [row.prompt for row in self.rows]
+        return self._choose(prefill(self._model, prompts, self._cache))
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int]) -> list[int]:
+        """Append the newest token of each row and return the next ones."""
+        if len(tokens) == 1:
+            self._tokens.fill_(tokens[0])
+        else:
+            self._tokens.copy_(torch.tensor(tokens)[:, None])
+        output = self._model(self._tokens, cache=self._cache, last_only=True)
+        return self._choose(output.logits[:, -1])
+
+    @torch.inference_mode()
+    def keep(self, slots: list[int]) -> None:
+        """Let the other rows leave."""
+        self.rows = [self.rows[slot] for slot in slots]
+        self._generators = [self._generators[slot] for slot in slots]
+        self._cache = self._cache.select(slots)
+        self._tokens = torch.empty(len(slots), 1, dtype=torch.long, device=self._model.device)
+        if self._history is not None:
+            self._history = self._history.select(slots)
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        if self._is_plain_greedy:
+            return choose_greedy(logits)
+        tokens = choose(logits, self._sampling, self._generators, self._history)
+        if self._history is not None:
+            self._history.add(torch.tensor(tokens, device=logits.device))
+        return tokens
+
+
+def _generator(seed: int | None, row: int) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed + row)
+    return generator

@@ -1,0 +1,68 @@
+"""Where a text ends: stop strings that may span token borders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from deepseek.data import IncrementalDecoder, Tokenizer
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string; holds back what could be the start of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Watch for `stops`, none of them empty."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+
+    def push(self, text: str) -> str:
+        """Take more text and return what is certainly not part of a stop string."""
+        if not self._stops:
+            return text
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            passed, self._held, self.is_stopped = self._held[: min(found)], "", True
+            return passed
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        passed, self._held = self._held[:cut], self._held[cut:]
+        return passed
+
+    def flush(self) -> str:
+        """Return what was held back: the text ended before it became a stop string."""
+        passed, self._held = self._held, ""
+        return passed
+
+
+class TextStream:
+    """The text of one row as its tokens come: decoded, and cut at the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        """Start an empty text that ends at any of `stops`."""
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._matcher = StopMatcher(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once a stop string was met; it and what follows are not in the text."""
+        return self._matcher.is_stopped
+
+    def push(self, token_id: int) -> str:
+        """Take one more token and return the text that is settled."""
+        text = self._decoder.push(token_id)
+        return self._matcher.push(text) if text else ""
+
+    def flush(self) -> str:
+        """Return the rest of the text."""
+        text = self._matcher.push(self._decoder.flush())
+        return text if self.is_stopped else text + self._matcher.flush()
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
