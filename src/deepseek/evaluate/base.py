@@ -1,11 +1,10 @@
-"""The seam of this room: what a model and a tokenizer must offer to be measured, and how each measurement runs them."""
+"""The seam of this room: what a model and a tokenizer must offer to be measured."""
 
 from __future__ import annotations
 
-import inspect
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -18,10 +17,11 @@ from deepseek.errors import ConfigError, ShapeError, describe
 Progress = Callable[[str, float | None], None]
 """Called with what is being done and the share that is done (0 to 1, None when unknown)."""
 
-Condition = str | int | float | bool | None | list[int] | list[float]
+Condition = str | int | float | bool | None
+"""A value among the conditions of a Measurement."""
 
 ROWS_PER_SLICE = 256
-"""Rows of logits that are turned into fp32 probabilities at a time: bounds the copy at 256 x vocabulary x 4 bytes."""
+"""Rows of logits held in fp32 at a time: 256 x vocabulary x 4 bytes, whatever the window."""
 
 
 class HasLogits(Protocol):
@@ -31,28 +31,38 @@ class HasLogits(Protocol):
 
 
 class CausalModel(Protocol):
-    """A callable from token ids to next-token logits: our `Decoder`, a model of transformers, or a function.
+    """A callable from token ids to next-token logits.
 
-    Contract: `input_ids` [B, T] int64 on the model's device gives `.logits` [B, T, V] (or that tensor itself); the
-    logits at a position depend on no later position; `attention_mask` [B, T] is passed only when a row is padded
-    on its right. A model whose `forward` has `logits_to_keep` is asked for the last positions only.
+    Our `Decoder`, a model of transformers, or a function. Contract: `input_ids` [B, T] int64 on
+    the model's device gives `.logits` [B, T, V], or that tensor itself; the logits at a position
+    depend on no later position; `attention_mask` [B, T] is passed only when a row is padded on its
+    right. `get_output_embeddings()`, where it is there, gives the head, and only the positions
+    that are wanted go through it.
     """
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> HasLogits | Tensor: ...
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> HasLogits | Tensor: ...
 
 
 class TextTokenizer(Protocol):
     """The part of a tokenizer that is used here; ours and those of transformers have it."""
 
     @property
-    def bos_token_id(self) -> int | None: ...
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, if there is one."""
 
     @property
-    def eos_token_id(self) -> int | None: ...
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, if there is one."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return a text as tokens."""
+        ...
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Return tokens as text."""
+        ...
 
 
 def tokenizer_of(model: CausalModel, given: TextTokenizer | None, owner: str) -> TextTokenizer:
@@ -64,12 +74,14 @@ def tokenizer_of(model: CausalModel, given: TextTokenizer | None, owner: str) ->
     tokenizer = given if given is not None else getattr(model, "tokenizer", None)
     if tokenizer is None:
         step = "Pass tokenizer=..., or load a bundle that has a tokenizer.json"
-        raise ConfigError(describe("tokenizer", owner, "given or attached to the model", None, step))
+        raise ConfigError(
+            describe("tokenizer", owner, "given or attached to the model", None, step)
+        )
     return tokenizer
 
 
 def max_positions_of(model: CausalModel) -> int | None:
-    """Return how many tokens the model was made for, or None when its configuration does not say."""
+    """Return how many tokens the model was made for; None when its configuration is silent."""
     config = getattr(model, "config", None)
     for field in ("max_positions", "max_position_embeddings", "n_positions"):
         value = getattr(config, field, None)
@@ -87,7 +99,7 @@ def device_of(model: CausalModel) -> torch.device:
 
 
 def address_of(model: CausalModel) -> str | None:
-    """Return the folder or name that the model was loaded from, or None for a model made in memory."""
+    """Return the folder or name the model came from; None for one made in memory."""
     bundle = getattr(model, "bundle", None)
     if bundle is not None:
         return str(bundle.path)
@@ -96,11 +108,15 @@ def address_of(model: CausalModel) -> str | None:
 
 
 def model_conditions(model: CausalModel) -> dict[str, Condition]:
-    """Return what must be known of the model and the machine to read a figure: name, dtype, device, threads."""
+    """Return what must be known of model and machine to read a figure."""
     address = address_of(model)
     bundle = getattr(model, "bundle", None)
     conditions: dict[str, Condition] = {
-        "model": bundle.card.name if bundle is not None else Path(address).name if address else type(model).__name__,
+        "model": bundle.card.name
+        if bundle is not None
+        else Path(address).name
+        if address
+        else type(model).__name__,
         "implementation": type(model).__module__.split(".")[0],
     }
     if isinstance(model, nn.Module):
@@ -124,7 +140,8 @@ def repeat_command(
         model: what was measured; `MODEL` stands for one that was made in memory.
         task: the name after `--task`.
         flags: option names with underscores and their values; None and False leave an option out.
-        repeatable: False when the data were handed over in Python and no file holds them: the command is empty.
+        repeatable: False when the data were handed over in Python and no file holds them: the
+            command is empty.
     """
     if not repeatable:
         return ""
@@ -140,7 +157,7 @@ def repeat_command(
 
 @contextmanager
 def measuring(model: CausalModel) -> Iterator[None]:
-    """Run the body in evaluation mode and without gradients; the model's mode is put back afterwards."""
+    """Run the body in evaluation mode without gradients, then put the mode back."""
     was_training = isinstance(model, nn.Module) and model.training
     if isinstance(model, nn.Module):
         model.eval()
@@ -158,26 +175,92 @@ def position_logits(
     """Return the logits [B, T - first, V] of the positions from `first` on.
 
     Args:
-        model: the seam above.
+        model: see `CausalModel`.
         input_ids: [B, T] int64.
-        first: first position that is wanted; the ones before are not even computed where the model can.
+        first: first position that is wanted; logits before it are not even computed where the
+            model has a head of its own.
         attention_mask: [B, T], 0 = padding on the right; None when no row is padded.
 
     Raises:
         ShapeError: the model returned something that is not [B, T, V].
     """
-    wanted = input_ids.shape[1] - first
-    options: dict[str, Tensor | int] = {}
-    if attention_mask is not None:
-        options["attention_mask"] = attention_mask
-    if _keeps_last_positions(model):
-        options["logits_to_keep"] = wanted
-    output = model(input_ids, **options)  # type: ignore[arg-type]
+    head, length = _head_of(model), input_ids.shape[1]
+    if head is None:
+        return _checked_logits(model, input_ids, attention_mask, length - first)
+
+    def keep_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (inputs[0][:, first:],) if inputs[0].shape[1] == length else None
+
+    with _before(head, keep_last):
+        return _checked_logits(model, input_ids, attention_mask, length - first)
+
+
+def logit_slices(model: CausalModel, input_ids: Tensor, first: int) -> Iterator[Tensor]:
+    """Yield the logits [up to 256, V] that predict the tokens after `first`, row after row.
+
+    Together they are positions `first` to T - 2 of row 0, then of row 1, and so on. The head runs
+    on one slice at a time, so the memory needed does not grow with the window. Where a model does
+    more after its head than the head's product (a soft cap), or hides its head, all its logits of
+    these positions are computed at once and then sliced.
+
+    Args:
+        model: see `CausalModel`.
+        input_ids: [B, T] int64, no padding.
+        first: 0 to T - 2.
+
+    Raises:
+        ShapeError: the model returned something that is not [B, T, V].
+    """
+    head = _head_of(model)
+    states = None if head is None else _states_before(head, model, input_ids)
+    if head is None or states is None:
+        logits = position_logits(model, input_ids, first)[:, :-1].flatten(0, 1)
+        yield from logits.split(ROWS_PER_SLICE)
+        return
+    for rows in states[:, first:-1].flatten(0, 1).split(ROWS_PER_SLICE):
+        yield head(rows)
+
+
+def _states_before(head: nn.Module, model: CausalModel, input_ids: Tensor) -> Tensor | None:
+    """Return what enters the head [B, T, hidden]; None if its product alone is not the logits."""
+    seen: list[Tensor] = []
+
+    def keep_states(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen.append(inputs[0])
+        return (inputs[0][:, -1:],)
+
+    with _before(head, keep_states):
+        last = _checked_logits(model, input_ids, None, 1)
+    if len(seen) != 1 or seen[0].shape[:2] != input_ids.shape:
+        return None
+    return seen[0] if torch.equal(head(seen[0][:, -1:]).to(last.dtype), last) else None
+
+
+def _checked_logits(
+    model: CausalModel, input_ids: Tensor, attention_mask: Tensor | None, wanted: int
+) -> Tensor:
+    output = model(input_ids) if attention_mask is None else model(input_ids, attention_mask)
     logits = output if isinstance(output, Tensor) else output.logits
     if logits.ndim != 3 or logits.shape[0] != input_ids.shape[0] or logits.shape[1] < wanted:
         must = f"logits [{input_ids.shape[0]}, {input_ids.shape[1]}, vocabulary]"
         raise ShapeError(describe("output", type(model).__name__, must, tuple(logits.shape)))
     return logits[:, -wanted:]
+
+
+def _head_of(model: CausalModel) -> nn.Module | None:
+    """Return the module that turns states into logits, by the name that transformers gave it."""
+    ask = getattr(model, "get_output_embeddings", None) if isinstance(model, nn.Module) else None
+    head = ask() if callable(ask) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+@contextmanager
+def _before(head: nn.Module, hook: Callable[..., tuple[Tensor, ...] | None]) -> Iterator[None]:
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def target_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,8 +273,9 @@ def target_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         targets: [N] int64.
 
     Returns:
-        log-likelihoods [N] fp64 in nats, and ranks [N] int64: how many tokens are more likely; 0 = the greedy choice
-        (ties count in the target's favour only against tokens of a higher id, as argmax does).
+        log-likelihoods [N] fp64 in nats, and ranks [N] int64: how many tokens are more likely; 0 =
+        the greedy choice (ties count in the target's favour only against tokens of a higher id, as
+        argmax does).
     """
     scores, ranks = [], []
     for begin in range(0, len(targets), ROWS_PER_SLICE):
@@ -204,11 +288,3 @@ def target_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if not scores:
         return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
     return torch.cat(scores), torch.cat(ranks)
-
-
-def _keeps_last_positions(model: CausalModel) -> bool:
-    call = model.forward if isinstance(model, nn.Module) else model
-    try:
-        return "logits_to_keep" in inspect.signature(call).parameters
-    except (TypeError, ValueError):
-        return False

@@ -50,10 +50,10 @@ class Corpus:
         return str(self.path) if self.path is not None else None
 
     def documents(self, min_characters: int = 2000) -> list[str]:
-        """Return the text as separate documents, for resampling and for scoring without context across borders.
+        """Return the text as separate documents, to be scored apart and resampled.
 
-        Parts between separators are joined until each has `min_characters`; the rest joins the last document.
-        Joined again by the separator the documents are the text.
+        Parts between separators are joined until each has `min_characters`; the rest joins the last
+        document. Joined again by the separator the documents are the text.
         """
         documents: list[str] = []
         pending: list[str] = []
@@ -71,11 +71,12 @@ class Corpus:
 
 
 def default_corpus() -> Corpus:
-    """Return the language reference that CPython carries (`pydoc_data.topics`): technical prose with code.
+    """Return the language reference that CPython carries (`pydoc_data.topics`): prose with code.
 
-    Sections that stand in several topics are kept once, since a repeated paragraph is easy to predict; lines that
-    only underline a heading are dropped. About 0.37 million characters in CPython 3.11. The text differs between
-    versions of Python: compare figures only where `text_sha256` is the same.
+    Sections that stand in several topics are kept once, since a repeated paragraph is easy to
+    predict; lines that only underline a heading are dropped. About 0.37 million characters in
+    CPython 3.11. The text differs between versions of Python: compare figures only where
+    `text_sha256` is the same.
 
     Raises:
         ConfigError: this Python comes without `pydoc_data` (some slimmed builds).
@@ -84,7 +85,9 @@ def default_corpus() -> Corpus:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError as error:
         step = "Give a text file in its place"
-        raise ConfigError(describe("default text", "this Python", "in pydoc_data.topics", "none", step)) from error
+        raise ConfigError(
+            describe("default text", "this Python", "in pydoc_data.topics", "none", step)
+        ) from error
     seen: set[str] = set()
     kept: list[str] = []
     for name in sorted(topics):
@@ -112,18 +115,26 @@ def read_corpus(path: str | Path) -> Corpus:
     except IsADirectoryError:
         raise ConfigError(describe("file", owner, "a file, not a folder", str(path))) from None
     except PermissionError:
-        raise ConfigError(describe("file", owner, "readable", str(path), "Check its permissions")) from None
+        raise ConfigError(
+            describe("file", owner, "readable", str(path), "Check its permissions")
+        ) from None
     if b"\0" in data:
         got = f"{path.name} with a zero byte at offset {data.index(0)}"
-        raise FormatError(describe("file", owner, "text, not binary", got, "Give a UTF-8 text file"))
+        raise FormatError(
+            describe("file", owner, "text, not binary", got, "Give a UTF-8 text file")
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         got = f"{path.name} with byte 0x{data[error.start]:02x} at offset {error.start}"
-        raise FormatError(describe("file", owner, "UTF-8", got, "Convert it to UTF-8 first")) from None
+        raise FormatError(
+            describe("file", owner, "UTF-8", got, "Convert it to UTF-8 first")
+        ) from None
     if not text.strip():
         got = f"{path.name} ({len(data)} bytes)"
-        raise FormatError(describe("file", owner, "a text with something in it", got, "Give another file"))
+        raise FormatError(
+            describe("file", owner, "a text with something in it", got, "Give another file")
+        )
     return Corpus(name=path.name, text=text.replace("\r\n", "\n"), path=path)
 
 

@@ -1,4 +1,4 @@
-"""How far a model has moved from its reference: Kullback-Leibler divergence and agreement, token by token."""
+"""How far a model has moved from its reference: divergence and agreement, token by token."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.evaluate.base import (
-    ROWS_PER_SLICE,
     CausalModel,
     Condition,
     Progress,
     TextTokenizer,
     address_of,
+    logit_slices,
     measuring,
     model_conditions,
-    position_logits,
     repeat_command,
     tokenizer_of,
 )
@@ -61,8 +60,9 @@ def divergence(
 ) -> DivergenceResult:
     """Measure how a model's predictions differ from a reference's on the same text.
 
-    Both see the same windows, one batch after the other; nothing of the size of the text times the vocabulary is
-    kept. The positions are those whose next token `perplexity` scores. A model against itself gives exactly 0.
+    Both see the same windows, one batch after the other; nothing of the size of the text times the
+    vocabulary is kept. The positions are those whose next token `perplexity` scores. A model
+    against itself gives exactly 0.
 
     Args:
         model: the one that was changed (quantized, pruned, another attention).
@@ -76,8 +76,8 @@ def divergence(
         progress: called after each batch.
 
     Returns:
-        mean KL(reference || model) with a block bootstrap interval, top-1 agreement with a Wilson interval over the
-        same blocks, and both at every position.
+        mean KL(reference || model) with a block bootstrap interval, top-1 agreement with a Wilson
+        interval over the same blocks, and both at every position.
 
     Raises:
         ConfigError: fewer than two tokens, no tokenizer, or a window or stride out of range.
@@ -89,12 +89,24 @@ def divergence(
     corpus = as_corpus(text)
     ids = list(tokenizer.encode(corpus.text))[:max_tokens]
     if len(ids) < 2:
-        raise ConfigError(describe("text", "divergence", "at least 2 tokens long", corpus.text[:40]))
-    divergences, agreements = token_divergences(model, reference, ids, window, stride, progress=progress)
+        raise ConfigError(
+            describe("text", "divergence", "at least 2 tokens long", corpus.text[:40])
+        )
+    divergences, agreements = token_divergences(
+        model, reference, ids, window, stride, progress=progress
+    )
     conditions: dict[str, Condition] = {**model_conditions(model), **corpus.conditions()}
-    conditions |= {f"reference_{name}": fact for name, fact in model_conditions(reference).items() if name in _SHOWN}
+    conditions |= {
+        f"reference_{name}": fact
+        for name, fact in model_conditions(reference).items()
+        if name in _SHOWN
+    }
     conditions |= {"tokens": len(divergences), "window": window, "stride": stride, "seed": seed}
-    flags = {"reference": address_of(reference) or "REFERENCE", "text": corpus.flag(), "window": window}
+    flags = {
+        "reference": address_of(reference) or "REFERENCE",
+        "text": corpus.flag(),
+        "window": window,
+    }
     flags |= {"stride": stride, "max_tokens": max_tokens, "seed": seed}
     command = repeat_command(model, "divergence", flags, repeatable=corpus.is_repeatable)
     return DivergenceResult(
@@ -114,7 +126,7 @@ def token_divergences(
     *,
     progress: Progress | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return KL(reference || model) [tokens - 1] fp64 in nats and top-1 agreement [tokens - 1] at each position.
+    """Return KL(reference || model) and top-1 agreement at each position.
 
     Args:
         model: see `base.CausalModel`.
@@ -124,6 +136,10 @@ def token_divergences(
         stride: as in `perplexity`.
         progress: called after each batch.
 
+    Returns:
+        divergences [tokens - 1] fp64 in nats, and whether the likeliest token is the same
+        [tokens - 1].
+
     Raises:
         ShapeError: the vocabularies differ.
     """
@@ -132,37 +148,43 @@ def token_divergences(
     agreements: list[Tensor] = []
     num_done = 0
     with measuring(model), measuring(reference):
-        for windows, (length, num_scored) in window_batches(plan_windows(len(tokens), window, stride)):
+        for windows, (length, num_scored) in window_batches(
+            plan_windows(len(tokens), window, stride)
+        ):
             first = length - num_scored - 1
-            theirs = position_logits(reference, batch_ids(reference, tokens, windows)[0], first)[:, :-1]
-            ours = position_logits(model, batch_ids(model, tokens, windows)[0], first)[:, :-1]
-            if ours.shape != theirs.shape:
-                must = f"over the reference's vocabulary of {theirs.shape[-1]}"
-                raise ShapeError(describe("logits", type(model).__name__, must, ours.shape[-1]))
-            found = _row_divergences(theirs.flatten(0, 1), ours.flatten(0, 1).to(theirs.device))
-            divergences.append(found[0])
-            agreements.append(found[1])
+            theirs = logit_slices(reference, batch_ids(reference, tokens, windows)[0], first)
+            ours = logit_slices(model, batch_ids(model, tokens, windows)[0], first)
+            for expected, found in zip(theirs, ours, strict=True):
+                if expected.shape != found.shape:
+                    must = f"over the reference's vocabulary of {expected.shape[-1]}"
+                    got = found.shape[-1]
+                    raise ShapeError(describe("logits", type(model).__name__, must, got))
+                divergence_of_rows, agreement_of_rows = _compare(expected, found)
+                divergences.append(divergence_of_rows)
+                agreements.append(agreement_of_rows)
             num_done += num_scored * len(windows)
             if progress is not None:
                 progress("divergence", num_done / max(len(tokens) - 1, 1))
     return torch.cat(divergences), torch.cat(agreements)
 
 
-def _row_divergences(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(reference || model) [N] fp64 and argmax agreement [N] of logits [N, V], a slice of rows at a time."""
-    divergences, agreements = [], []
-    for begin in range(0, len(reference), ROWS_PER_SLICE):
-        theirs = reference[begin : begin + ROWS_PER_SLICE].float().log_softmax(dim=1)
-        ours = model[begin : begin + ROWS_PER_SLICE].float().log_softmax(dim=1)
-        # A token that the reference excludes (-inf) adds nothing, whatever the model says of it.
-        terms = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - ours))
-        divergences.append(terms.sum(dim=1, dtype=torch.float64).cpu())
-        agreements.append((theirs.argmax(dim=1) == ours.argmax(dim=1)).cpu())
-    return torch.cat(divergences), torch.cat(agreements)
+def _compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(reference || model) [N] fp64 and argmax agreement [N] of logits [N, V]."""
+    theirs = reference.float().log_softmax(dim=1)
+    ours = model.to(reference.device).float().log_softmax(dim=1)
+    chances = theirs.exp()
+    # What the reference gives no chance adds nothing, even where both logarithms are infinite.
+    terms = torch.where(chances == 0, 0.0, chances * (theirs - ours))
+    agreement = theirs.argmax(dim=1) == ours.argmax(dim=1)
+    return terms.sum(dim=1, dtype=torch.float64).cpu(), agreement.cpu()
 
 
 def _measurements(
-    divergences: Tensor, agreements: Tensor, seed: int, conditions: dict[str, Condition], command: str
+    divergences: Tensor,
+    agreements: Tensor,
+    seed: int,
+    conditions: dict[str, Condition],
+    command: str,
 ) -> list[Measurement]:
     block = block_length(len(divergences))
     sums, sizes = block_sums(divergences.numpy(), block)
@@ -174,7 +196,10 @@ def _measurements(
             value=float(divergences.mean()),
             unit="nats/token",
             spread=bootstrap_ratio(sums, sizes, seed=seed),
-            conditions={**conditions, "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples"},
+            conditions={
+                **conditions,
+                "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples",
+            },
             command=command,
         ),
         Measurement(
@@ -182,7 +207,10 @@ def _measurements(
             value=float(agreements.double().mean()),
             unit="1",
             spread=clustered_wilson(agreed, sizes),
-            conditions={**conditions, "interval": f"Wilson at the effective number of tokens, {blocks}"},
+            conditions={
+                **conditions,
+                "interval": f"Wilson at the effective number of tokens, {blocks}",
+            },
             command=command,
         ),
     ]

@@ -38,11 +38,11 @@ def wilson(num_successes: float, num_trials: float, *, z: float | None = None) -
 
 
 def clustered_wilson(successes: FloatArray, trials: FloatArray) -> Spread | None:
-    """Return the 95 % interval of a share whose trials come in clusters that hang together (tokens of a passage).
+    """Return the 95 % interval of a share whose trials hang together in clusters.
 
-    The Wilson interval at the effective number of trials, share (1 - share) / variance between clusters, with
-    Student's quantile for the number of clusters. Where every trial agrees the variance says nothing, and the
-    clusters are counted as the trials.
+    The Wilson interval at the effective number of trials, share (1 - share) / variance between
+    clusters, with Student's quantile for the number of clusters. Where every trial agrees the
+    variance says nothing, and the clusters are counted as the trials.
 
     Args:
         successes: [clusters].
@@ -51,8 +51,8 @@ def clustered_wilson(successes: FloatArray, trials: FloatArray) -> Spread | None
     Returns:
         None for a single cluster, which says nothing of how clusters differ.
 
-    Source: Korn and Graubard, Survey Methodology 24 (1998), 193; they put the effective size in the exact interval,
-    here it goes in Wilson's.
+    Source: Korn and Graubard, Survey Methodology 24 (1998), 193; they put the effective size in the
+    exact interval, here it goes in Wilson's.
     """
     num_clusters, num_trials = len(trials), float(np.sum(trials))
     if num_clusters < 2:
@@ -61,7 +61,11 @@ def clustered_wilson(successes: FloatArray, trials: FloatArray) -> Spread | None
     residuals = successes - share * trials
     variance = num_clusters / (num_clusters - 1) * float(np.sum(residuals**2)) / num_trials**2
     spread_of_one = share * (1 - share)
-    effective = min(num_trials, spread_of_one / variance) if variance > 0 and spread_of_one > 0 else num_clusters
+    effective = (
+        min(num_trials, spread_of_one / variance)
+        if variance > 0 and spread_of_one > 0
+        else num_clusters
+    )
     return wilson(share * effective, effective, z=student_quantile(num_clusters - 1))
 
 
@@ -72,11 +76,11 @@ def bootstrap_ratio(
     seed: int = 0,
     transform: Callable[[FloatArray], FloatArray] | None = None,
 ) -> Spread | None:
-    """Return the 95 % bootstrap interval of sum(numerators) / sum(denominators) over units drawn with replacement.
+    """Return the 95 % bootstrap interval of sum(numerators) / sum(denominators) over units.
 
-    A unit is a document, an item, or a block of consecutive tokens (block bootstrap: dependence inside a block is
-    kept). The percentile interval is widened for small numbers of units (Hesterberg's expanded percentile), for
-    which the plain one covers too rarely.
+    A unit is a document, an item, or a block of consecutive tokens (block bootstrap: dependence
+    inside a block is kept). The percentile interval is widened for small numbers of units
+    (Hesterberg's expanded percentile), for which the plain one covers too rarely.
 
     Args:
         numerators: [units], for instance the summed loss of each.
@@ -87,8 +91,9 @@ def bootstrap_ratio(
     Returns:
         None for fewer than two units.
 
-    Source: Kunsch, Annals of Statistics 17 (1989), 1217 (blocks; here they do not overlap, as in Carlstein 1986);
-    Hesterberg, The American Statistician 69 (2015), 371, section 3.3 (expanded percentile).
+    Source: Kunsch, Annals of Statistics 17 (1989), 1217 (blocks; here they do not overlap, as in
+    Carlstein 1986); Hesterberg, The American Statistician 69 (2015), 371, section 3.3 (expanded
+    percentile).
     """
     num_units = len(numerators)
     if num_units < 2:
@@ -99,14 +104,16 @@ def bootstrap_ratio(
     for _ in range(0, NUM_RESAMPLES, _ROWS_PER_DRAW):
         counts = generator.multinomial(num_units, chances, size=_ROWS_PER_DRAW)
         ratios.append((counts @ numerators) / (counts @ denominators))
-    tail = NormalDist().cdf(-math.sqrt(num_units / (num_units - 1)) * student_quantile(num_units - 1))
+    tail = NormalDist().cdf(
+        -math.sqrt(num_units / (num_units - 1)) * student_quantile(num_units - 1)
+    )
     ends = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     low, high = transform(ends) if transform is not None else ends
     return Spread("ci95", float(low), float(high))
 
 
 def block_sums(values: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:
-    """Return the sums and the sizes of consecutive blocks of values; a short rest joins the last whole block.
+    """Return sums and sizes of consecutive blocks; a short rest joins the last block.
 
     Args:
         values: [tokens] in the order of the text.
@@ -120,8 +127,8 @@ def block_sums(values: FloatArray, block: int) -> tuple[FloatArray, FloatArray]:
 def block_length(num_tokens: int) -> int:
     """Return how many tokens a bootstrap block has: about 64 blocks, but 16 to 512 tokens each.
 
-    Losses of neighbouring tokens hang together over a sentence or two; a block must be longer than that, and there
-    must be enough blocks to see how they differ.
+    Losses of neighbouring tokens hang together over a sentence or two; a block must be longer than
+    that, and there must be enough blocks to see how they differ.
     """
     return min(512, max(16, num_tokens // 64))
 
@@ -129,7 +136,8 @@ def block_length(num_tokens: int) -> int:
 def student_quantile(degrees: int) -> float:
     """Return the 97.5 % quantile of Student's t.
 
-    Exact for 1 and 2 degrees of freedom, Cornish and Fisher's expansion above (error below 0.4 % at 3 and falling).
+    Exact for 1 and 2 degrees of freedom, Cornish and Fisher's expansion above (error below 0.4 % at
+    3 and falling).
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5.
     """

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate.base import (
+    ROWS_PER_SLICE,
     CausalModel,
     Condition,
     Progress,
     TextTokenizer,
+    logit_slices,
     measuring,
     model_conditions,
-    position_logits,
     repeat_command,
     target_scores,
     tokenizer_of,
@@ -36,7 +37,7 @@ class PerplexityResult:
     measurements: list[Measurement]
     """`perplexity` and `bits_per_byte`."""
     losses: tuple[Tensor, ...]
-    """Negative log-likelihood of each scored token [tokens - 1] fp64 in nats, one tensor a document."""
+    """Negative log-likelihoods [tokens - 1] fp64 in nats, one tensor a document."""
 
 
 def perplexity(
@@ -51,18 +52,21 @@ def perplexity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> PerplexityResult:
-    """Measure how well a model predicts a text: exp of the mean loss of its tokens, and bits per byte.
+    """Measure how well a model predicts a text: exp of its mean loss, and bits per byte.
 
-    Every token but the first is scored once, with up to `window - 1` tokens before it. The 95 % interval is a
-    bootstrap: over the documents where several are given, else over blocks of consecutive tokens (block bootstrap,
-    about 64 blocks). It says what another text of this kind would give, not how exact the arithmetic is.
+    Every token but the first is scored once, with up to `window - 1` tokens before it. The 95 %
+    interval is a
+    bootstrap: over the documents where several are given, else over blocks of consecutive tokens
+    (block bootstrap, about 64 blocks). It says what another text of this kind would give, not how
+    exact the arithmetic is.
 
     Args:
         model: see `base.CausalModel`.
-        text: a string, a corpus, or documents that are scored apart (no context across their borders); None = the
-            default corpus.
+        text: a string, a corpus, or documents that are scored apart (no context across their
+            borders); None = the default corpus.
         tokenizer: None = the model's own.
-        window: tokens that the model sees at once; None = 1024, or the model's length if that is shorter.
+        window: tokens that the model sees at once; None = 1024, or the model's length if that is
+            shorter.
         stride: tokens between two windows; None = half a window.
         max_tokens: only the first tokens of the text (of all documents together); None = all.
         batch_size: windows at once; None = 2048 tokens' worth.
@@ -75,8 +79,8 @@ def perplexity(
     Raises:
         ConfigError: fewer than two tokens, no tokenizer, or a window or stride out of range.
 
-    Source: "Perplexity of fixed-length models" in the documentation of transformers. Deviation: the mean is exact
-    over tokens (the loop there weights a window by one token too few).
+    Source: "Perplexity of fixed-length models" in the documentation of transformers. Deviation: the
+    mean is exact over tokens (the loop there weights a window by one token too few).
     """
     tokenizer = tokenizer_of(model, tokenizer, "perplexity")
     window, stride = window_and_stride(model, window, stride)
@@ -84,14 +88,29 @@ def perplexity(
     encoded, num_bytes = _encode(tokenizer, corpora, max_tokens)
     num_scored = sum(len(ids) - 1 for ids in encoded)
     if num_scored < 1:
-        raise ConfigError(describe("text", "perplexity", "at least 2 tokens long", corpora[0].text[:40]))
+        raise ConfigError(
+            describe("text", "perplexity", "at least 2 tokens long", corpora[0].text[:40])
+        )
     losses: list[Tensor] = []
     for number, ids in enumerate(encoded):
         share = _scaled(progress, number, len(encoded))
-        losses.append(token_losses(model, ids, window, stride, batch_size=batch_size, progress=share))
+        losses.append(
+            token_losses(model, ids, window, stride, batch_size=batch_size, progress=share)
+        )
     conditions: dict[str, Condition] = {**model_conditions(model), **_text_facts(corpora)}
-    conditions |= {"tokens": num_scored, "window": window, "stride": stride, "documents": len(encoded)}
-    flags = {"text": corpora[0].flag(), "window": window, "stride": stride, "max_tokens": max_tokens, "seed": seed}
+    conditions |= {
+        "tokens": num_scored,
+        "window": window,
+        "stride": stride,
+        "documents": len(encoded),
+    }
+    flags = {
+        "text": corpora[0].flag(),
+        "window": window,
+        "stride": stride,
+        "max_tokens": max_tokens,
+        "seed": seed,
+    }
     repeatable = len(corpora) == 1 and corpora[0].is_repeatable
     command = repeat_command(model, "perplexity", flags, repeatable=repeatable)
     measurements = _measurements(losses, num_bytes, seed, conditions, command)
@@ -124,11 +143,14 @@ def token_losses(
     parts: list[Tensor] = []
     num_done, num_wanted = 0, max(len(tokens) - 1, 1)
     with measuring(model):
-        for windows, (length, num_scored) in window_batches(plan_windows(len(tokens), window, stride), batch_size):
+        for windows, (length, num_scored) in window_batches(
+            plan_windows(len(tokens), window, stride), batch_size
+        ):
             rows, targets = batch_ids(model, tokens, windows)
-            logits = position_logits(model, rows, length - num_scored - 1)[:, :-1]
-            for row, wanted in zip(logits, targets, strict=True):
-                parts.append(-target_scores(row, wanted)[0])
+            wanted = targets.flatten().split(ROWS_PER_SLICE)
+            slices = logit_slices(model, rows, length - num_scored - 1)
+            for logits, following in zip(slices, wanted, strict=True):
+                parts.append(-target_scores(logits, following)[0])
             num_done += targets.numel()
             if progress is not None:
                 progress("perplexity", num_done / num_wanted)
@@ -142,7 +164,7 @@ def _is_documents(text: str | Corpus | Sequence[str] | None) -> bool:
 def _encode(
     tokenizer: TextTokenizer, corpora: Sequence[Corpus], max_tokens: int | None
 ) -> tuple[list[list[int]], int]:
-    """Return the tokens of each document that has any to score, and how many bytes the scored tokens stand for."""
+    """Return the tokens of each document worth scoring, and the bytes the scored tokens make."""
     encoded: list[list[int]] = []
     num_bytes, num_left = 0, max_tokens
     for corpus in corpora:
@@ -160,7 +182,11 @@ def _encode(
 
 
 def _measurements(
-    losses: Sequence[Tensor], num_bytes: int, seed: int, conditions: dict[str, Condition], command: str
+    losses: Sequence[Tensor],
+    num_bytes: int,
+    seed: int,
+    conditions: dict[str, Condition],
+    command: str,
 ) -> list[Measurement]:
     if len(losses) > 1:
         sums = np.array([float(loss.sum()) for loss in losses])
@@ -175,24 +201,45 @@ def _measurements(
     facts = {**conditions, "interval": method, "seed": seed}
     found = [
         Measurement(
-            name="perplexity", value=math.exp(mean), unit="1", spread=spread, conditions=facts, command=command
+            name="perplexity",
+            value=math.exp(mean),
+            unit="1",
+            spread=spread,
+            conditions=facts,
+            command=command,
         )
     ]
     if num_bytes > 0:
-        found.append(_bits_per_byte(mean * float(sizes.sum()), num_bytes, spread, mean, facts, command))
+        found.append(
+            _bits_per_byte(mean * float(sizes.sum()), num_bytes, spread, mean, facts, command)
+        )
     return found
 
 
 def _bits_per_byte(
-    total: float, num_bytes: int, spread: Spread | None, mean: float, facts: dict[str, Condition], command: str
+    total: float,
+    num_bytes: int,
+    spread: Spread | None,
+    mean: float,
+    facts: dict[str, Condition],
+    command: str,
 ) -> Measurement:
-    """Return the loss in bits per byte of text: the same interval, on another scale (bytes per token held fixed)."""
+    """Return the loss in bits per byte: the same interval, with bytes per token held fixed."""
     value = total / math.log(2) / num_bytes
     scale = value / mean if mean else 0.0
-    ends = Spread("ci95", math.log(spread.low) * scale, math.log(spread.high) * scale) if spread else None
+    ends = (
+        Spread("ci95", math.log(spread.low) * scale, math.log(spread.high) * scale)
+        if spread
+        else None
+    )
     conditions = {**facts, "bytes": num_bytes}
     return Measurement(
-        name="bits_per_byte", value=value, unit="bits/byte", spread=ends, conditions=conditions, command=command
+        name="bits_per_byte",
+        value=value,
+        unit="bits/byte",
+        spread=ends,
+        conditions=conditions,
+        command=command,
     )
 
 

@@ -1,4 +1,4 @@
-"""Sliding windows over a long text: every token is scored once, with as much context as the window allows."""
+"""Sliding windows over a long text: every token is scored once, in context."""
 
 from __future__ import annotations
 
@@ -25,20 +25,22 @@ class Window:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Length, and how many tokens at the end are scored: windows of one shape can share a batch."""
+        """Length and number of tokens scored: windows of one shape can share a batch."""
         return self.end - self.begin, self.end - self.scored
 
 
 def plan_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
     """Return the windows that score every token but the first exactly once.
 
-    The first window scores all of its tokens but the first, which nothing precedes; each later one begins `stride`
-    tokens further on and scores the tokens that none before it did, with at least `window - stride` before them.
+    The first window scores all of its tokens but the first, which nothing precedes; each later one
+    begins `stride` tokens further on and scores the tokens that none before it did, with at least
+    `window - stride` before them.
 
     Args:
         num_tokens: length of the text; below two there is nothing to score.
         window: tokens that the model sees at once, at least 2.
-        stride: 1 to `window - 1`. Small = more context for each token and more work (window / stride passes).
+        stride: 1 to `window - 1`. Small = more context for each token and more work (window /
+            stride passes).
 
     Raises:
         ConfigError: `window` or `stride` is out of range.
@@ -49,7 +51,9 @@ def plan_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
         raise ConfigError(describe("window", "plan_windows", "at least 2 tokens", window))
     if not 1 <= stride < window:
         step = "With stride = window the first token of each window would have no context"
-        raise ConfigError(describe("stride", "plan_windows", f"1 to {window - 1} (window - 1)", stride, step))
+        raise ConfigError(
+            describe("stride", "plan_windows", f"1 to {window - 1} (window - 1)", stride, step)
+        )
     windows: list[Window] = []
     scored = 1
     for begin in range(0, num_tokens, stride):
@@ -62,8 +66,12 @@ def plan_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
     return windows
 
 
-def window_and_stride(model: CausalModel, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Return the window and stride asked for, or else 1024 tokens (the model's length if shorter) and half of it.
+def window_and_stride(
+    model: CausalModel, window: int | None, stride: int | None
+) -> tuple[int, int]:
+    """Return the window and stride asked for.
+
+    The window is else 1024 tokens, or the model's length if shorter; the stride half of it.
 
     Raises:
         ConfigError: the window is longer than the model was made for.
@@ -72,7 +80,9 @@ def window_and_stride(model: CausalModel, window: int | None, stride: int | None
     if window is None:
         window = DEFAULT_WINDOW if limit is None else min(DEFAULT_WINDOW, limit)
     if limit is not None and window > limit:
-        raise ConfigError(describe("window", type(model).__name__, f"at most {limit} tokens, its length", window))
+        raise ConfigError(
+            describe("window", type(model).__name__, f"at most {limit} tokens, its length", window)
+        )
     return window, max(1, window // 2) if stride is None else stride
 
 
@@ -83,8 +93,8 @@ def window_batches(
 
     Args:
         windows: from `plan_windows`.
-        batch_size: most windows a batch; None = as many as have 2048 tokens together, which bounds the logits at
-            2048 x vocabulary.
+        batch_size: most windows a batch; None = as many as have 2048 tokens together, which bounds
+            the logits at 2048 x vocabulary.
     """
     pending: list[Window] = []
     for window in windows:
@@ -98,7 +108,7 @@ def window_batches(
 
 
 def batch_ids(model: CausalModel, ids: Tensor, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
-    """Return the tokens [B, T] of some windows of one shape, on the model's device, and their targets [B, S]."""
+    """Return the tokens [B, T] of windows of one shape, on the model's device, and targets."""
     rows = torch.stack([ids[window.begin : window.end] for window in windows])
     targets = rows[:, -windows[0].shape[1] :]
     return rows.to(device_of(model)), targets
