@@ -13,8 +13,9 @@ from deepseek.errors import ConfigError, describe
 class RopeConfig(Config):
     """Rotary position embedding and its rule for contexts beyond the training length.
 
-    Source: RoFormer (Su et al. 2021); `linear` Chen et al. 2023; `dynamic` the NTK-aware rule by sequence length;
-    `yarn` Peng et al. 2023; `llama3` the Llama 3.1 release. Formulas as in `transformers`.
+    Source: RoFormer (Su et al. 2021); `linear` Chen et al. 2023; `dynamic` the NTK-aware rule by
+    sequence length; `yarn` Peng et al. 2023; `llama3` the Llama 3.1 release. Formulas as in
+    `transformers`.
     """
 
     theta: float = 10000.0
@@ -23,7 +24,8 @@ class RopeConfig(Config):
     factor: float = 1.0
     """How many times the original context is stretched."""
     original_max_positions: int | None = None
-    """Context of the original training, in tokens (yarn, llama3); None for the model's `max_positions`."""
+    """Context of the original training, in tokens (yarn, llama3); None for the model's
+    `max_positions`."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -61,8 +63,8 @@ class LatentConfig(Config):
 class ExpertsConfig(Config):
     """A mixture of experts in place of the feed-forward of some layers.
 
-    Source: DeepSeekMoE (2401.06066) for shared and fine-grained experts; DeepSeek-V3 (2412.19437), section 2.1.2, for
-    sigmoid scores, the balancing bias and groups.
+    Source: DeepSeekMoE (2401.06066) for shared and fine-grained experts; DeepSeek-V3 (2412.19437),
+    section 2.1.2, for sigmoid scores, the balancing bias and groups.
     """
 
     num_experts: int
@@ -84,6 +86,18 @@ class ExpertsConfig(Config):
     num_active_groups: int = 1
     dense_layers: tuple[int, ...] = ()
     """Layers that keep a dense feed-forward."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_active <= self.num_experts:
+            must = f"between 1 and num_experts ({self.num_experts})"
+            raise ConfigError(describe("num_active", "ExpertsConfig", must, self.num_active))
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            must = f"a divisor of num_experts ({self.num_experts})"
+            raise ConfigError(describe("num_groups", "ExpertsConfig", must, self.num_groups))
+        if not 1 <= self.num_active_groups <= self.num_groups:
+            must = f"between 1 and num_groups ({self.num_groups})"
+            got = self.num_active_groups
+            raise ConfigError(describe("num_active_groups", "ExpertsConfig", must, got))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,7 +166,8 @@ class DecoderConfig(Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig(Config):
-    """A bidirectional encoder of the BERT family, with the pooling that makes a sentence vector of its states."""
+    """A bidirectional encoder of the BERT family, with the pooling that makes a sentence vector of
+    its states."""
 
     family: str = "bert"
     vocab_size: int

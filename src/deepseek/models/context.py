@@ -12,7 +12,8 @@ from deepseek.ops.attention import AttentionImpl, BlockTable, DenseKV, KVCache, 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PassContext:
-    """Placement, positions, cache and planner of one forward pass, made once and handed to every layer."""
+    """Placement, positions, cache and planner of one forward pass, made once and handed to every
+    layer."""
 
     layout: Layout
     cos: Tensor | None
@@ -25,8 +26,8 @@ class PassContext:
     impl: AttentionImpl
 
     def store(self, layer: int, keys: Tensor, values: Tensor | None) -> DenseKV | PagedKV:
-        """Write a layer's new keys and values [B, KV heads, T, dim] into the cache, if there is one; return what to
-        attend to. `values` is None when they lie in the keys."""
+        """Write a layer's new keys and values [B, KV heads, T, dim] into the cache, if there is
+        one; return what to attend to. `values` is None when they lie in the keys."""
         if self.cache is None:
             return DenseKV(keys, keys if values is None else values)
         pages = self.cache.layers[layer]

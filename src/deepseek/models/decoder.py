@@ -29,7 +29,8 @@ class CausalOutput(NamedTuple):
     logits: Tensor
     """[B, T, vocab]; [B, 1, vocab] with `last_only`."""
     hidden_states: tuple[Tensor, ...] | None
-    """Embedding output, then each layer's, the last one normed: layers + 1 tensors [B, T, hidden]."""
+    """Embedding output, then each layer's, the last one normed: layers + 1 tensors [B, T,
+    hidden]."""
 
 
 class DecoderLayer(nn.Module):
@@ -65,13 +66,15 @@ class DecoderStack(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model, built from its config and named as its Hugging Face family names its weights.
+    """A decoder-only language model, built from its config and named as its Hugging Face family
+    names its weights.
 
     `tokenizer` and `bundle` are set by whoever loads it; both stay None on a model made in memory.
 
     Args:
         config: what it is made of.
-        planner: what decides which blocks attention sees; None for the config's own windows, dense elsewhere.
+        planner: what decides which blocks attention sees; None for the config's own windows, dense
+            elsewhere.
         impl: execution of attention, see `deepseek.ops.attention.attention`.
     """
 
@@ -120,7 +123,8 @@ class Decoder(nn.Module):
         return self.lm_head
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
-        """Return an empty cache for `batch_size` rows of at most `max_tokens` tokens, to hand to `forward`."""
+        """Return an empty cache for `batch_size` rows of at most `max_tokens` tokens, to hand to
+        `forward`."""
         kind = Attention if self.config.latent is None else LatentAttention
         shapes = [kind.kv_shape(self.config)] * self.config.num_layers
         return KVCache.contiguous(
@@ -143,10 +147,12 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int64 [B, T]; or give `inputs_embeds` [B, T, hidden].
-            attention_mask: [B, T], 1 for a token, 0 for padding on either side. With a cache padding must be on the
-                right: row b then appends its first `attention_mask[b].sum()` tokens.
+            attention_mask: [B, T], 1 for a token, 0 for padding on either side. With a cache
+                padding must be on the right: row b then appends its first `attention_mask[b].sum()`
+                tokens.
             position_ids: int64 [B or 1, T]; None for the slot numbers (0 … T-1 without a cache).
-            labels: int64 [B, T], the tokens themselves (the shift is made here), -100 where none counts.
+            labels: int64 [B, T], the tokens themselves (the shift is made here), -100 where none
+                counts.
             cache: keys and values of earlier tokens; appended to.
             last_only: compute logits of each row's last token only.
             output_hidden_states: also return every layer's output.
@@ -225,7 +231,8 @@ class Decoder(nn.Module):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats of each label given the tokens before it, float32 scalar.
+    """Return the mean cross-entropy in nats of each label given the tokens before it, float32
+    scalar.
 
     Args:
         logits: [B, T, vocab].

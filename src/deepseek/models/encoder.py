@@ -30,9 +30,11 @@ class EncoderOutput(NamedTuple):
     last_hidden_state: Tensor
     """[B, T, hidden]."""
     pooler_output: Tensor | None
-    """[B, hidden]: tanh of a linear map of the first token's state; None where the checkpoint has no pooler."""
+    """[B, hidden]: tanh of a linear map of the first token's state; None where the checkpoint has
+    no pooler."""
     hidden_states: tuple[Tensor, ...] | None
-    """Embedding output and each layer's: layers + 1 tensors [B, T, hidden]; None unless asked for."""
+    """Embedding output and each layer's: layers + 1 tensors [B, T, hidden]; None unless asked
+    for."""
 
 
 class Embeddings(nn.Module):
@@ -186,7 +188,8 @@ class Encoder(nn.Module):
         return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None)
 
     def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
-        """Return one vector per text, [n, hidden], pooled and normalized as the config says, without gradient.
+        """Return one vector per text, [n, hidden], pooled and normalized as the config says,
+        without gradient.
 
         Texts longer than the model's positions are cut. Texts of like length share a batch.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deepseek.models.config import DecoderConfig, ExpertsConfig, LatentConfig
 from deepseek.models.context import PassContext
 from deepseek.models.positions import latent_score_factor
-from deepseek.ops.attention import DenseKV, KVShape, attention
+from deepseek.ops.attention import KVShape, attention
 from deepseek.ops.experts import experts_swiglu
 from deepseek.ops.linear import Linear, linear
 from deepseek.ops.rope import deinterleave, rotate
@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions or ALiBi, a bias, a query/key norm or a window where asked for."""
+    """Grouped-query attention with rotary positions or ALiBi, a bias, a query/key norm or a window
+    where asked for."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -74,11 +75,13 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention.
 
-    Without a cache keys and values are expanded from the latent. With one, the latent and the rotated shared key are
-    stored (one KV head for all query heads), and the expansion is absorbed into query and output, so that attention
-    itself reads the latent: the same mathematics with far fewer bytes per token.
+    Without a cache keys and values are expanded from the latent. With one, the latent and the
+    rotated shared key are stored (one KV head for all query heads), and the expansion is absorbed
+    into query and output, so that attention itself reads the latent: the same mathematics with far
+    fewer bytes per token.
 
-    Source: DeepSeek-V2 (2405.04434), section 2.1, equations 37-47; absorption as its section 2.1.2 describes.
+    Source: DeepSeek-V2 (2405.04434), section 2.1, equations 37-47; absorption as its section 2.1.2
+    describes.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -103,7 +106,8 @@ class LatentAttention(nn.Module):
 
     @staticmethod
     def kv_shape(config: DecoderConfig) -> KVShape:
-        """Return what the layer stores for one token: latent and shared key, the values lying in them."""
+        """Return what the layer stores for one token: latent and shared key, the values lying in
+        them."""
         latent = _latent(config)
         return KVShape(1, latent.kv_rank + latent.rope_dim, latent.kv_rank, values_in_keys=True)
 
@@ -189,7 +193,8 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return chosen experts int64 [N, k] and their weights [N, k] in the dtype of the states [N, hidden]."""
+        """Return chosen experts int64 [N, k] and their weights [N, k] in the dtype of the states
+        [N, hidden]."""
         config = self.config
         if config.score == "sigmoid":
             scores = linear(states.float(), self.weight.float()).sigmoid()

@@ -13,9 +13,9 @@ from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
 class Planner(Protocol):
     """The seam for sparse attention: called by a layer before its attention, once per forward pass.
 
-    A planner may read the layer's queries and its keys (this pass's included, in slots). It returns a table that fits
-    `layout` (see `BlockTable.check`), or None for dense. It changes neither. With every block listed the result must
-    equal dense attention: the first test of every planner.
+    A planner may read the layer's queries and its keys (this pass's included, in slots). It returns
+    a table that fits `layout` (see `BlockTable.check`), or None for dense. It changes neither. With
+    every block listed the result must equal dense attention: the first test of every planner.
     """
 
     def plan(

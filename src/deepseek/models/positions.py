@@ -39,7 +39,8 @@ def inverse_frequencies(
 ) -> Tensor:
     """Return the angle per position of each channel pair, float32 [dim / 2].
 
-    `stretched` is the length the dynamic rule adapts to; keys cached under a shorter length keep their angles.
+    `stretched` is the length the dynamic rule adapts to; keys cached under a shorter length keep
+    their angles.
     """
     # Made outside inference mode: the cached tensor may later be part of a training graph.
     with torch.inference_mode(False), torch.device("cpu"):
@@ -57,7 +58,8 @@ def inverse_frequencies(
 
 
 def cosine_factor(rope: RopeConfig, max_positions: int) -> float:
-    """Return the factor on cosines and sines (yarn's attention temperature, 1 for the other rules)."""
+    """Return the factor on cosines and sines (yarn's attention temperature, 1 for the other
+    rules)."""
     if rope.scaling != "yarn":
         return 1.0
     if rope.attention_factor is not None:
@@ -78,8 +80,8 @@ def latent_score_factor(rope: RopeConfig) -> float:
 def alibi_slopes(num_heads: int) -> list[float]:
     """Return the slope of each head.
 
-    Source: Press, Smith, Lewis 2022, section 3: a geometric series from 2^(-8/n); for a number of heads that is no
-    power of two, the rest are every second slope of the next power.
+    Source: Press, Smith, Lewis 2022, section 3: a geometric series from 2^(-8/n); for a number of
+    heads that is no power of two, the rest are every second slope of the next power.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8.0 * (head + 1) / power) for head in range(power)]

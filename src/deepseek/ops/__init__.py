@@ -1,1 +1,2 @@
-"""Mathematics with a meaning and several executions: one package an operation, its reference the specification."""
+"""Mathematics with a meaning and several executions: one package an operation, its reference the
+specification."""

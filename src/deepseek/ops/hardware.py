@@ -1,22 +1,56 @@
-"""What this processor computes natively, asked once."""
+"""What this processor computes natively, and the switch for the library that would get in the way."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 
 import torch
 
 
 @functools.cache
 def _cpu_computes_bf16() -> bool:
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2") and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def computes_bf16(device: torch.device) -> bool:
     """Return whether matrix products in bfloat16 have hardware support on the device.
 
-    A CPU without AVX-512 BF16 or AMX multiplies bfloat16 matrices several times slower than float32 ones.
+    A CPU without AVX-512 BF16 or AMX multiplies bfloat16 matrices several times slower than
+    float32 ones.
     """
     return device.type != "cpu" or _cpu_computes_bf16()
+
+
+class _OneDnnSwitch:
+    """Counts who wants oneDNN off: the flag is one per process, its users may be several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = True
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = torch.backends.mkldnn.enabled
+                torch.backends.mkldnn.enabled = False
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    torch.backends.mkldnn.enabled = self._before
+
+
+_ONEDNN = _OneDnnSwitch()
+
+
+def without_onednn() -> contextlib.AbstractContextManager[None]:
+    """Return a context in which PyTorch's own CPU kernels run in place of oneDNN's."""
+    return _ONEDNN.off()

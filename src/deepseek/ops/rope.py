@@ -11,8 +11,10 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         states: [B, heads, T, dim].
-        cos: [B or 1, 1, T, dim]: cosine of each channel's angle, the second half repeating the first.
-        sin: [B or 1, 1, T, dim]: sine likewise, **negated in the first half**, so that the rotation is two products.
+        cos: [B or 1, 1, T, dim]: cosine of each channel's angle, the second half repeating the
+            first.
+        sin: [B or 1, 1, T, dim]: sine likewise, **negated in the first half**, so that the rotation
+            is two products.
 
     Source: Su et al. 2021, "RoFormer", equation 34, in the half-split channel order of Llama.
     """
@@ -21,5 +23,6 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def deinterleave(states: Tensor) -> Tensor:
-    """Return channel pairs (2i, 2i + 1) reordered to (i, i + dim / 2), the order `rotate` works in."""
+    """Return channel pairs (2i, 2i + 1) reordered to (i, i + dim / 2), the order `rotate` works
+    in."""
     return torch.cat((states[..., 0::2], states[..., 1::2]), dim=-1)

@@ -1,4 +1,5 @@
-"""The families: how each decoder and encoder is named and laid out in a Hugging Face folder, as tables."""
+"""The families: how each decoder and encoder is named and laid out in a Hugging Face folder, as
+tables."""
 
 from deepseek.models.families.build import (
     build_model,

@@ -44,7 +44,8 @@ def required(hf: HFConfig, name: str) -> Any:
 
 
 def refuse(hf: HFConfig, name: str, allowed: tuple[Any, ...]) -> None:
-    """Raise a FormatError if a field of a `config.json` says something this package does not compute."""
+    """Raise a FormatError if a field of a `config.json` says something this package does not
+    compute."""
     if name in hf and hf[name] not in allowed:
         must = " or ".join(repr(value) for value in allowed)
         raise FormatError(describe(name, "config.json", must, hf[name]))
@@ -53,7 +54,8 @@ def refuse(hf: HFConfig, name: str, allowed: tuple[Any, ...]) -> None:
 def read_rope(
     hf: HFConfig, *, default_theta: float = 10000.0, interleaved: bool = False
 ) -> RopeConfig:
-    """Return the rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+    """Return the rope of a `config.json`, from `rope_parameters` or from `rope_theta` and
+    `rope_scaling`.
 
     Raises:
         FormatError: a scaling rule this package does not know.

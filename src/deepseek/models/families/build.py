@@ -54,10 +54,12 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig | EncoderConfig:
 
 
 def config_to_hf(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
-    """Return the `config.json` of a config, which `transformers` reads; the inverse of `config_from_hf`.
+    """Return the `config.json` of a config, which `transformers` reads; the inverse of
+    `config_from_hf`.
 
     Raises:
-        FormatError: the config's family cannot express it; use the family `deepseek_stack`, which can.
+        FormatError: the config's family cannot express it; use the family `deepseek_stack`, which
+            can.
     """
     family = FAMILIES[config.family]
     if isinstance(config, DecoderConfig) and config.family != OWN.model_type:
@@ -78,7 +80,8 @@ def _check_expressible(config: DecoderConfig, family: Family) -> None:
 
 
 def build_model(config: DecoderConfig | EncoderConfig) -> Decoder | Encoder:
-    """Return the model of a config on the default device, freshly initialized (nothing is allocated on `meta`)."""
+    """Return the model of a config on the default device, freshly initialized (nothing is allocated
+    on `meta`)."""
     return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
 
 
@@ -133,7 +136,8 @@ def _stack(prefix: str, parts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor
 def state_to_hf(
     config: DecoderConfig | EncoderConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a model's state as the family's checkpoint has it: experts one by one, the tied head left out."""
+    """Return a model's state as the family's checkpoint has it: experts one by one, the tied head
+    left out."""
     written: dict[str, Tensor] = {}
     tied = isinstance(config, DecoderConfig) and config.tie_embeddings
     for name, tensor in state.items():

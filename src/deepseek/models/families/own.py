@@ -18,7 +18,8 @@ def read_own(hf: HFConfig) -> DecoderConfig:
 
 
 def write_own(config: Config) -> dict[str, Any]:
-    """Return the whole config, as one field; the names transformers asks every config for stand beside it."""
+    """Return the whole config, as one field; the names transformers asks every config for stand
+    beside it."""
     fields = config.to_dict()
     beside = {
         name: fields[name] for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id")

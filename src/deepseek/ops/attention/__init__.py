@@ -1,4 +1,5 @@
-"""Attention over block tables and a paged cache: the seam that planners, kernels and the server share."""
+"""Attention over block tables and a paged cache: the seam that planners, kernels and the server
+share."""
 
 from deepseek.ops.attention.api import ATTENTION_IMPLS, AttentionImpl, attention, choose
 from deepseek.ops.attention.cache import DenseKV, KVCache, KVShape, PagedKV

@@ -35,8 +35,9 @@ def attention(
 
     Args:
         queries: [B, heads, T, key dim].
-        kv: keys and values of this pass (`DenseKV`), or one layer's pages of a cache (`PagedKV`) in which the keys of
-            this pass are already written. Query head h reads KV head `h // (heads // KV heads)`.
+        kv: keys and values of this pass (`DenseKV`), or one layer's pages of a cache (`PagedKV`) in
+            which the keys of this pass are already written. Query head h reads KV head `h // (heads
+            // KV heads)`.
         layout: where queries and keys sit; decides causality and padding.
         table: which blocks each query block sees; None for all of them (dense).
         slopes: [heads], ALiBi slopes; None for no distance bias.

@@ -1,7 +1,7 @@
 """The paged key/value cache: memory in pages, a page table per row, and the writes into it.
 
-Which pages a row gets is policy and belongs to the server; here is the memory. The cache of one process is the special
-case of one contiguous page table, which is read without a copy.
+Which pages a row gets is policy and belongs to the server; here is the memory. The cache of one
+process is the special case of one contiguous page table, which is read without a copy.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ class KVShape(NamedTuple):
     key_dim: int
     value_dim: int
     values_in_keys: bool = False
-    """True when a value is the first `value_dim` channels of its key (latent attention): stored once."""
+    """True when a value is the first `value_dim` channels of its key (latent attention): stored
+    once."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseKV:
-    """Keys [B, KV heads, S, key dim] and values [B, KV heads, S, value dim] of a pass without a cache."""
+    """Keys [B, KV heads, S, key dim] and values [B, KV heads, S, value dim] of a pass without a
+    cache."""
 
     keys: Tensor
     values: Tensor
@@ -45,15 +47,17 @@ class DenseKV:
 class PagedKV:
     """The pages of one layer, and the table that says which of them are whose.
 
-    `key_pages` is [pages, page size, KV heads, key dim], `value_pages` the same with the value dim; entry `p` of row `b`
-    of `page_table`, int32 [B, pages per row], is the page that holds slots `p * page_size …` of that row.
+    `key_pages` is [pages, page size, KV heads, key dim], `value_pages` the same with the value dim;
+    entry `p` of row `b` of `page_table`, int32 [B, pages per row], is the page that holds slots `p
+    * page_size …` of that row.
     """
 
     key_pages: Tensor
     value_pages: Tensor
     page_table: Tensor
     first_page: int | None
-    """First page of row 0 when the rows' pages follow one another without a gap: readable as one tensor."""
+    """First page of row 0 when the rows' pages follow one another without a gap: readable as one
+    tensor."""
 
     @property
     def page_size(self) -> int:
@@ -61,7 +65,8 @@ class PagedKV:
         return self.key_pages.shape[1]
 
     def dense(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of the first `num_slots` slots as [B, KV heads, S, dim]; a view when contiguous."""
+        """Return keys and values of the first `num_slots` slots as [B, KV heads, S, dim]; a view
+        when contiguous."""
         keys = self._read(self.key_pages, num_slots)
         if self.value_pages.data_ptr() == self.key_pages.data_ptr():
             return keys, keys[..., : self.value_pages.shape[-1]]
@@ -78,7 +83,8 @@ class PagedKV:
         return held[:, :num_slots].transpose(1, 2)
 
     def write(self, keys: Tensor, values: Tensor | None, layout: Layout) -> None:
-        """Store keys [B, KV heads, T, dim] (and values, unless they lie in the keys) in the layout's query slots."""
+        """Store keys [B, KV heads, T, dim] (and values, unless they lie in the keys) in the
+        layout's query slots."""
         self._write(self.key_pages, keys, layout)
         if values is not None:
             self._write(self.value_pages, values, layout)
@@ -103,8 +109,9 @@ class PagedKV:
 class KVCache:
     """The paged cache of a whole model for a batch of rows, allocated once.
 
-    A forward pass calls `place` (where the new tokens go), every layer writes its pages, then `advance` makes the
-    tokens count. A pass that fails in between leaves the lengths, and so the content, as they were.
+    A forward pass calls `place` (where the new tokens go), every layer writes its pages, then
+    `advance` makes the tokens count. A pass that fails in between leaves the lengths, and so the
+    content, as they were.
     """
 
     def __init__(self, layers: Sequence[PagedKV], lengths: Sequence[int]) -> None:
@@ -122,7 +129,8 @@ class KVCache:
         device: torch.device | str = "cpu",
         page_size: int = PAGE_SIZE,
     ) -> KVCache:
-        """Return an empty cache with room for `max_tokens` tokens in each of `num_rows` rows, one page table for all."""
+        """Return an empty cache with room for `max_tokens` tokens in each of `num_rows` rows, one
+        page table for all."""
         per_row = -(-max_tokens // page_size)
         table = torch.arange(num_rows * per_row, dtype=torch.int32, device=device).view(
             num_rows, per_row
@@ -164,7 +172,8 @@ class KVCache:
         return total
 
     def place(self, num_queries: int, counts: Sequence[int] | None = None) -> Layout:
-        """Return the layout of the next `num_queries` slots of every row, of which row b's first `counts[b]` are tokens.
+        """Return the layout of the next `num_queries` slots of every row, of which row b's first
+        `counts[b]` are tokens.
 
         Raises:
             CapacityError: a row has no room for them.
@@ -198,9 +207,11 @@ class KVCache:
         self.lengths = list(lengths)
 
     def select(self, rows: Sequence[int]) -> KVCache:
-        """Return the cache of some rows, in ascending order, over the same memory; this one must not be used again.
+        """Return the cache of some rows, in ascending order, over the same memory; this one must
+        not be used again.
 
-        A contiguous cache is compacted (the kept rows move together once), so that it stays readable without a copy.
+        A contiguous cache is compacted (the kept rows move together once), so that it stays
+        readable without a copy.
         """
         rows = list(rows)
         if rows != sorted(set(rows)) or not rows or rows[-1] >= self.num_rows:

@@ -13,11 +13,12 @@ from deepseek.errors import ShapeError, describe
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layout:
-    """Places queries and keys in slots: slot `s` of a row holds the row's `s`-th key, in a cache or not.
+    """Places queries and keys in slots: slot `s` of a row holds the row's `s`-th key, in a cache or
+    not.
 
-    Query `t` of row `b` sits in slot `query_start[b] + t`. Causality, windows and block tables speak of slots;
-    positions (of rope) are a separate matter. All layers of one forward pass share one layout, so what is derived
-    from it (masks, tables) is computed once and kept in `memo`.
+    Query `t` of row `b` sits in slot `query_start[b] + t`. Causality, windows and block tables
+    speak of slots; positions (of rope) are a separate matter. All layers of one forward pass share
+    one layout, so what is derived from it (masks, tables) is computed once and kept in `memo`.
     """
 
     query_start: tuple[int, ...]
@@ -27,7 +28,8 @@ class Layout:
     num_queries: int
     """T: queries per row, padding included."""
     key_mask: Tensor | None = None
-    """bool [B, S]: False where the slot holds padding; None when every slot below `key_length` is a token."""
+    """bool [B, S]: False where the slot holds padding; None when every slot below `key_length` is a
+    token."""
     causal: bool = True
     """A query sees its own slot and earlier ones only."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
@@ -56,7 +58,8 @@ class Layout:
 
     @property
     def is_uniform(self) -> bool:
-        """True if every row has the same start and length and no padding, so one row describes all."""
+        """True if every row has the same start and length and no padding, so one row describes
+        all."""
         same = len(set(self.query_start)) == 1 and len(set(self.key_length)) == 1
         return same and self.key_mask is None
 
@@ -66,7 +69,8 @@ class Layout:
         return start[:, None] + torch.arange(self.num_queries, device=device)
 
     def visible(self, device: torch.device) -> Tensor:
-        """Return which slots each query may see before any table: bool [B or 1, T, S], computed once."""
+        """Return which slots each query may see before any table: bool [B or 1, T, S], computed
+        once."""
         if "visible" not in self.memo:
             self.memo["visible"] = self._visible(device)
         return self.memo["visible"]

@@ -54,8 +54,8 @@ def visible(
 def distance_bias(layout: Layout, slopes: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the ALiBi bias [B, heads, T, S]: minus the head's slope times the distance in slots.
 
-    Source: Press, Smith, Lewis 2022, "Train Short, Test Long", section 3; slots stand for positions, which the
-    softmax cannot tell apart from a row that starts later.
+    Source: Press, Smith, Lewis 2022, "Train Short, Test Long", section 3; slots stand for
+    positions, which the softmax cannot tell apart from a row that starts later.
     """
     slots = torch.arange(layout.num_slots, device=slopes.device)
     distance = layout.query_slots(slopes.device)[:, None, :, None] - slots

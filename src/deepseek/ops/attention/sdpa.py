@@ -24,8 +24,8 @@ def attention_sdpa(
 ) -> Tensor:
     """Return the same as `attention_reference`, in the dtype of the queries.
 
-    A table is executed as a mask: correct, but not sparse. One query per row is computed with the query heads of a
-    KV group as rows of one product, which spares SDPA the repetition of the keys.
+    A table is executed as a mask: correct, but not sparse. One query per row is computed with the
+    query heads of a KV group as rows of one product, which spares SDPA the repetition of the keys.
     """
     keys, values = kv.dense(layout.num_slots)
     mask, blind = _mask(layout, table, slopes, queries, keys.shape[1])
@@ -65,9 +65,11 @@ def _one_query(
 def _mask(
     layout: Layout, table: BlockTable | None, slopes: Tensor | None, queries: Tensor, kv_heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the mask SDPA needs (None when plain attention says the same) and which queries see nothing, if any.
+    """Return the mask SDPA needs (None when plain attention says the same) and which queries see
+    nothing, if any.
 
-    A softmax needs something to see, so a blind query is shown slot 0; the caller zeroes its output.
+    A softmax needs something to see, so a blind query is shown slot 0; the caller zeroes its
+    output.
     """
     plain = layout.is_uniform and (not layout.causal or layout.num_queries in (1, layout.num_slots))
     if table is None and slopes is None and plain:

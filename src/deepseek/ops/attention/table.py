@@ -16,26 +16,30 @@ from deepseek.ops.attention.layout import Layout
 class BlockTable:
     """A list of key blocks for every query block, one list per KV head.
 
-    Blocks are aligned to slots: block `j` holds slots `j * block_size … (j + 1) * block_size - 1`, which is also the
-    page size of the cache. Query block `i` of row `b` holds the queries whose slots lie in block
-    `query_start[b] // block_size + i`, so that one token being decoded is a query block of its own.
+    Blocks are aligned to slots: block `j` holds slots `j * block_size … (j + 1) * block_size - 1`,
+    which is also the page size of the cache. Query block `i` of row `b` holds the queries whose
+    slots lie in block `query_start[b] // block_size + i`, so that one token being decoded is a
+    query block of its own.
 
-    A query sees the slot of a listed block if the layout lets it (causality, padding), no skip bit removes the block
-    for its head, and the slot lies within its head's reach. Everything seen goes through **one** softmax: a table that
-    lists every block is dense attention. Dimensions of size 1 are shared by all rows or heads.
+    A query sees the slot of a listed block if the layout lets it (causality, padding), no skip bit
+    removes the block for its head, and the slot lies within its head's reach. Everything seen goes
+    through **one** softmax: a table that lists every block is dense attention. Dimensions of size 1
+    are shared by all rows or heads.
     """
 
     indices: Tensor
-    """int32 [B or 1, KV heads or 1, query blocks, K]: listed key blocks, each at most once; entries from `counts` on are
-    ignored."""
+    """int32 [B or 1, KV heads or 1, query blocks, K]: listed key blocks, each at most once; entries
+    from `counts` on are ignored."""
     counts: Tensor
     """int32 [B or 1, KV heads or 1, query blocks]: how many entries of `indices` hold."""
     block_size: int
     """Slots per block."""
     skip: Tensor | None = None
-    """bool [B or 1, query heads, query blocks, K]: True where this head ignores the listed block."""
+    """bool [B or 1, query heads, query blocks, K]: True where this head ignores the listed
+    block."""
     reach: Tensor | None = None
-    """int32 [B or 1, query heads or 1, query blocks or 1]: a query in slot s sees slots above `s - reach` only."""
+    """int32 [B or 1, query heads or 1, query blocks or 1]: a query in slot s sees slots above `s -
+    reach` only."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What executions derive from the table (masks); lives as long as the table."""
 
@@ -54,7 +58,8 @@ class BlockTable:
         return -(-layout.num_slots // block_size)
 
     def check(self, layout: Layout, num_heads: int, num_kv_heads: int) -> None:
-        """Raise if the table does not fit the layout and the heads, or lists a block twice or outside the slots.
+        """Raise if the table does not fit the layout and the heads, or lists a block twice or
+        outside the slots.
 
         Raises:
             ShapeError: names the field that is wrong.
@@ -73,7 +78,7 @@ class BlockTable:
         held = self._held()
         key_blocks = self.num_key_blocks(layout, self.block_size)
         listed = self.indices[held.expand_as(self.indices)]
-        if listed.numel() and not (0 <= int(listed.min()) and int(listed.max()) < key_blocks):
+        if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < key_blocks):
             must = f"between 0 and {key_blocks - 1}, the blocks that hold keys"
             raise ShapeError(describe("indices", "BlockTable", must, listed.max().item()))
         unheld = torch.arange(wanted[3], device=held.device) + key_blocks
@@ -84,9 +89,11 @@ class BlockTable:
             )
 
     def visible(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
-        """Return which slots each query sees under the table and the layout: bool [B or 1, heads or 1, T, S].
+        """Return which slots each query sees under the table and the layout: bool [B or 1, heads or
+        1, T, S].
 
-        This is the specification of the table; only the reference and the masked path may afford it.
+        This is the specification of the table; only the reference and the masked path may afford
+        it.
         """
         device = self.indices.device
         blocks = self._blocks_seen(layout, num_heads, num_kv_heads)

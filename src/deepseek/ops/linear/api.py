@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek.ops.hardware import computes_bf16
+from deepseek.ops.hardware import computes_bf16, without_onednn
 
 LinearImpl = Literal["native", "unpacked", "widened"]
 _FEW_ROWS = 4
@@ -27,7 +27,7 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if impl == "native":
         return F.linear(inputs, weight, bias)
     if impl == "unpacked":
-        with torch.backends.mkldnn.flags(enabled=False):
+        with without_onednn():
             return F.linear(inputs, weight, bias)
     wide = F.linear(inputs.float(), weight.float(), None if bias is None else bias.float())
     return wide.to(inputs.dtype)
@@ -39,11 +39,12 @@ def choose(device: torch.device, dtype: torch.dtype, num_rows: int) -> LinearImp
     native
         PyTorch's own choice.
     unpacked
-        bfloat16 with one row on a CPU that has bfloat16 instructions: oneDNN would repack the whole weight for every
-        call, so it is switched off and PyTorch's matrix-vector kernel reads the weight once.
+        bfloat16 with one row on a CPU that has bfloat16 instructions: oneDNN would repack the whole
+        weight for every call, so it is switched off and PyTorch's matrix-vector kernel reads the
+        weight once.
     widened
-        bfloat16 with many rows on a CPU that has none: the weight is widened to float32 for the call, which costs one
-        pass over it and makes the product several times faster.
+        bfloat16 with many rows on a CPU that has none: the weight is widened to float32 for the
+        call, which costs one pass over it and makes the product several times faster.
     """
     if dtype != torch.bfloat16 or device.type != "cpu":
         return "native"

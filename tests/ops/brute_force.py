@@ -1,0 +1,77 @@
+"""Attention by loops over rows, heads, queries and slots: slow enough to be plainly right."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from deepseek.ops.attention import BlockTable, Layout
+
+
+def entry(tensor: Tensor, *index: int) -> int:
+    """Return an entry of a table whose dimensions of size 1 are shared."""
+    place = tuple(0 if size == 1 else at for size, at in zip(tensor.shape, index, strict=True))
+    return int(tensor[place])
+
+
+def is_seen(
+    layout: Layout,
+    table: BlockTable | None,
+    row: int,
+    head: int,
+    kv_head: int,
+    query: int,
+    slot: int,
+) -> bool:
+    """Return whether a query sees a slot, straight from the words of `BlockTable` and `Layout`."""
+    own = layout.query_start[row] + query
+    if slot >= layout.key_length[row] or (layout.causal and slot > own):
+        return False
+    if layout.key_mask is not None and not bool(layout.key_mask[row, slot]):
+        return False
+    if table is None:
+        return True
+    query_block = own // table.block_size - layout.query_start[row] // table.block_size
+    if table.reach is not None and slot <= own - entry(table.reach, row, head, query_block):
+        return False
+    for place in range(entry(table.counts, row, kv_head, query_block)):
+        if entry(table.indices, row, kv_head, query_block, place) == slot // table.block_size:
+            skip = table.skip
+            return skip is None or not entry(skip, row, head, query_block, place)
+    return False
+
+
+def brute_force(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    layout: Layout,
+    table: BlockTable | None = None,
+    slopes: Tensor | None = None,
+) -> Tensor:
+    """Return attention by loops, in float64, without gradients."""
+    rows, heads, length, dim = queries.shape
+    group = heads // keys.shape[1]
+    out = torch.zeros(rows, heads, length, values.shape[-1], dtype=torch.float64)
+    for row in range(rows):
+        for head in range(heads):
+            kv_head = head // group
+            for query in range(length):
+                scores = {}
+                for slot in range(layout.num_slots):
+                    if is_seen(layout, table, row, head, kv_head, query, slot):
+                        product = torch.dot(
+                            queries[row, head, query].double(), keys[row, kv_head, slot].double()
+                        )
+                        distance = layout.query_start[row] + query - slot
+                        bias = 0.0 if slopes is None else -float(slopes[head]) * distance
+                        scores[slot] = float(product) / math.sqrt(dim) + bias
+                if scores:
+                    top = max(scores.values())
+                    total = sum(math.exp(score - top) for score in scores.values())
+                    for slot, score in scores.items():
+                        weight = math.exp(score - top) / total
+                        out[row, head, query] += weight * values[row, kv_head, slot].double()
+    return out

@@ -1,0 +1,165 @@
+"""Attention: the reference against loops, every execution against the reference, with gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.errors import ConfigError, ShapeError
+from deepseek.ops.attention import (
+    ATTENTION_IMPLS,
+    BlockTable,
+    DenseKV,
+    KVCache,
+    KVShape,
+    Layout,
+    attention,
+    choose,
+)
+from tests.ops.brute_force import brute_force
+from tests.ops.strategies import layouts, tables
+from tests.tolerances import assert_close
+
+HEADS = [(1, 1), (4, 2), (6, 2), (3, 1)]
+LENGTHS = [1, 63, 65, 130]
+
+
+def random_inputs(layout: Layout, heads: int, kv_heads: int, dim: int = 8, value_dim: int = 6):
+    rows = layout.num_rows
+    queries = torch.randn(rows, heads, layout.num_queries, dim)
+    keys = torch.randn(rows, kv_heads, layout.num_slots, dim)
+    return queries, keys, torch.randn(rows, kv_heads, layout.num_slots, value_dim)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_reference_equals_loops(data: st.DataObject) -> None:
+    layout = data.draw(layouts())
+    heads, kv_heads = data.draw(st.sampled_from(HEADS))
+    table = data.draw(st.one_of(st.none(), tables(layout, heads, kv_heads)))
+    slopes = data.draw(st.sampled_from([None, torch.rand(heads)]))
+    if table is not None:
+        table.check(layout, heads, kv_heads)
+    queries, keys, values = random_inputs(layout, heads, kv_heads)
+    kv = DenseKV(keys, values)
+    out = attention(queries, kv, layout, table=table, slopes=slopes, impl="reference")
+    assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
+
+
+@pytest.mark.parametrize("impl", [name for name in ATTENTION_IMPLS if name != "reference"])
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_executions_equal_reference_with_gradients(impl: str, data: st.DataObject) -> None:
+    layout = data.draw(layouts())
+    heads, kv_heads = data.draw(st.sampled_from(HEADS))
+    table = data.draw(st.one_of(st.none(), tables(layout, heads, kv_heads)))
+    slopes = data.draw(st.sampled_from([None, torch.rand(heads)]))
+    inputs = random_inputs(layout, heads, kv_heads)
+    results = []
+    weight = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1])
+    for name in ("reference", impl):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        kv = DenseKV(leaves[1], leaves[2])
+        out = attention(leaves[0], kv, layout, table=table, slopes=slopes, impl=name)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("heads,kv_heads", HEADS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_all_blocks_listed_is_dense(heads: int, kv_heads: int, length: int) -> None:
+    layout = Layout.dense(2, length)
+    queries, keys, values = random_inputs(layout, heads, kv_heads)
+    blocks = BlockTable.num_key_blocks(layout, 64)
+    table = BlockTable(
+        indices=torch.arange(blocks, dtype=torch.int32).expand(1, 1, blocks, blocks),
+        counts=torch.full((1, 1, blocks), blocks, dtype=torch.int32),
+        block_size=64,
+    )
+    table.check(layout, heads, kv_heads)
+    kv = DenseKV(keys, values)
+    assert_close(attention(queries, kv, layout, table=table), attention(queries, kv, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_pages_in_any_order_read_as_one_tensor(dtype: torch.dtype, shuffled: bool) -> None:
+    cache = KVCache.contiguous([KVShape(2, 8, 6)], 2, 40, dtype=dtype, page_size=16)
+    if shuffled:
+        shuffle(cache)
+    keys, values = torch.randn(2, 2, 37, 8).to(dtype), torch.randn(2, 2, 37, 6).to(dtype)
+    queries = torch.randn(2, 4, 37, 8).to(dtype)
+    expected = attention(queries, DenseKV(keys, values), Layout.dense(2, 37), impl="reference")
+    parts = []
+    for start, stop in [(0, 20), (20, 36), (36, 37)]:
+        layout = cache.place(stop - start)
+        cache.layers[0].write(keys[:, :, start:stop], values[:, :, start:stop], layout)
+        parts.append(attention(queries[:, :, start:stop], cache.layers[0], layout))
+        cache.advance(layout)
+    assert_close(torch.cat(parts, dim=2), expected)
+
+
+def shuffle(cache: KVCache) -> None:
+    """Give the rows pages out of order, as a server's allocator would."""
+    pages = cache.layers[0].page_table.numel()
+    table = torch.randperm(pages).int().view_as(cache.layers[0].page_table)
+    import dataclasses
+
+    cache.layers = [
+        dataclasses.replace(layer, page_table=table, first_page=None) for layer in cache.layers
+    ]
+
+
+@pytest.mark.parametrize("impl", list(ATTENTION_IMPLS))
+def test_a_blind_query_yields_zeros_and_finite_gradients(impl: str) -> None:
+    mask = torch.tensor([[False, False, True]])
+    queries = torch.randn(1, 2, 3, 4, requires_grad=True)
+    keys = torch.randn(1, 2, 3, 4, requires_grad=True)
+    layout = Layout.dense(1, 3, mask)
+    out = attention(queries, DenseKV(keys, torch.randn(1, 2, 3, 4)), layout, impl=impl)
+    out.sum().backward()
+    assert torch.equal(out[:, :, :2], torch.zeros(1, 2, 2, 4))
+    assert queries.grad is not None and bool(queries.grad.isfinite().all())
+    assert keys.grad is not None and bool(keys.grad.isfinite().all())
+
+
+def test_gradcheck_in_float64() -> None:
+    layout = Layout.dense(1, 5)
+    table = BlockTable(
+        indices=torch.tensor([[[[0, 0], [1, 0], [2, 0]]]], dtype=torch.int32),
+        counts=torch.tensor([[[1, 2, 2]]], dtype=torch.int32),
+        block_size=2,
+    )
+
+    def run(queries, keys, values):
+        kv = DenseKV(keys, values)
+        return attention(queries, kv, layout, table=table, impl="reference")
+
+    shapes = [(1, 2, 5, 3), (1, 1, 5, 3), (1, 1, 5, 3)]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    layout = Layout.dense(1, 100)
+    queries, keys, values = random_inputs(layout, 4, 2, 16, 16)
+    wide = attention(queries, DenseKV(keys, values), layout)
+    narrow = attention(queries.bfloat16(), DenseKV(keys.bfloat16(), values.bfloat16()), layout)
+    assert narrow.dtype == torch.bfloat16
+    assert float((narrow.float() - wide).abs().max()) < 0.05
+
+
+def test_bad_calls_say_what_is_wrong() -> None:
+    layout = Layout.dense(1, 4)
+    kv = DenseKV(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))
+    with pytest.raises(ConfigError, match=r"impl of attention must be one of auto, reference, sdpa"):
+        attention(torch.randn(1, 2, 4, 8), kv, layout, impl="flash")  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"multiple of the 2 KV heads"):
+        attention(torch.randn(1, 3, 4, 8), kv, layout)
+    with pytest.raises(ShapeError, match=r"1 rows and 4 queries"):
+        attention(torch.randn(1, 2, 3, 8), kv, layout)
+    assert choose() in ATTENTION_IMPLS
