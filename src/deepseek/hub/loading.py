@@ -1,0 +1,203 @@
+"""Loads a model: from a bundle in the store, any Hugging Face folder, or a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.data import Tokenizer
+from deepseek.errors import ConfigError, FormatError, describe
+from deepseek.hub.bundle import Bundle
+from deepseek.hub.gguf import GgufFile, read_gguf
+from deepseek.hub.gguf_model import hf_config, hf_tensors
+from deepseek.hub.gguf_tokenizer import read_tokenizer
+from deepseek.hub.safetensors import read_tensors
+from deepseek.hub.store import resolve
+from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig
+from deepseek.models.families import build_model, config_from_hf, state_from_hf
+from deepseek.ops.attention import ATTENTION_IMPLS, AttentionImpl
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load(
+    name_or_folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    verify: bool = False,
+    attention: AttentionImpl = "auto",
+) -> Decoder | Encoder:
+    """Return a model in eval mode, with `tokenizer` (or None) and `bundle` set.
+
+    Weights of a folder are mapped, not read: loading is fast, and pages come in as they are used.
+        The file is never
+    written to, also when the model is trained in place.
+
+    Args:
+        name_or_folder: a name (`smollm2-135m`) that was pulled, a model folder, or a `.gguf` file.
+        dtype: "float32", "bfloat16", "float16" or the torch dtype of the weights; None for what is
+            stored (float32 for quantized GGUF).
+        device: where the weights go.
+        verify: read every file and compare its hash with the card first.
+        attention: execution of attention, see `deepseek.ops.attention`.
+
+    Raises:
+        ConfigError: the name is unknown or not pulled yet, or an argument is not one that can be
+            used.
+        FormatError: a file is missing, damaged or not what it says, or weights and config do not
+            fit together.
+    """
+    kind = as_dtype(dtype)
+    choices = ("auto", *ATTENTION_IMPLS)
+    if attention not in choices:
+        must = f"one of {', '.join(choices)}"
+        raise ConfigError(describe("attention", "load", must, attention))
+    path = resolve(name_or_folder)
+    if path.is_file():
+        model = _load_gguf(read_gguf(path), kind)
+    else:
+        model = _load_bundle(Bundle.open(path, verify=verify), kind)
+    if isinstance(model, Decoder):
+        model.impl = attention
+    return model.to(device).eval()
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return the torch dtype of a name.
+
+    Raises:
+        ConfigError: it is none that weights can be converted to.
+    """
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if (found is None and dtype is not None) or (
+        found is not None and found not in DTYPES.values()
+    ):
+        raise ConfigError(describe("dtype", "load", f"one of {', '.join(DTYPES)}", dtype))
+    return found
+
+
+def fill(
+    model: nn.Module, state: Mapping[str, Tensor], owner: str, dtype: torch.dtype | None = None
+) -> None:
+    """Give a model built on `meta` its weights; the tensors become its parameters without a copy.
+
+    Args:
+        model: nothing of it is allocated yet.
+        state: a tensor for every parameter and persistent buffer, by the model's names; one of tied
+            names is enough.
+        owner: what the weights come from, for messages.
+        dtype: what floating parameters are converted to; None for as they are.
+
+    Raises:
+        FormatError: weights are missing, left over or of a wrong shape; the first few are named.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    aliases = _aliases(parameters)
+    given = {name: value for name, value in state.items() if name not in aliases}
+    _check_fit(model, given, owner)
+    for name, value in given.items():
+        if dtype is not None and name in parameters and value.is_floating_point():
+            value = value.to(dtype)
+        _set(
+            model,
+            name,
+            nn.Parameter(value, value.is_floating_point()) if name in parameters else value,
+        )
+    for name, same in aliases.items():
+        _set(model, name, model.get_parameter(same))
+    left = [
+        name for name, value in (*model.named_parameters(), *model.named_buffers()) if value.is_meta
+    ]
+    if left:
+        raise FormatError(describe("weights", owner, "complete", f"none for {left[:3]}"))
+
+
+def check_weights(config: Mapping[str, object], shapes: Mapping[str, Tensor], owner: str) -> None:
+    """Raise a FormatError unless weights fit a `config.json`; nothing is allocated when `shapes`
+    are meta tensors.
+    """
+    ours = config_from_hf(config)
+    with torch.device("meta"):
+        model = build_model(ours)
+    _check_fit(model, state_from_hf(ours, shapes), owner)
+
+
+def _load_bundle(bundle: Bundle, dtype: torch.dtype | None) -> Decoder | Encoder:
+    config = config_from_hf(bundle.config)
+    tensors = read_tensors(bundle.path, bundle.tensors)
+    model = _assemble(config, tensors, str(bundle.path), dtype)
+    model.tokenizer = Tokenizer.from_folder(bundle.path)
+    model.bundle = bundle
+    return model
+
+
+def _load_gguf(file: GgufFile, dtype: torch.dtype | None) -> Decoder | Encoder:
+    config = config_from_hf(hf_config(file))
+    if dtype is None:
+        dtype = stored_dtype(file)
+    model = _assemble(config, dict(hf_tensors(file, dtype)), str(file.path), None)
+    model.tokenizer = read_tokenizer(file)
+    return model
+
+
+def stored_dtype(file: GgufFile) -> torch.dtype:
+    """Return the dtype that holds every matrix of a GGUF file exactly: half types only where all
+    have them.
+    """
+    kinds = {tensor.stored.name for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    halves = {"F16": torch.float16, "BF16": torch.bfloat16}
+    return halves.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _assemble(
+    config: DecoderConfig | EncoderConfig,
+    tensors: Mapping[str, Tensor],
+    owner: str,
+    dtype: torch.dtype | None,
+) -> Decoder | Encoder:
+    with torch.device("meta"):
+        model = build_model(config)
+    fill(model, state_from_hf(config, tensors), owner, dtype)
+    return model
+
+
+def _aliases(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Return, for every further name of a tied parameter, its first one."""
+    first: dict[int, str] = {}
+    same = {name: first.setdefault(id(value), name) for name, value in parameters.items()}
+    return {name: origin for name, origin in same.items() if name != origin}
+
+
+def _check_fit(model: nn.Module, given: Mapping[str, Tensor], owner: str) -> None:
+    aliases = _aliases(dict(model.named_parameters(remove_duplicate=False)))
+    expected = {name: value for name, value in model.state_dict().items() if name not in aliases}
+    missing = [name for name in expected if name not in given]
+    unexpected = [name for name in given if name not in expected and name not in aliases]
+    wrong = [
+        f"{name} {list(given[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of a wrong shape": wrong}
+    found = [f"{len(names)} {what} ({_few(names)})" for what, names in faults.items() if names]
+    if found:
+        step = "Do config.json and the weights belong together"
+        message = f"weights of {owner} must be those of its config; got {'; '.join(found)}. {step}?"
+        raise FormatError(message)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
