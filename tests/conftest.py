@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-STORE_VARIABLE = "DEEPSEEK_HOME"
-REQUIRE_MODELS = os.environ.get("DEEPSEEK_REQUIRE_MODELS", "") not in ("", "0")
+REQUIRE_MODELS = "DEEPSEEK_REQUIRE_MODELS"
 """Continuous integration sets it: there a model that cannot be fetched is a failure, not a skip."""
+
+KEPT_SETTINGS = frozenset({"DEEPSEEK_HOME", REQUIRE_MODELS})
+"""The store is the user's own, so that models are not fetched again for every run."""
 
 
 def pytest_configure() -> None:
@@ -30,8 +32,10 @@ def pytest_configure() -> None:
 
 
 def stray_settings() -> list[str]:
-    """Return the variables of this package in the environment, except where the store is."""
-    return [name for name in os.environ if name.startswith("DEEPSEEK_") and name != STORE_VARIABLE]
+    """Return the variables of this package that a test must not see."""
+    return [
+        name for name in os.environ if name.startswith("DEEPSEEK_") and name not in KEPT_SETTINGS
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +85,6 @@ def pulled(name: str) -> Path:
         try:
             return Path(hub.pull(name).path)
         except DeepseekError as error:
-            if REQUIRE_MODELS:
+            if os.environ.get(REQUIRE_MODELS, "0") not in ("", "0"):
                 raise
             pytest.skip(f"{name} could not be fetched: {error}")
