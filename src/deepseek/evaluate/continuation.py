@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
 
 from deepseek.evaluate.base import CausalModel, TextTokenizer, device_of, measuring, position_logits
+
+if TYPE_CHECKING:
+    from deepseek.models import Decoder
 
 
 def greedy_continuation(
@@ -30,11 +34,13 @@ def greedy_continuation(
         max_tokens: most tokens to write.
         until: strings that end the answer; the end-of-text token always does.
     """
-    if is_decoder(model):
-        from deepseek.generate import generate
+    if is_decoder(model) and model.tokenizer is not None:
+        from deepseek.generate import stream
 
-        completion = generate(model, list(prompt_ids), max_tokens=max_tokens, stop=tuple(until))
-        return cut(completion.text, until)
+        pieces = stream(
+            model, list(prompt_ids), max_tokens=max_tokens, stop=tuple(filter(None, until))
+        )
+        return cut("".join(piece.text for piece in pieces), until)
     prompt = torch.tensor([list(prompt_ids)], device=device_of(model))
     with measuring(model):
         if is_transformers(model):
@@ -52,7 +58,7 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-def is_decoder(model: CausalModel) -> bool:
+def is_decoder(model: object) -> TypeGuard[Decoder]:
     """Return whether a model is our own decoder."""
     from deepseek.models import Decoder
 

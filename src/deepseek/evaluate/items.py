@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,6 +122,12 @@ def addition_items(
         prompt = "\n".join([*lines, f"{left} + {right} ="])
         items.append(MatchItem(prompt=prompt, answer=str(left + right)))
     return items
+
+
+def items_hash(items: Sequence[ChoiceItem] | Sequence[MatchItem]) -> str:
+    """Return the sha256 of some items, whatever file or seed they came from."""
+    lines = [json.dumps(dataclasses.asdict(item), sort_keys=True) for item in items]
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 
 def _sentence_pairs(paragraph: str) -> list[tuple[str, str]]:

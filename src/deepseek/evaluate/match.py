@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate.base import (
@@ -18,10 +18,10 @@ from deepseek.evaluate.base import (
     repeat_command,
     tokenizer_of,
 )
+from deepseek.evaluate.choice import DEFAULT_LENGTH, harness_encode
 from deepseek.evaluate.continuation import greedy_continuation
 from deepseek.evaluate.intervals import wilson
-from deepseek.evaluate.items import MatchItem
-from deepseek.evaluate.multiple_choice import DEFAULT_LENGTH, harness_encode
+from deepseek.evaluate.items import MatchItem, items_hash
 from deepseek.records import Measurement
 
 NO_MATCH = "[invalid]"
@@ -58,7 +58,7 @@ def exact_match(
     pattern: str | None = None,
     ignore_case: bool = False,
     ignore_punctuation: bool = False,
-    items_file: str | None = None,
+    flags: Mapping[str, str | int | None] | None = None,
     progress: Progress | None = None,
 ) -> ExactMatchResult:
     """Measure how often the answer that a model writes greedily is the right one.
@@ -76,7 +76,7 @@ def exact_match(
             the text without outer blanks.
         ignore_case: compare in lower case.
         ignore_punctuation: compare without ASCII punctuation.
-        items_file: where the items were read from, for the command that repeats the measurement.
+        flags: options of the command line that give these items again; None = there are none.
         progress: called after each item.
 
     Returns:
@@ -111,6 +111,7 @@ def exact_match(
     conditions: dict[str, Condition] = {
         **model_conditions(model),
         "items": len(items),
+        "items_sha256": items_hash(items),
         "until": repr(list(until)),
     }
     conditions |= {
@@ -118,8 +119,10 @@ def exact_match(
         "pattern": pattern,
         "interval": "Wilson over items",
     }
-    flags = {"items": items_file, "pattern": pattern, "max_gen_toks": max_gen_toks}
-    command = repeat_command(model, "match", flags, repeatable=items_file is not None)
+    options = {**(flags or {}), "pattern": pattern, "max_gen_toks": max_gen_toks}
+    usual = tuple(until) == ("\n",) and not (ignore_case or ignore_punctuation)
+    repeatable = flags is not None and usual
+    command = repeat_command(model, "match", options, repeatable=repeatable)
     return ExactMatchResult([_measurement(answered, conditions, command)], tuple(answered))
 
 

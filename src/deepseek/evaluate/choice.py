@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from deepseek.evaluate.base import (
     tokenizer_of,
 )
 from deepseek.evaluate.intervals import wilson
-from deepseek.evaluate.items import ChoiceItem
+from deepseek.evaluate.items import ChoiceItem, items_hash
 from deepseek.records import Measurement
 
 DEFAULT_LENGTH = 2048
@@ -76,8 +76,7 @@ def multiple_choice(
     delimiter: str = " ",
     max_length: int | None = None,
     batch_size: int = 8,
-    name: str = "multiple_choice",
-    items_file: str | None = None,
+    flags: Mapping[str, str | int | None] | None = None,
     progress: Progress | None = None,
 ) -> MultipleChoiceResult:
     """Measure how often the right continuation is the likeliest one.
@@ -90,8 +89,7 @@ def multiple_choice(
         max_length: tokens the model sees, contexts are cut from the left; None = the model's
             length, or 2048.
         batch_size: rows at once, sorted by length.
-        name: of the task, for the conditions.
-        items_file: where the items were read from, for the command that repeats the measurement.
+        flags: options of the command line that give these items again; None = there are none.
         progress: called after each batch.
 
     Returns:
@@ -124,14 +122,12 @@ def multiple_choice(
         begin += len(item.choices)
     conditions: dict[str, Condition] = {
         **model_conditions(model),
-        "task": name,
         "items": len(items),
+        "items_sha256": items_hash(items),
     }
     conditions |= {"max_length": max_length, "interval": "Wilson over items"}
-    flags = {"items": items_file, "batch_size": batch_size}
-    command = repeat_command(
-        model, "choice", flags, repeatable=items_file is not None or name == "next_sentence"
-    )
+    repeatable = flags is not None
+    command = repeat_command(model, "choice", flags or {}, repeatable=repeatable)
     return MultipleChoiceResult(_measurements(scored, conditions, command), tuple(scored))
 
 

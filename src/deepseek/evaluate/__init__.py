@@ -1,0 +1,79 @@
+"""Quality, retrieval, speed and memory of a model: every figure with its spread and its command."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deepseek.evaluate.choice import multiple_choice
+    from deepseek.evaluate.corpus import Corpus, default_corpus, read_corpus
+    from deepseek.evaluate.items import (
+        ChoiceItem,
+        MatchItem,
+        addition_items,
+        next_sentence_items,
+        read_choice_items,
+        read_match_items,
+    )
+    from deepseek.evaluate.kl_divergence import divergence
+    from deepseek.evaluate.latency import speed
+    from deepseek.evaluate.match import exact_match
+    from deepseek.evaluate.retrieval import copy_accuracy, needle
+    from deepseek.evaluate.sliding_perplexity import perplexity
+    from deepseek.evaluate.tasks import SuiteSettings, suite, task_names
+
+__all__ = [
+    "ChoiceItem",
+    "Corpus",
+    "MatchItem",
+    "SuiteSettings",
+    "addition_items",
+    "copy_accuracy",
+    "default_corpus",
+    "divergence",
+    "exact_match",
+    "multiple_choice",
+    "needle",
+    "next_sentence_items",
+    "perplexity",
+    "read_choice_items",
+    "read_corpus",
+    "read_match_items",
+    "speed",
+    "suite",
+    "task_names",
+]
+
+# No module is named like what it gives: importing it would hide the function in this room.
+_HOMES = {
+    "ChoiceItem": "items",
+    "Corpus": "corpus",
+    "MatchItem": "items",
+    "SuiteSettings": "tasks",
+    "addition_items": "items",
+    "copy_accuracy": "retrieval",
+    "default_corpus": "corpus",
+    "divergence": "kl_divergence",
+    "exact_match": "match",
+    "multiple_choice": "choice",
+    "needle": "retrieval",
+    "next_sentence_items": "items",
+    "perplexity": "sliding_perplexity",
+    "read_choice_items": "items",
+    "read_corpus": "corpus",
+    "read_match_items": "items",
+    "speed": "latency",
+    "suite": "tasks",
+    "task_names": "tasks",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
