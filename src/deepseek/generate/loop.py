@@ -37,8 +37,8 @@ def generate(
         max_tokens: most tokens to generate for a prompt; less where the context ends earlier.
         sampling: how tokens are chosen; None is greedy. Row i uses seed + i.
         stop: strings that end the text and are not part of it.
-        stop_token_ids: ids that end the text, besides the tokenizer's own.
-        ignore_eos: go on behind the tokenizer's own end tokens.
+        stop_token_ids: ids that end the text, besides the model's own.
+        ignore_eos: go on behind the model's own end tokens.
         on_piece: called with each piece as it comes.
 
     Returns:
@@ -128,9 +128,18 @@ class _Ends:
         ids = set(stop_token_ids)
         if not all(isinstance(token, int) for token in ids):
             raise ConfigError(describe("stop_token_ids", "generate", "token ids", stop_token_ids))
-        if model.tokenizer is not None and not ignore_eos:
-            ids.update(model.tokenizer.eos_token_ids)
+        if not ignore_eos:
+            ids.update(_eos_token_ids(model))
         return cls(max_tokens, strings, frozenset(ids))
+
+
+def _eos_token_ids(model: Decoder) -> tuple[int, ...]:
+    if model.tokenizer is not None:
+        return model.tokenizer.eos_token_ids
+    ids = model.config.eos_token_id
+    if ids is None:
+        return ()
+    return ids if isinstance(ids, tuple) else (ids,)
 
 
 class _Row:

@@ -38,11 +38,14 @@ def read_prompts(model: Decoder, prompts: Prompts) -> tuple[list[list[int]], boo
     """
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
+    if isinstance(prompts, bytes | bytearray):
+        step = "Decode it to text first"
+        raise ConfigError(describe("prompts", "generate", "text or token ids", prompts, step))
     is_single = isinstance(prompts, str) or (
         isinstance(prompts, Sequence) and len(prompts) > 0 and not _is_prompt(prompts[0])
     )
     listed = [prompts] if is_single else prompts
-    if isinstance(listed, str | bytes) or not isinstance(listed, Sequence) or not listed:
+    if isinstance(listed, str) or not isinstance(listed, Sequence) or not listed:
         must = "text, token ids, or a list of these"
         raise ConfigError(
             describe("prompts", "generate", must, prompts, "Give at least one prompt")
@@ -67,7 +70,8 @@ def _read(model: Decoder, prompt: object) -> list[int]:
         ids = _read_ids(prompt.tolist() if isinstance(prompt, Tensor) else prompt)
     if ids:
         return ids
-    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
+    own = model.tokenizer
+    bos = model.config.bos_token_id if own is None else own.bos_token_id
     if bos is None:
         step = "Begin the text with a word: the model has no token that begins a text"
         raise ConfigError(describe("prompts", "generate", "at least one token", prompt, step))

@@ -21,9 +21,12 @@ class StopMatcher:
         if not self._stops:
             return text
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        places = ((self._held.find(stop), stop) for stop in self._stops)
+        found = [(place + len(stop), place) for place, stop in places if place >= 0]
         if found:
-            passed, self._held, self.is_stopped = self._held[: min(found)], "", True
+            # of several, the one that is complete first, so that borders of pieces do not matter
+            _, place = min(found)
+            passed, self._held, self.is_stopped = self._held[:place], "", True
             return passed
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
