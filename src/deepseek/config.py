@@ -1,4 +1,5 @@
-"""The base of every configuration: frozen, keyword-only data with a version, checked when it is read back."""
+"""The base of every configuration: frozen, keyword-only data with a version, checked when it is
+read back."""
 
 from __future__ import annotations
 
@@ -16,9 +17,10 @@ from deepseek.errors import ConfigError, describe
 class Config:
     """A frozen description of something that can be built or run.
 
-    A subclass is a frozen, keyword-only dataclass whose fields are plain values (`str`, `int`, `float`, `bool`,
-    `None`, tuples of these), `Literal` choices or other configs. `VERSION` is raised when the meaning of a field
-    changes; a dictionary of a newer version is refused rather than half understood.
+    A subclass is a frozen, keyword-only dataclass whose fields are plain values (`str`, `int`,
+    `float`, `bool`, `None`, tuples of these), `Literal` choices or other configs. `VERSION` is
+    raised when the meaning of a field changes; a dictionary of a newer version is refused rather
+    than half understood.
     """
 
     VERSION: ClassVar[int] = 1

@@ -67,7 +67,8 @@ def describe(name: str, owner: str, must: str, got: Any, next_step: str = "") ->
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtra:
-    """Return the error for an optional package that is not installed, with the pip line that cures it."""
+    """Return the error for an optional package that is not installed, with the pip line that cures
+    it."""
     return MissingExtra(
         f"{package} is needed {purpose} and is not installed. "
         f'Install it with: pip install "deepseek-stack[{extra}]".'

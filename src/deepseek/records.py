@@ -15,7 +15,8 @@ SpreadKind = Literal["ci95", "p10-p90", "min-max"]
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
-    """How far a measured value may lie from the one shown: an interval and what kind of interval it is."""
+    """How far a measured value may lie from the one shown: an interval and what kind of interval it
+    is."""
 
     kind: SpreadKind
     low: float
@@ -26,14 +27,15 @@ class Spread:
 class Measurement:
     """One thing that was observed, with everything needed to observe it again.
 
-    `evaluate` and `bench` make them; cards, gates, reports and the command line show them. A number that is not a
-    Measurement is not shown to a user as a result.
+    `evaluate` and `bench` make them; cards, gates, reports and the command line show them. A number
+    that is not a Measurement is not shown to a user as a result.
     """
 
     name: str
     """What was observed, in snake case: `perplexity`, `first_token_s`."""
     value: float
-    """The observed value (a median when repeated); may be NaN when the observation failed, never when skipped."""
+    """The observed value (a median when repeated); may be NaN when the observation failed, never
+    when skipped."""
     unit: str
     """SI or field unit: `s`, `tokens/s`, `bytes`, `nats`, `1` for a ratio or share."""
     spread: Spread | None = None
@@ -75,7 +77,8 @@ class Measurement:
 
 
 def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Measurement:
-    """Return the median of repeated observations with their 10th to 90th percentile (min-max below ten).
+    """Return the median of repeated observations with their 10th to 90th percentile (min-max below
+    ten).
 
     Args:
         name: as in `Measurement`.
@@ -124,7 +127,8 @@ class FileRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BundleCard:
-    """What a bundle is, what it was made from, and what was measured of it: the content of `bundle.json`.
+    """What a bundle is, what it was made from, and what was measured of it: the content of
+    `bundle.json`.
 
     `hub.save` writes it; stages add lineage; `evaluate` and the command line add measurements.
     """

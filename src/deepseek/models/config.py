@@ -159,6 +159,11 @@ class DecoderConfig(Config):
             must = "rope for latent attention, whose shared key carries the position"
             raise ConfigError(describe("positions", "DecoderConfig", must, self.positions))
 
+    @property
+    def model_type(self) -> str:
+        """The family, by the name PEFT and transformers ask for."""
+        return self.family
+
     def has_experts(self, layer: int) -> bool:
         """Return whether the feed-forward of a layer is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepseek.errors import ShapeError, describe
+from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.models.config import DecoderConfig
 from deepseek.models.context import PassContext
 from deepseek.models.layers import Attention, Experts, FeedForward, LatentAttention, RMSNorm
@@ -93,6 +93,8 @@ class Decoder(nn.Module):
         self.impl: AttentionImpl = impl
         self.tokenizer: Tokenizer | None = None
         self.bundle: object | None = None
+        # PEFT passes it from model to model and asks nothing of it.
+        self.generation_config: object | None = None
         self._initialize()
 
     def _initialize(self) -> None:
@@ -122,6 +124,12 @@ class Decoder(nn.Module):
         """Return the head (PEFT and transformers ask by this name)."""
         return self.lm_head
 
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> dict[str, Tensor | None]:
+        """Return the arguments of a pass over a whole sequence (PEFT asks for this method by name)."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:
         """Return an empty cache for `batch_size` rows of at most `max_tokens` tokens, to hand to
         `forward`."""
@@ -141,7 +149,9 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = False,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> CausalOutput:
         """Return logits, and what else was asked for.
 
@@ -156,11 +166,17 @@ class Decoder(nn.Module):
             cache: keys and values of earlier tokens; appended to.
             last_only: compute logits of each row's last token only.
             output_hidden_states: also return every layer's output.
+            output_attentions: must not be True: attention weights are never formed.
+            return_dict: accepted and ignored; the output is read by name and by place.
 
         Raises:
             ShapeError: inputs that do not fit together.
             CapacityError: the cache is full.
+            ConfigError: attention weights were asked for.
         """
+        if output_attentions:
+            must = "False, attention weights are never formed"
+            raise ConfigError(describe("output_attentions", "Decoder", must, output_attentions))
         if (input_ids is None) == (inputs_embeds is None):
             must = "given, and not both"
             got = "both" if input_ids is not None else "neither"

@@ -136,12 +136,14 @@ def _stack(prefix: str, parts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor
 def state_to_hf(
     config: DecoderConfig | EncoderConfig, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return a model's state as the family's checkpoint has it: experts one by one, the tied head
-    left out."""
+    """Return a model's state as the family's checkpoint has it, the tied head left out.
+
+    Other families' checkpoints have one tensor per expert; our own keeps them stacked.
+    """
     written: dict[str, Tensor] = {}
     tied = isinstance(config, DecoderConfig) and config.tie_embeddings
     for name, tensor in state.items():
-        match = _STACKED.match(name)
+        match = None if config.family == OWN.model_type else _STACKED.match(name)
         if match is None:
             if not (tied and name == "lm_head.weight"):
                 written[name] = tensor

@@ -14,7 +14,7 @@ OWN_ARCHITECTURE = "DeepseekStackForCausalLM"
 
 def read_own(hf: HFConfig) -> DecoderConfig:
     """Return the config that `write_own` wrote; fields of other tools beside it are ignored."""
-    return DecoderConfig.from_dict(hf["decoder"]).replace(family=OWN_MODEL_TYPE)
+    return DecoderConfig.from_dict(hf["decoder_config"]).replace(family=OWN_MODEL_TYPE)
 
 
 def write_own(config: Config) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def write_own(config: Config) -> dict[str, Any]:
         name: fields[name] for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id")
     }
     return beside | {
-        "decoder": fields,
+        "decoder_config": fields,
         "num_hidden_layers": fields["num_layers"],
         "num_attention_heads": fields["num_heads"],
         "pad_token_id": fields["pad_token_id"],

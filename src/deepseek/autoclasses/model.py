@@ -1,0 +1,99 @@
+"""Our own family in the shape that transformers' Auto classes expect."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from deepseek.models import Decoder
+from deepseek.models.families import config_from_hf
+from deepseek.models.families.own import OWN_MODEL_TYPE
+
+
+class DeepseekStackConfig(PretrainedConfig):
+    """A `DecoderConfig` inside a transformers config: its fields stand under `decoder_config`."""
+
+    model_type = OWN_MODEL_TYPE
+
+    def __init__(self, decoder_config: dict[str, Any] | None = None, **rest: Any) -> None:
+        self.decoder_config = decoder_config
+        super().__init__(**rest)
+
+
+class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder of our own family as a transformers model, with the same weights under the same names.
+
+    It keeps no cache, so `generate` computes every step anew; load the bundle with `deepseek.load` to
+    generate fast.
+    """
+
+    config_class = DeepseekStackConfig
+    base_model_prefix = "model"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: DeepseekStackConfig) -> None:
+        super().__init__(config)
+        decoder = Decoder(config_from_hf(config.to_dict()))  # type: ignore[arg-type]
+        self.model = decoder.model
+        self.lm_head = decoder.lm_head
+        # Held in a tuple, so that its weights are not registered a second time under another name.
+        self._decoder = (decoder,)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Leave the weights as the decoder drew them."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return loss and logits, see `deepseek.models.Decoder.forward`."""
+        out = self._decoder[0](
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            output_hidden_states=bool(output_hidden_states),
+        )
+        return CausalLMOutputWithPast(
+            loss=out.loss,  # type: ignore[arg-type]
+            logits=out.logits,  # type: ignore[arg-type]
+            hidden_states=out.hidden_states,  # type: ignore[arg-type]
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> dict[str, Tensor | None]:
+        """Return the whole sequence, which every step needs without a cache."""
+        positions = None
+        if attention_mask is not None:
+            positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions,
+        }
+
+
+def register() -> None:
+    """Make the Auto classes of transformers know our family."""
+    AutoConfig.register(OWN_MODEL_TYPE, DeepseekStackConfig, exist_ok=True)
+    AutoModelForCausalLM.register(DeepseekStackConfig, DeepseekStackForCausalLM, exist_ok=True)
