@@ -30,6 +30,14 @@ from deepseek.errors import CapacityError, ConfigError, describe
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
 
 
@@ -98,13 +106,7 @@ def writing(target: Path) -> Iterator[None]:
         if error.errno in _FULL:
             got, step = error.strerror, "Free some space or choose another disk"
             raise CapacityError(describe("disk", str(target), "large enough", got, step)) from error
-        if error.errno in (
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-            errno.ENAMETOOLONG,
-        ):
+        if error.errno in _CLOSED:
             got = error.strerror
             raise ConfigError(
                 describe("folder", str(target), "one that can be written to", got)

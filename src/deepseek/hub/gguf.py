@@ -225,7 +225,7 @@ def _spans(num_blocks: int, block: int) -> Iterator[tuple[int, int, int]]:
     of our choice.
     """
     rows, row_blocks = 16, max(1, (1 << 14) // block)
-    step = rows * row_blocks * 16
+    step = rows * row_blocks * 4
     whole = num_blocks - num_blocks % (rows * row_blocks)
     for first in range(0, whole, step):
         count = min(step, whole - first)
@@ -290,8 +290,8 @@ class _Reader:
         values: dict[str, Value] = {}
         for _ in range(count):
             key = self.string("metadata key", MAX_KEY_BYTES)
-            if key in values:
-                raise self.error("metadata key", "given once", key)
+            if key in values or not key:
+                raise self.error("metadata key", "some text, given once", key)
             values[key] = self.value(key)
         return values
 
@@ -335,8 +335,8 @@ class _Reader:
         entries: dict[str, GgufTensor] = {}
         for _ in range(count):
             tensor = self.tensor()
-            if tensor.name in entries:
-                raise self.error("tensor name", "given once", tensor.name)
+            if tensor.name in entries or not tensor.name:
+                raise self.error("tensor name", "some text, given once", tensor.name)
             entries[tensor.name] = tensor
         start = -(-self.at // alignment) * alignment
         tensors = {}
