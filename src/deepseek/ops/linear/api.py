@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from deepseek.ops.hardware import computes_bf16, without_onednn
 
 LinearImpl = Literal["native", "unpacked", "widened"]
+REASONS: dict[LinearImpl, str] = {
+    "native": "PyTorch's own choice",
+    "unpacked": "oneDNN would repack the whole weight for one row; PyTorch's kernel reads it once",
+    "widened": "no bfloat16 products in hardware: the weight is widened to float32 for the call",
+}
 _FEW_ROWS = 4
 
 
@@ -36,15 +41,8 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def choose(device: torch.device, dtype: torch.dtype, num_rows: int) -> LinearImpl:
     """Return how a product of `num_rows` rows is executed.
 
-    native
-        PyTorch's own choice.
-    unpacked
-        bfloat16 with one row on a CPU that has bfloat16 instructions: oneDNN would repack the whole
-        weight for every call, so it is switched off and PyTorch's matrix-vector kernel reads the
-        weight once.
-    widened
-        bfloat16 with many rows on a CPU that has none: the weight is widened to float32 for the
-        call, which costs one pass over it and makes the product several times faster.
+    One row of bfloat16 on a CPU that has bfloat16 instructions runs unpacked, many rows on a CPU
+    that has none run widened, everything else is native; `REASONS` says why.
     """
     if dtype != torch.bfloat16 or device.type != "cpu":
         return "native"

@@ -1,0 +1,88 @@
+"""What the steps of the demo share, and what each of them gives."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek.cli.output import Output
+from deepseek.records import Measurement
+
+if TYPE_CHECKING:
+    from deepseek.hub import Bundle
+    from deepseek.models import Decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A bar chart: figures of one kind side by side."""
+
+    title: str
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+    unit: str
+    limit: float | None = None
+    """A line that the bars must stay under."""
+    is_log: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """What a step gives: words, measurements, charts, and whether what it checks holds."""
+
+    title: str
+    words: str
+    measurements: tuple[Measurement, ...] = ()
+    charts: tuple[Chart, ...] = ()
+    failure: str | None = None
+    """What was checked and does not hold."""
+
+
+class Demo:
+    """The state of one demo: the model's name, where results go, and the models once they are loaded."""
+
+    def __init__(self, name: str, folder: Path, out: Output) -> None:
+        self.name, self.folder, self.out = name, folder, out
+        self.sections: list[Section] = []
+
+    @functools.cached_property
+    def bundle(self) -> Bundle:
+        """The bundle, pulled if it is not here."""
+        from deepseek import hub
+
+        from deepseek.cli.models import ready
+
+        return hub.Bundle.open(hub.resolve(ready(self.name, self.out)))
+
+    def model(self, dtype: str) -> Decoder:
+        """Return our model in a dtype, loaded once."""
+        return self._models(dtype)[0]
+
+    def peer(self, dtype: str) -> Any:
+        """Return transformers' model of the same folder in the same dtype, loaded once."""
+        return self._models(dtype)[1]
+
+    @functools.cache  # noqa: B019 (the demo lives as long as the process)
+    def _models(self, dtype: str) -> tuple[Decoder, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from deepseek.face import load
+        from deepseek.models import Decoder
+
+        ours = load(self.bundle.path, dtype=dtype)
+        assert isinstance(ours, Decoder)
+        theirs = AutoModelForCausalLM.from_pretrained(self.bundle.path, dtype=getattr(torch, dtype))
+        return ours, theirs.eval()
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """Everything that was measured so far."""
+        return [item for section in self.sections for item in section.measurements]
+
+    @property
+    def failures(self) -> list[str]:
+        """What was checked so far and does not hold."""
+        return [section.failure for section in self.sections if section.failure]

@@ -1,0 +1,74 @@
+"""What the verbs that run a model share: its arguments, and getting it ready with progress shown."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from deepseek.cli.output import Output
+from deepseek.errors import ConfigError, describe
+
+if TYPE_CHECKING:
+    from deepseek.models import Decoder, Encoder
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, `--dtype` and `--threads`."""
+    parser.add_argument("model", metavar="MODEL", help="a name (smollm2-135m), a folder, a .gguf file")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (as stored)")
+    parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
+
+
+def positive(word: str) -> int:
+    """Return a whole number of at least 1.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not word.isdigit() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1; got {word!r}")
+    return int(word)
+
+
+def ready(name: str, out: Output) -> str:
+    """Return the name of a model that is here; a known name that is not is pulled, with progress."""
+    from deepseek import hub
+    from deepseek.hub.names import NAMES, canonical_name
+
+    try:
+        hub.resolve(name)
+    except ConfigError:
+        if canonical_name(name) not in NAMES:
+            raise
+        with out.progress() as progress:
+            hub.pull(name, progress=progress)
+    return name
+
+
+def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
+    """Return the model that MODEL, `--dtype` and `--threads` ask for, pulled first if need be."""
+    name = ready(args.model, out)
+    import torch
+
+    from deepseek.face import load
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return load(name, dtype=args.dtype)
+
+
+def load_decoder(args: argparse.Namespace, out: Output) -> Decoder:
+    """Return a model that can generate.
+
+    Raises:
+        ConfigError: the model is an encoder.
+    """
+    from deepseek.models import Decoder
+
+    model = load_model(args, out)
+    if not isinstance(model, Decoder):
+        step = "Encoders give vectors: see model.embed"
+        raise ConfigError(describe("MODEL", f"deepseek {args.verb}", "a decoder", args.model, step))
+    return model

@@ -1,0 +1,96 @@
+"""Talk to a model. Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves, /reset forgets."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from deepseek.cli.models import add_model_arguments, load_decoder
+from deepseek.cli.output import Output
+from deepseek.cli.sampling import add_sampling_arguments, read_sampling
+from deepseek.errors import CapacityError, ConfigError, describe
+
+if TYPE_CHECKING:
+    from deepseek.generate import Sampling
+    from deepseek.models import Decoder
+
+EXAMPLE = "deepseek chat smollm2-135m --temperature 0.6"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deepseek chat`."""
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_sampling_arguments(parser, temperature=0.6)
+    parser.set_defaults(verb="chat")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Read questions from standard input until it ends, and answer each."""
+    sampling = read_sampling(args)
+    model = load_decoder(args, out)
+    if model.tokenizer is None:
+        step = "Use a model folder that has tokenizer.json"
+        raise ConfigError(describe("MODEL", "deepseek chat", "one with a tokenizer", args.model, step))
+    first = [{"role": "system", "content": args.system}] if args.system else []
+    history = [*first]
+    while (question := _ask(out)) is not None:
+        if question == "/reset":
+            history = [*first]
+            out.note("(forgotten)")
+        elif question:
+            history.append({"role": "user", "content": question})
+            _answer(model, history, sampling, args, out)
+    return out.finish({"model": args.model, "messages": history})
+
+
+def _ask(out: Output) -> str | None:
+    """Return the next question; None at the end of the input."""
+    is_person = sys.stdin.isatty()
+    while True:
+        try:
+            if is_person:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            out.note("\n(Ctrl-D or /quit leaves)")
+            continue
+        except UnicodeDecodeError:
+            out.note("(not UTF-8 text, ignored)")
+            continue
+        question = line.strip()
+        return None if not line or question == "/quit" else question
+
+
+def _answer(
+    model: Decoder,
+    history: list[dict[str, str]],
+    sampling: Sampling,
+    args: argparse.Namespace,
+    out: Output,
+) -> None:
+    """Stream the answer and add it to the history; a question that cannot be read is taken back."""
+    from deepseek.generate import chat_prompt, stream
+
+    assert model.tokenizer is not None
+    said: list[str] = []
+    try:
+        pieces = stream(
+            model,
+            chat_prompt(model.tokenizer, history),
+            max_tokens=args.max_tokens,
+            sampling=sampling,
+            stop=args.stop,
+        )
+        for piece in pieces:
+            said.append(piece.text)
+            out.say(piece.text, end="")
+    except KeyboardInterrupt:
+        out.note(" (stopped)")
+    except CapacityError as error:
+        history.pop()
+        out.note(f"{error} Type /reset to start again.")
+        return
+    out.say()
+    history.append({"role": "assistant", "content": "".join(said)})

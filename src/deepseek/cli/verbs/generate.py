@@ -1,0 +1,96 @@
+"""Continue a text, or answer a question with `--chat`; the text is printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from deepseek.cli.models import add_model_arguments, load_decoder
+from deepseek.cli.output import Output
+from deepseek.cli.sampling import add_sampling_arguments, read_sampling
+from deepseek.errors import ConfigError, describe
+
+if TYPE_CHECKING:
+    from deepseek.generate import Completion
+    from deepseek.models import Decoder
+
+EXAMPLE = "deepseek generate smollm2-135m --chat --prompt 'What is the capital of France?'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deepseek generate`."""
+    add_model_arguments(parser)
+    parser.add_argument("--prompt", help="the text to continue; - reads standard input")
+    parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    add_sampling_arguments(parser)
+    parser.set_defaults(verb="generate")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Generate, streaming the text to standard output."""
+    sampling = read_sampling(args)
+    prompt = _prompt(args)
+    model = load_decoder(args, out)
+    from deepseek.generate import Completion, generate
+
+    completion = generate(
+        model,
+        _ids(model, prompt, args) if args.chat else prompt,
+        max_tokens=args.max_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        on_piece=lambda piece: out.say(piece.text, end=""),
+    )
+    assert isinstance(completion, Completion)
+    out.say()
+    return out.finish({"model": args.model, **completion.to_dict()}, _speed(completion, args))
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.system is not None and not args.chat:
+        step = "Add --chat"
+        raise ConfigError(describe("--system", "deepseek generate", "used with --chat", args.system, step))
+    if args.prompt is not None and args.prompt != "-":
+        return args.prompt
+    if args.prompt is None and sys.stdin.isatty():
+        step = "Give --prompt TEXT, or pipe the text in"
+        raise ConfigError(describe("--prompt", "deepseek generate", "given", None, step))
+    text = sys.stdin.buffer.read()
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        must = "UTF-8 text"
+        raise ConfigError(describe("standard input", "deepseek generate", must, str(error))) from error
+
+
+def _ids(model: Decoder, prompt: str, args: argparse.Namespace) -> list[int]:
+    from deepseek.generate import chat_prompt
+
+    if model.tokenizer is None:
+        step = "Use a model folder that has tokenizer.json"
+        raise ConfigError(describe("--chat", "deepseek generate", "off without a tokenizer", True, step))
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return chat_prompt(model.tokenizer, messages)
+
+
+def _speed(completion: Completion, args: argparse.Namespace) -> list:
+    from deepseek.records import Measurement
+
+    conditions = {
+        "model": args.model,
+        "prompt_tokens": completion.num_prompt_tokens,
+        "new_tokens": len(completion.token_ids),
+        "runs": 1,
+    }
+    figures = (
+        ("first_token_s", completion.first_token_s, "s"),
+        ("total_s", completion.total_s, "s"),
+    )
+    return [
+        Measurement(name=name, value=value, unit=unit, conditions=conditions)
+        for name, value, unit in figures
+    ]
