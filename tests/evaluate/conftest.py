@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,16 @@ class ByteTokenizer:
         """Return bytes as text."""
         kept = bytes(token for token in ids if token < 256).decode("utf-8", errors="replace")
         return kept if skip_special_tokens else kept + "<eos>" * list(ids).count(256)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run small work on one thread: with several workers, more would wait for each other."""
+    before = torch.get_num_threads()
+    if request.node.get_closest_marker("slow") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def test_a_copying_model_copies_and_a_flat_one_does_not(tokenizer: object) -> No
     copied = copy_accuracy(Recorder(), tokenizer=tokenizer, **options)
     by_name = {each.name: each for each in copied.measurements}
     assert by_name["copy_accuracy"].value > 0.8
-    assert by_name["copy_perplexity"].value < 4
+    assert by_name["copy_perplexity"].value < 25
     flat = copy_accuracy(lambda ids: torch.zeros(*ids.shape, 257), tokenizer=tokenizer, **options)
     assert flat.measurements[0].value == pytest.approx(257)
     assert flat.measurements[1].value == 0.0
