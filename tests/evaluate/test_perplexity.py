@@ -199,3 +199,26 @@ def test_smollm2_equals_the_documented_loop_over_many_windows(
     smollm2: nn.Module, smollm2_tokenizer: object
 ) -> None:
     check_against_documented_loop(smollm2, smollm2_tokenizer, 4096, 1024, 512)
+
+
+def test_our_decoder_goes_through_its_head_in_slices() -> None:
+    models = pytest.importorskip("deepseek.models")
+    config = models.DecoderConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_positions=512,
+        init_std=0.3,
+    )
+    model = models.Decoder(config)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, __, out: rows.append(out[..., 0].numel()))
+    ids = list(TEXT.encode()[:400])
+    through_head = token_losses(model, ids, 400, 200)
+    assert max(rows) <= ROWS_PER_SLICE
+    whole = token_losses(lambda input_ids: model(input_ids), ids, 400, 200)
+    assert torch.allclose(through_head, whole, atol=1e-5)
