@@ -1,4 +1,4 @@
-"""Folders change all at once: whatever fails or is killed, the old one or the new one is there, whole."""
+"""Folders change all at once: whatever fails or is killed, the old or the new one is whole."""
 
 from __future__ import annotations
 

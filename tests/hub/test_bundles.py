@@ -1,4 +1,4 @@
-"""Bundles: saved, opened, checked, measured; models come back equal and transformers reads them too."""
+"""Bundles: saved, opened, checked, measured; models come back equal, in transformers too."""
 
 from __future__ import annotations
 
@@ -83,6 +83,12 @@ def test_attention_is_chosen_or_refused(folder: Path) -> None:
     assert load(folder, attention="reference").impl == "reference"
     with pytest.raises(ConfigError, match="attention of load must be one of auto"):
         load(folder, attention="flash9")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+def test_devices_that_are_not_here_are_refused(folder: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match="device of load must be one that is here"):
+        load(folder, device=device)
 
 
 def test_training_a_loaded_model_leaves_its_bundle_alone(folder: Path) -> None:

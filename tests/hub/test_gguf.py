@@ -1,4 +1,4 @@
-"""The container: every stored type expands as the format says, and nothing in a file is believed."""
+"""The container: stored types expand as the format says, and nothing in a file is believed."""
 
 from __future__ import annotations
 

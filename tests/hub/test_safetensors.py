@@ -1,4 +1,4 @@
-"""Weights in safetensors: headers are checked, values are mapped privately, shards fit their index."""
+"""Weights in safetensors: checked headers, private maps, shards that fit their index."""
 
 from __future__ import annotations
 

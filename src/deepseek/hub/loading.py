@@ -35,7 +35,7 @@ def load(
     verify: bool = False,
     attention: AttentionImpl = "auto",
 ) -> Decoder | Encoder:
-    """Return a model in eval mode, with `tokenizer` (or None) and `bundle` set.
+    """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
 
     Weights of a folder are mapped, not read: loading is fast, and pages come in as they are used.
         The file is never
@@ -60,6 +60,7 @@ def load(
     if attention not in choices:
         must = f"one of {', '.join(choices)}"
         raise ConfigError(describe("attention", "load", must, attention))
+    place = _as_device(device)
     path = resolve(name_or_folder)
     if path.is_file():
         model = _load_gguf(read_gguf(path), kind)
@@ -67,7 +68,7 @@ def load(
         model = _load_bundle(Bundle.open(path, verify=verify), kind)
     if isinstance(model, Decoder):
         model.impl = attention
-    return model.to(device).eval()
+    return model.to(place).eval()
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -82,6 +83,15 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     ):
         raise ConfigError(describe("dtype", "load", f"one of {', '.join(DTYPES)}", dtype))
     return found
+
+
+def _as_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        must = f"one that is here ({first})"
+        raise ConfigError(describe("device", "load", must, str(device))) from error
 
 
 def fill(

