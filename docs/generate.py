@@ -94,9 +94,15 @@ def cli_page() -> str:
 
 
 def verbs(overview: str) -> list[str]:
-    """Return the verbs that the overview lists, in its order."""
-    group = re.search(r"\{([a-z,-]+)\}", overview)
-    return group.group(1).split(",") if group else []
+    """Return the verbs that the overview lists, in its order.
+
+    Raises:
+        ValueError: the overview has no such list.
+    """
+    section = re.search(r"^verbs:\n((?: .*\n?)+)", overview, re.MULTILINE)
+    if section is None:
+        raise ValueError("`deepseek --help` must have a list that is headed `verbs:`")
+    return re.findall(r"^  ([a-z-]+) ", section.group(1), re.MULTILINE)
 
 
 def help_text(*words: str) -> str:

@@ -188,6 +188,13 @@ def test_planted_stale_pages_are_caught(tmp_path: Path) -> None:
     ]
 
 
+def test_verbs_are_read_from_the_overview() -> None:
+    overview = "usage: deepseek\n\nverbs:\n  demo   the job\n         of all\n  pull   get\n\nend\n"
+    assert generator().verbs(overview) == ["demo", "pull"]
+    with pytest.raises(ValueError, match="verbs:"):
+        generator().verbs("usage: deepseek")
+
+
 def test_planted_host_is_caught() -> None:
     text = '<script src="//cdn.example.org/a.js"></script><a href="https://example.org">x</a>'
     text += "<style>a { src: url('https://example.org/f.woff') }</style>"
