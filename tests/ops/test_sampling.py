@@ -130,6 +130,25 @@ def test_equal_logits_are_treated_alike(name: str) -> None:
         assert choose(logits, SETTINGS[name], generators(seed)) == expected
 
 
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 96, 512, 1999, 2048, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_of_the_largest(vocabulary: int, dtype: torch.dtype) -> None:
+    logits = torch.randint(-40, 40, (ROWS, vocabulary)).to(dtype)
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert choose_greedy(logits) == first
+    assert choose_greedy(logits[:1]) == first[:1]
+    assert choose_greedy(logits.repeat_interleave(2, dim=0)[::2]) == first
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.5, 2.0])
+def test_top_p_of_a_large_vocabulary(scale: float) -> None:
+    sampling = Sampling(temperature=1.0, top_p=0.8)
+    logits = torch.randn(2, 20000) * scale
+    for seed in range(3):
+        expected = reference.choose(logits, sampling, generators(seed, 2)).tolist()
+        assert choose(logits, sampling, generators(seed, 2)) == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     logits = random_logits(0).to(dtype)

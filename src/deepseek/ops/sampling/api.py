@@ -13,8 +13,9 @@ from deepseek.ops.sampling.config import Sampling
 from deepseek.ops.sampling.history import TokenHistory
 from deepseek.ops.sampling.reference import apply_penalties, next_uniform
 
-# Top-p mostly keeps a few tokens: look at this many before sorting a whole vocabulary.
-_NUCLEUS = 1024
+# Top-p mostly keeps a few tokens: look at this many, then this many, then sort them all.
+_NUCLEI = (1024, 8192)
+_BLOCK, _LEAST_BLOCK = 256, 32
 # Room for the error of a float32 sum over a vocabulary.
 _ROUNDING = 1e-4
 
@@ -28,12 +29,8 @@ def choose_greedy(logits_RV: Tensor) -> list[int]:
     Raises:
         BackendError: a row has NaN or infinity for its largest logit.
     """
-    if logits_RV.shape[0] == 1:
-        token = int(logits_RV.argmax())
-        _check_finite([logits_RV[0, token].item()])
-        return [token]
-    values_R, tokens_R = logits_RV.max(dim=-1)
-    _check_finite(values_R.tolist())
+    tokens_R = _argmax(logits_RV)
+    _check_finite(logits_RV.gather(1, tokens_R[:, None])[:, 0].tolist())
     return tokens_R.tolist()
 
 
@@ -68,6 +65,21 @@ def choose(
     ]
 
 
+def _argmax(logits_RV: Tensor) -> Tensor:
+    """Return the first largest column of each row, NaN counting as largest: int64 [R].
+
+    The largest value is found several times faster than its place, so first the blocks' largest
+    are compared, then the columns of one block.
+    """
+    width = math.gcd(logits_RV.shape[-1], _BLOCK)
+    if width < _LEAST_BLOCK:
+        return logits_RV.argmax(dim=-1)
+    blocks_RNW = logits_RV.unflatten(-1, (-1, width))
+    best_R = blocks_RNW.amax(dim=-1).argmax(dim=-1)
+    rows_R = torch.arange(logits_RV.shape[0], device=logits_RV.device)
+    return best_R * width + blocks_RNW[rows_R, best_R].argmax(dim=-1)
+
+
 def _keep(scores_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Return the scores that pass the filters, and their ids in ascending order (None for all)."""
     ids = None
@@ -85,10 +97,13 @@ def _keep(scores_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
 
 def _keep_top_p(scores: Tensor, ids: Tensor | None, top_p: float) -> tuple[Tensor, Tensor]:
     log_sum = scores.logsumexp(dim=0)
-    if scores.shape[0] > _NUCLEUS:
-        largest = scores.topk(_NUCLEUS).values
+    for size in _NUCLEI:
+        if scores.shape[0] <= size:
+            break
+        largest = scores.topk(size, sorted=False).values
         if (largest - log_sum).exp().sum() > top_p + _ROUNDING:
-            scores, ids = _take(scores, ids, scores >= largest[-1])
+            scores, ids = _take(scores, ids, scores >= largest.amin())
+            break
     ordered, order = scores.sort(descending=True, stable=True)
     probabilities = (ordered - log_sum).exp()
     kept = probabilities.cumsum(dim=0) - probabilities < top_p
