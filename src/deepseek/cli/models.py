@@ -16,7 +16,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add MODEL, `--dtype` and `--threads`."""
-    parser.add_argument("model", metavar="MODEL", help="a name (smollm2-135m), a folder, a .gguf file")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a name (smollm2-135m), a folder, a .gguf file"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (as stored)")
     parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
 

@@ -50,9 +50,7 @@ class Output:
 
     def measurements(self, title: str, found: Sequence[Measurement]) -> None:
         """Print measurements as a table: name, value, spread, unit."""
-        rows = [
-            (item.name, number(item.value), spread(item), item.unit) for item in found
-        ]
+        rows = [(item.name, number(item.value), spread(item), item.unit) for item in found]
         self.table(title, ("measurement", "value", "spread", "unit"), rows)
 
     @contextlib.contextmanager

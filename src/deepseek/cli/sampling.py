@@ -26,7 +26,11 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, temperature: floa
     parser.add_argument("--max-tokens", type=positive, default=256, help="most tokens (256)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may repeat"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may repeat",
     )
     for name, kind, default, text in FIELDS:
         default = temperature if name == "temperature" else default

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         read_match_items,
     )
     from deepseek.evaluate.kl_divergence import divergence
-    from deepseek.evaluate.latency import speed
+    from deepseek.evaluate.latency import speed, speed_side_by_side
     from deepseek.evaluate.match import exact_match
     from deepseek.evaluate.retrieval import copy_accuracy, needle
     from deepseek.evaluate.sliding_perplexity import perplexity
@@ -41,6 +41,7 @@ __all__ = [
     "read_corpus",
     "read_match_items",
     "speed",
+    "speed_side_by_side",
     "suite",
     "task_names",
 ]
@@ -64,6 +65,7 @@ _HOMES = {
     "read_corpus": "corpus",
     "read_match_items": "items",
     "speed": "latency",
+    "speed_side_by_side": "latency",
     "suite": "tasks",
     "task_names": "tasks",
 }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -89,56 +90,155 @@ def speed(
     Raises:
         ConfigError: numbers out of range, or a model that cannot generate.
     """
-    _check(model, num_prompt_tokens, num_new_tokens, num_repeats, num_warmups)
-    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
-    prompt = _prompt(model, tokenizer, num_prompt_tokens, seed)
-    run = _runner(model, prompt, num_new_tokens)
-    on_cuda = device_of(model).type == "cuda"
-    passes = []
-    with measuring(model):
-        for number in range(num_warmups + num_repeats):
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats(device_of(model))
-            timed = _timed(run, device_of(model))
-            if number >= num_warmups:
-                passes.append(timed)
-            if progress is not None:
-                progress("speed", (number + 1) / (num_warmups + num_repeats))
-    conditions: dict[str, Condition] = {**model_conditions(model), "batch": 1, "decoding": "greedy"}
-    conditions |= {"prompt_tokens": num_prompt_tokens, "new_tokens": num_new_tokens}
-    conditions |= {"repeats": num_repeats, "warmups": num_warmups}
-    flags = {"prompt_tokens": num_prompt_tokens, "new_tokens": num_new_tokens}
-    flags |= {"repeats": num_repeats, "seed": seed}
-    command = repeat_command(model, "speed", flags)
+    engines = {"": model}
+    plan = _Plan(num_prompt_tokens, num_new_tokens, num_repeats, num_warmups, seed)
+    passes = _interleaved(engines, tokenizer, plan, progress)[""]
+    conditions = plan.conditions(model)
+    command = repeat_command(model, "speed", plan.flags)
     measurements = _measurements(passes, num_prompt_tokens, conditions, command)
-    if on_cuda:
-        peak = torch.cuda.max_memory_allocated(device_of(model))
-        facts = {**conditions, "method": "allocator's high-water mark of the last pass"}
-        measurements.append(
-            Measurement(
-                name="peak_device_bytes",
-                value=peak,
-                unit="bytes",
-                conditions=facts,
-                command=command,
-            )
-        )
+    if device_of(model).type == "cuda":
+        measurements.append(_device_peak(model, conditions, command))
     return SpeedResult(measurements, tuple(passes))
 
 
-def _check(model: CausalModel, prompt: int, new: int, repeats: int, warmups: int) -> None:
+def speed_side_by_side(
+    models: Mapping[str, CausalModel],
+    *,
+    tokenizer: TextTokenizer | None = None,
+    num_prompt_tokens: int = 512,
+    num_new_tokens: int = 64,
+    num_repeats: int = 5,
+    num_warmups: int = 1,
+    command: str = "",
+    progress: Progress | None = None,
+) -> list[Measurement]:
+    """Measure the speed of several engines that take turns, so that a drifting machine meets all.
+
+    Args:
+        models: by the name of the engine; the first is compared with each of the others.
+        tokenizer: as in `speed`; None = the first model's own.
+        num_prompt_tokens, num_new_tokens, num_repeats, num_warmups, progress: as in `speed`.
+        command: what repeats the measurement.
+
+    Returns:
+        per engine `first_token_s`, `prefill_tokens_per_s`, `token_s`, `decode_tokens_per_s` and
+        `cpu_s_per_token`, with the condition `engine`; and the ratio of each round, first engine
+        over the other: `decode_speed_ratio` and `prefill_speed_ratio`, with the condition
+        `engine` "first / other". Memory is left out: the engines share one process.
+
+    Raises:
+        ConfigError: as `speed`.
+    """
+    plan = _Plan(num_prompt_tokens, num_new_tokens, num_repeats, num_warmups, 0)
+    passes = _interleaved(models, tokenizer, plan, progress)
+    found: list[Measurement] = []
+    for name, model in models.items():
+        conditions = {**plan.conditions(model), "engine": name}
+        each = _measurements(passes[name], num_prompt_tokens, conditions, command)
+        found += [item for item in each if item.name != "peak_rss_bytes"]
+    first = next(iter(models))
+    for other in list(models)[1:]:
+        conditions = {**plan.conditions(models[first]), "engine": f"{first} / {other}"}
+        pairs = list(zip(passes[first], passes[other], strict=True))
+        for name, cost in (("decode_speed_ratio", _later_s), ("prefill_speed_ratio", _first_s)):
+            ratios = [cost(theirs) / cost(ours) for ours, theirs in pairs]
+            found.append(summarize(name, ratios, "1", conditions=conditions, command=command))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is timed, and how often."""
+
+    num_prompt_tokens: int
+    num_new_tokens: int
+    num_repeats: int
+    num_warmups: int
+    seed: int
+
+    def conditions(self, model: CausalModel) -> dict[str, Condition]:
+        return {
+            **model_conditions(model),
+            "batch": 1,
+            "decoding": "greedy",
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": self.num_new_tokens,
+            "repeats": self.num_repeats,
+            "warmups": self.num_warmups,
+        }
+
+    @property
+    def flags(self) -> dict[str, str | int | None]:
+        """The options of the command line that repeat it."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "new_tokens": self.num_new_tokens,
+            "repeats": self.num_repeats,
+            "seed": self.seed,
+        }
+
+
+def _interleaved(
+    models: Mapping[str, CausalModel],
+    tokenizer: TextTokenizer | None,
+    plan: _Plan,
+    progress: Progress | None,
+) -> dict[str, list[Pass]]:
+    """Return the timed passes of each engine; in every round each has one turn."""
+    runs: dict[str, Callable[[Callable[[], None]], None]] = {}
+    for name, model in models.items():
+        _check(model, plan)
+        own = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+        tokenizer = own
+        prompt = _prompt(model, own, plan.num_prompt_tokens, plan.seed)
+        runs[name] = _runner(model, prompt, plan.num_new_tokens)
+    passes: dict[str, list[Pass]] = {name: [] for name in models}
+    total, done = (plan.num_warmups + plan.num_repeats) * len(models), 0
+    with contextlib.ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(measuring(model))
+        for number in range(plan.num_warmups + plan.num_repeats):
+            for name, model in models.items():
+                timed = _timed(runs[name], device_of(model))
+                if number >= plan.num_warmups:
+                    passes[name].append(timed)
+                done += 1
+                if progress is not None:
+                    progress("speed", done / total)
+    return passes
+
+
+def _device_peak(model: CausalModel, conditions: dict[str, Condition], command: str) -> Measurement:
+    return Measurement(
+        name="peak_device_bytes",
+        value=torch.cuda.max_memory_allocated(device_of(model)),
+        unit="bytes",
+        conditions={**conditions, "method": "allocator's high-water mark of the last pass"},
+        command=command,
+    )
+
+
+def _first_s(timed: Pass) -> float:
+    return timed.arrivals_s[0]
+
+
+def _later_s(timed: Pass) -> float:
+    return timed.arrivals_s[-1] - timed.arrivals_s[0]
+
+
+def _check(model: CausalModel, plan: _Plan) -> None:
     for name, value, least in (
-        ("num_prompt_tokens", prompt, 1),
-        ("num_new_tokens", new, 2),
-        ("num_repeats", repeats, 1),
-        ("num_warmups", warmups, 0),
+        ("num_prompt_tokens", plan.num_prompt_tokens, 1),
+        ("num_new_tokens", plan.num_new_tokens, 2),
+        ("num_repeats", plan.num_repeats, 1),
+        ("num_warmups", plan.num_warmups, 0),
     ):
         if value < least:
             raise ConfigError(describe(name, "speed", f"at least {least}", value))
-    limit = max_positions_of(model)
-    if limit is not None and prompt + new > limit:
+    limit, asked = max_positions_of(model), plan.num_prompt_tokens + plan.num_new_tokens
+    if limit is not None and asked > limit:
         must = f"at most {limit} together, the model's length"
-        raise ConfigError(describe("prompt and new tokens", "speed", must, prompt + new))
+        raise ConfigError(describe("prompt and new tokens", "speed", must, asked))
 
 
 def _prompt(
@@ -219,6 +319,7 @@ def _timed(run: Callable[[Callable[[], None]], None], device: torch.device) -> P
     arrivals: list[float] = []
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
     with track() as usage:
         start = time.perf_counter()
         run(lambda: arrivals.append(time.perf_counter() - start))
@@ -230,9 +331,7 @@ def _measurements(
 ) -> list[Measurement]:
     first = [each.arrivals_s[0] for each in passes]
     later = [statistics.median(_gaps(each.arrivals_s)) for each in passes]
-    decode = [
-        (len(each.arrivals_s) - 1) / (each.arrivals_s[-1] - each.arrivals_s[0]) for each in passes
-    ]
+    decode = [(len(each.arrivals_s) - 1) / _later_s(each) for each in passes]
     counts = [len(each.arrivals_s) for each in passes]
     method = {"method": passes[0].usage.peak_rss_method}
     found: list[tuple[str, list[float], str, dict[str, str]]] = [

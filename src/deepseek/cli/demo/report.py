@@ -17,8 +17,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
        color: #1a1a1a; background: #fff; }
 pre { white-space: pre-wrap; background: #f5f5f5; padding: .8rem; border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align: top; }
-td.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align:
+top; } td.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .failed { color: #b00020; font-weight: 600; } .held { color: #176f2c; }
 svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181c; }
@@ -56,7 +56,9 @@ def _table(measurements: Sequence[Measurement]) -> str:
         f"<td>{html.escape(_conditions(item))}</td></tr>"
         for item in measurements
     ]
-    head = "".join(f"<th>{name}</th>" for name in ("measurement", "value", "spread", "unit", "under"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("measurement", "value", "spread", "unit", "under")
+    )
     return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 

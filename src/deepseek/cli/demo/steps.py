@@ -73,7 +73,12 @@ def equality(demo: Demo) -> Section:
     failure = None
     if not worst <= LOGITS_LIMIT:
         failure = f"logits differ from transformers by {worst:.3g}, more than {LOGITS_LIMIT:g}"
-    conditions = {"model": demo.name, "dtype": "float32", "cases": len(found), "limit": LOGITS_LIMIT}
+    conditions = {
+        "model": demo.name,
+        "dtype": "float32",
+        "cases": len(found),
+        "limit": LOGITS_LIMIT,
+    }
     measurement = Measurement(
         name="max_logit_difference", value=worst, unit="1", conditions=conditions, command=COMMAND
     )
@@ -148,7 +153,9 @@ def quality(demo: Demo) -> Section:
         theirs = plain_perplexity(demo.peer("float32"), ids, window, stride)
         found = [*ours]
         for length in (512, 1024):
-            found += copy_accuracy(model, length=length, num_items=4, progress=progress).measurements
+            found += copy_accuracy(
+                model, length=length, num_items=4, progress=progress
+            ).measurements
         found += needle(model, length=1024, num_items=4, progress=progress).measurements
     mine = next(item.value for item in ours if item.name == "perplexity")
     failure = None
@@ -199,10 +206,10 @@ def plain_perplexity(model: Any, ids: list[int], window: int, stride: int) -> fl
 
 def speed(demo: Demo) -> Section:
     """Speed and memory beside transformers: same weights, dtype, threads and prompt."""
-    from deepseek.cli.side_by_side import memory_side_by_side, speed_side_by_side
+    from deepseek.cli.side_by_side import compare_processes, compare_speed
 
     with demo.out.progress() as progress:
-        found = speed_side_by_side(
+        found = compare_speed(
             demo.model("bfloat16"),
             demo.peer("bfloat16"),
             num_prompt_tokens=128,
@@ -210,7 +217,9 @@ def speed(demo: Demo) -> Section:
             num_repeats=3,
             progress=progress,
         )
-        found += memory_side_by_side(str(demo.bundle.path), "bfloat16", progress=progress)
+        found += compare_processes(
+            str(demo.bundle.path), "bfloat16", num_repeats=1, progress=progress
+        )
     charts = []
     for name, title, unit in (
         ("decode_tokens_per_s", "Decoding, batch 1, bfloat16", "tokens/s"),
@@ -220,7 +229,9 @@ def speed(demo: Demo) -> Section:
     ):
         sides = {item.conditions["engine"]: item.value for item in found if item.name == name}
         charts.append(
-            Chart(title=title, labels=tuple(map(str, sides)), values=tuple(sides.values()), unit=unit)
+            Chart(
+                title=title, labels=tuple(map(str, sides)), values=tuple(sides.values()), unit=unit
+            )
         )
     ratio = next(item for item in found if item.name == "decode_speed_ratio")
     words = f"decoding is {number(ratio.value)} times as fast as transformers.generate here"

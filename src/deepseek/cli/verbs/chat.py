@@ -32,7 +32,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     model = load_decoder(args, out)
     if model.tokenizer is None:
         step = "Use a model folder that has tokenizer.json"
-        raise ConfigError(describe("MODEL", "deepseek chat", "one with a tokenizer", args.model, step))
+        raise ConfigError(
+            describe("MODEL", "deepseek chat", "one with a tokenizer", args.model, step)
+        )
     first = [{"role": "system", "content": args.system}] if args.system else []
     history = [*first]
     while (question := _ask(out)) is not None:

@@ -65,7 +65,9 @@ def machine_facts() -> dict[str, object]:
     return {
         "processor": model,
         "instructions": [flag for flag in CPU_FLAGS if flag in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "cgroup_cores": _cgroup_cores(),
         "memory": _memory(),
         "cgroup_memory": _cgroup_memory(),
@@ -117,7 +119,9 @@ def software_facts() -> dict[str, object]:
         facts[package] = importlib.metadata.version(package)
     for package, purpose in EXTRAS.items():
         found = importlib.util.find_spec(package) is not None
-        version = importlib.metadata.version(package.replace("_", "-")) if found else "not installed"
+        version = (
+            importlib.metadata.version(package.replace("_", "-")) if found else "not installed"
+        )
         facts[package] = f"{version} ({purpose})"
     return facts
 

@@ -34,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek eval`."""
     add_model_arguments(parser)
     tasks = "perplexity, divergence, needle, copy, retrieval, choice, match, speed"
-    parser.add_argument(
-        "--tasks", default="perplexity", help=f"names with commas between: {tasks}"
-    )
+    parser.add_argument("--tasks", default="perplexity", help=f"names with commas between: {tasks}")
     parser.add_argument("--reference", metavar="MODEL", help="what divergence compares with")
     parser.add_argument(
         "--max-tokens",

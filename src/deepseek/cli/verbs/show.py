@@ -32,7 +32,10 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ("size", size(bundle.size_bytes)),
         ("content", bundle.content_hash),
         ("made", card.created),
-        ("by stage", "" if card.stage is None else f"{card.stage.name} {dict(card.stage.settings)}"),
+        (
+            "by stage",
+            "" if card.stage is None else f"{card.stage.name} {dict(card.stage.settings)}",
+        ),
         *(("from", f"{parent.name} {parent.content_hash}") for parent in card.parents),
         ("versions", ", ".join(f"{name} {value}" for name, value in card.versions.items())),
     ]

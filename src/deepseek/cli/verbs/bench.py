@@ -1,0 +1,67 @@
+"""Measure speed and memory beside transformers: same weights, dtype, threads and prompt, by turns."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+from deepseek.cli.models import add_model_arguments, load_decoder, positive
+from deepseek.cli.output import Output, number
+from deepseek.errors import missing_extra
+
+EXAMPLE = "deepseek bench smollm2-135m --dtype bfloat16 --prompt-tokens 512 --new-tokens 64"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deepseek bench`."""
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=128, help="length of the prompt (128)"
+    )
+    parser.add_argument("--new-tokens", type=positive, default=64, help="tokens generated (64)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (5)")
+    parser.add_argument("--save", action="store_true", help="add the figures to the bundle's card")
+    parser.set_defaults(verb="bench")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Show both engines' figures and the ratios of the rounds."""
+    if importlib.util.find_spec("transformers") is None:
+        raise missing_extra("transformers", "transformers", "as the peer of a benchmark")
+    model = load_decoder(args, out)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from deepseek.cli.side_by_side import compare_processes, compare_speed
+
+    folder = str(model.bundle.path)  # type: ignore[attr-defined]
+    dtype = str(model.dtype).removeprefix("torch.")
+    with out.progress() as progress:
+        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        found = compare_speed(
+            model,
+            peer,
+            num_prompt_tokens=args.prompt_tokens,
+            num_new_tokens=args.new_tokens,
+            num_repeats=args.repeats,
+            progress=progress,
+        )
+        found += compare_processes(
+            folder, dtype, num_repeats=min(args.repeats, 3), progress=progress
+        )
+    names = dict.fromkeys(item.name for item in found)
+    rows = []
+    for name in names:
+        sides = {str(item.conditions["engine"]): item for item in found if item.name == name}
+        shown = [number(sides[e].value) if e in sides else "" for e in ("deepseek", "transformers")]
+        ratio = next((number(item.value) for engine, item in sides.items() if "/" in engine), "")
+        unit = next(iter(sides.values())).unit
+        rows.append((name, *shown, ratio, unit))
+    out.table(
+        f"{args.model}, {dtype}, {torch.get_num_threads()} threads, prompt {args.prompt_tokens}",
+        ("measurement", "deepseek", "transformers", "ratio", "unit"),
+        rows,
+    )
+    if args.save:
+        model.bundle.add_measurements(found)  # type: ignore[attr-defined]
+    return out.finish({"model": args.model, "dtype": dtype}, found)
