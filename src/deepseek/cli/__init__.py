@@ -1,1 +1,1 @@
-"""The command line: few verbs, each with `--json`, one-line errors and an exit code that means something."""
+"""The command line: few verbs, each with `--json`, one-line errors and a telling exit code."""

@@ -1,4 +1,4 @@
-"""What the verbs that run a model share: its arguments, and getting it ready with progress shown."""
+"""What the verbs that run a model share: its arguments, and getting it ready."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def positive(word: str) -> int:
 
 
 def ready(name: str, out: Output) -> str:
-    """Return the name of a model that is here; a known name that is not is pulled, with progress."""
+    """Return the name of a model that is here; a known name that is not is pulled."""
     from deepseek import hub
     from deepseek.hub.names import NAMES, canonical_name
 

@@ -1,4 +1,4 @@
-"""What a verb says: text and tables for a person, one object for a program, progress on standard error."""
+"""What a verb says: text and tables for a person, one object for a program, progress."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ class Output:
             yield report
 
     def finish(self, result: Mapping[str, Any], found: Sequence[Measurement] = ()) -> int:
-        """End a verb that is done: print the object if one was asked for, and return exit code 0."""
+        """End a verb that is done: print the object if asked for, and return exit code 0."""
         if self.as_json:
             figures = [item.to_dict() for item in found]
             print(json.dumps({**result, "measurements": figures}, ensure_ascii=False), flush=True)
         return 0
 
     def fail(self, error: BaseException, code: int) -> int:
-        """End a verb that failed: one line, an error object if one was asked for; return the code."""
+        """End a verb that failed: one line, and an object if asked for; return the code."""
         line = " ".join(str(error).split())
         print(f"deepseek: {line}", file=sys.stderr, flush=True)
         if self.as_json:

@@ -1,4 +1,4 @@
-"""This package and transformers on the same weights: speed by turns, memory in processes of their own."""
+"""This package and transformers on the same weights: speed by turns, memory by process."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Section:
 
 
 class Demo:
-    """The state of one demo: the model's name, where results go, and the models once they are loaded."""
+    """The state of one demo: the model's name, where results go, the models once loaded."""
 
     def __init__(self, name: str, folder: Path, out: Output) -> None:
         self.name, self.folder, self.out = name, folder, out
@@ -51,7 +51,6 @@ class Demo:
     def bundle(self) -> Bundle:
         """The bundle, pulled if it is not here."""
         from deepseek import hub
-
         from deepseek.cli.models import ready
 
         return hub.Bundle.open(hub.resolve(ready(self.name, self.out)))

@@ -186,7 +186,7 @@ def quality(demo: Demo) -> Section:
 
 
 def plain_perplexity(model: Any, ids: list[int], window: int, stride: int) -> float:
-    """Return the perplexity of tokens by the loop of the transformers guide on fixed-length models."""
+    """Return perplexity by the loop of the transformers guide on fixed-length models."""
     import torch
 
     total, count, scored = 0.0, 0, 0

@@ -1,1 +1,1 @@
-"""The verbs, one module each: `EXAMPLE`, `add_arguments(parser)` and `run(args, out) -> exit code`."""
+"""The verbs, a module each: `EXAMPLE`, `add_arguments(parser)`, `run(args, out) -> exit code`."""

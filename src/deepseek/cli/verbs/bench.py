@@ -1,4 +1,4 @@
-"""Measure speed and memory beside transformers: same weights, dtype, threads and prompt, by turns."""
+"""Measure speed and memory beside transformers: same weights, dtype, threads and prompt."""
 
 from __future__ import annotations
 

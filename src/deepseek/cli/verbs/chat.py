@@ -1,4 +1,7 @@
-"""Talk to a model. Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves, /reset forgets."""
+"""Talk to a model.
+
+Ctrl-C stops the answer, not the program; Ctrl-D or /quit leaves, /reset forgets the dialogue.
+"""
 
 from __future__ import annotations
 
