@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.errors import ConfigError, DeepseekError, ShapeError, describe
 
 Progress = Callable[[str, float | None], None]
 """Called with what is being done and the share that is done (0 to 1, None when unknown)."""
@@ -99,12 +99,23 @@ def device_of(model: CausalModel) -> torch.device:
 
 
 def address_of(model: CausalModel) -> str | None:
-    """Return the folder or name the model came from; None for one made in memory."""
+    """Return the name or folder the model came from; None for one made in memory."""
     bundle = getattr(model, "bundle", None)
     if bundle is not None:
-        return str(bundle.path)
+        path = Path(bundle.path)
+        return path.name if _is_stored(path) else str(path)
     address = getattr(getattr(model, "config", None), "_name_or_path", None)
     return address or None
+
+
+def _is_stored(path: Path) -> bool:
+    """Return whether a folder's own name is enough to find it in the store."""
+    from deepseek.hub import resolve
+
+    try:
+        return resolve(path.name) == path
+    except DeepseekError:
+        return False
 
 
 def model_conditions(model: CausalModel) -> dict[str, Condition]:
