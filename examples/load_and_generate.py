@@ -1,4 +1,4 @@
-"""Load a real model by name, continue a text, answer a question, stream, and generate in a batch."""
+"""Load a real model by name; continue a text, answer a question, stream, generate in a batch."""
 # needs: smollm2
 
 import deepseek
@@ -19,4 +19,6 @@ first = model.generate(["Once upon a time", "The recipe needs"], max_tokens=12, 
 again = model.generate(["Once upon a time", "The recipe needs"], max_tokens=12, sampling=warm)
 assert [one.text for one in first] == [one.text for one in again], "a seed repeats itself"
 for completion in first:
-    print(repr(completion.text), completion.finish_reason, f"{completion.tokens_per_s:.0f} tokens/s")
+    print(
+        repr(completion.text), completion.finish_reason, f"{completion.tokens_per_s:.0f} tokens/s"
+    )

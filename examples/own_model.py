@@ -1,4 +1,4 @@
-"""A model of your own: size it to a target, train it by a plain loop, save it as a bundle, load it."""
+"""A model of your own: size it to a target, train it by a plain loop, save it, load it."""
 
 import torch
 

@@ -3,7 +3,8 @@
     model = deepseek.load("smollm2-135m")
     print(model.generate("The capital of France is", max_tokens=8).text)
 
-Importing this package loads neither torch nor transformers; each name below is fetched on first use.
+Importing this package loads neither torch nor transformers; each name below is fetched on first
+use.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 _FROM_FACE = frozenset({"load", "pull", "save"})
 
-# The one act at import: `AutoModelForCausalLM` must know our models once both packages are imported.
+# The one act at import: `AutoModelForCausalLM` must know our models once both packages are
+# imported.
 register_when_imported()
 
 

@@ -7,8 +7,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, Union, cast, get_args, get_origin, get_type_hints
 
 from deepseek.errors import ConfigError, describe
 
@@ -75,14 +75,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(item) for item in cast("Sequence[Any]", value)]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in cast("Mapping[str, Any]", value).items()}
     return value
 
 
 def _read(value: Any, hint: Any, name: str, owner: str) -> Any:
-    """Return `value` as the type `hint` says, or raise a ConfigError that names the field."""
+    """Return `value` as the type `hint` says, or raise a ConfigError with the field's name."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _read_union(value, hint, name, owner)
@@ -96,13 +96,17 @@ def _read(value: Any, hint: Any, name: str, owner: str) -> Any:
     if origin in (dict, Mapping) or hint is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(describe(name, owner, "a table of names and values", value))
-        return dict(value)
+        return dict(cast("Mapping[str, Any]", value))
     if isinstance(hint, type) and issubclass(hint, Config):
         if isinstance(value, hint):
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(describe(name, owner, f"the fields of a {hint.__name__}", value))
-        return hint.from_dict(value)
+        return hint.from_dict(cast("Mapping[str, Any]", value))
+    return _read_plain(cast("object", value), hint, name, owner)
+
+
+def _read_plain(value: object, hint: Any, name: str, owner: str) -> object:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or _is_exactly(value, hint):
@@ -128,11 +132,12 @@ def _read_union(value: Any, hint: Any, name: str, owner: str) -> Any:
 def _read_tuple(value: Any, inner: tuple[Any, ...], name: str, owner: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(describe(name, owner, "a list", value))
+    items = cast("Sequence[Any]", value)
     if len(inner) == 2 and inner[1] is Ellipsis:
-        return tuple(_read(item, inner[0], name, owner) for item in value)
-    if len(value) != len(inner):
-        raise ConfigError(describe(name, owner, f"a list of {len(inner)}", value))
-    return tuple(_read(item, kind, name, owner) for item, kind in zip(value, inner, strict=True))
+        return tuple(_read(item, inner[0], name, owner) for item in items)
+    if len(items) != len(inner):
+        raise ConfigError(describe(name, owner, f"a list of {len(inner)}", items))
+    return tuple(_read(item, kind, name, owner) for item, kind in zip(items, inner, strict=True))
 
 
 def _is_exactly(value: Any, hint: Any) -> bool:

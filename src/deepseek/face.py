@@ -18,7 +18,7 @@ from deepseek.ops.attention import AttentionImpl
 __all__ = ["attach_methods", "load", "pull", "save"]
 
 METHODS: dict[str, tuple[str, str]] = {"generate": ("deepseek.generate", "generate")}
-"""Methods of a loaded decoder: name, and the module and function that run it, imported when called."""
+"""Methods of a loaded decoder: name, and the module and function that run it."""
 
 
 def load(
@@ -34,7 +34,8 @@ def load(
     Args:
         source: a name (`smollm2-135m`), a folder in Hugging Face layout, or a `.gguf` file. A name
             that is not in the store yet is pulled.
-        dtype: "float32", "bfloat16", "float16" or a torch dtype; None for the dtype it is stored in.
+        dtype: "float32", "bfloat16", "float16" or a torch dtype; None for the dtype it is stored
+            in.
         attention: how attention is executed; a name is used or refused, never replaced.
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
@@ -50,7 +51,7 @@ def load(
 
 
 def attach_methods(model: nn.Module) -> None:
-    """Give a decoder the methods of a loaded model, each importing its room when it is first called."""
+    """Give a decoder the methods of a loaded model; each imports its room when called."""
     for name, (module, function) in METHODS.items():
         setattr(model, name, types.MethodType(_late(name, module, function), model))
 

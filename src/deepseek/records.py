@@ -40,7 +40,7 @@ class Measurement:
     """SI or field unit: `s`, `tokens/s`, `bytes`, `nats`, `1` for a ratio or share."""
     spread: Spread | None = None
     """Interval around the value; None for a figure that is exact by construction."""
-    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    conditions: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     """What it holds under: model, dtype, threads, length, data and its hash, number of items."""
     command: str = ""
     """The command that repeats the observation."""
@@ -112,7 +112,7 @@ class StageRecord:
     """Which stage made a bundle, with which settings: enough to make it again."""
 
     name: str
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     version: int = 1
     seed: int | None = None
 
@@ -140,9 +140,9 @@ class BundleCard:
     """UTC time of writing, ISO 8601."""
     parents: tuple[Parent, ...] = ()
     stage: StageRecord | None = None
-    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     """Versions of the packages that wrote the bundle."""
-    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict[str, FileRecord])
     measurements: tuple[Measurement, ...] = ()
     format_version: int = 1
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from deepseek.errors import ConfigError, ShapeError
+from deepseek.errors import ConfigError, FormatError, ShapeError
 from deepseek.models import Encoder, EncoderConfig
 from deepseek.models.families import build_model, config_from_hf, config_to_hf, state_from_hf
 from tests.models.zoo import randomize
@@ -94,3 +94,26 @@ def test_minilm_embeddings_equal_transformers(minilm_folder: Path) -> None:
     weights = inputs["attention_mask"][..., None].float()
     expected = torch.nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)
     assert_logits_equal(model.embed(texts, batch_size=2), expected)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pooling_goes_through_a_bundle(pooling: str, normalize: bool, tmp_path: Path) -> None:
+    from deepseek import hub
+
+    _, model = pair()
+    model.config = model.config.replace(pooling=pooling, normalize=normalize, max_embed_tokens=17)
+    hub.save(model, tmp_path / "bundle")
+    again = hub.load(tmp_path / "bundle")
+    assert again.config == model.config
+
+
+def test_an_unknown_pooling_is_refused(tmp_path: Path) -> None:
+    from deepseek import hub
+
+    _, model = pair()
+    folder = hub.save(model, tmp_path / "bundle").path
+    (folder / "bundle.json").unlink()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(FormatError, match=r"pooling mode of .*1_Pooling must be one of"):
+        hub.load(folder)

@@ -1,4 +1,4 @@
-"""What transformers and PEFT do with our models: the Auto classes, LoRA, the founding documents' calls."""
+"""What transformers and PEFT do with our models: the Auto classes, LoRA, generation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ torch.save((type(model).__name__, logits, out), {result!r})
 ORDERS = [
     "import deepseek\nfrom transformers import AutoModelForCausalLM",
     "from transformers import AutoModelForCausalLM\nimport deepseek",
-    "import transformers\nimport deepseek\nAutoModelForCausalLM = transformers.AutoModelForCausalLM",
+    "import transformers as t\nimport deepseek\nAutoModelForCausalLM = t.AutoModelForCausalLM",
 ]
 
 
@@ -106,8 +106,9 @@ def reference_as(model: Decoder) -> torch.nn.Module:
 
 
 def test_a_lora_model_generates(smollm2_folder: Path) -> None:
-    import deepseek
     from peft import LoraConfig, get_peft_model
+
+    import deepseek
 
     base = deepseek.load(smollm2_folder, dtype="bfloat16")
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))

@@ -156,7 +156,9 @@ def test_bfloat16_stays_near_float32() -> None:
 def test_bad_calls_say_what_is_wrong() -> None:
     layout = Layout.dense(1, 4)
     kv = DenseKV(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))
-    with pytest.raises(ConfigError, match=r"impl of attention must be one of auto, reference, sdpa"):
+    with pytest.raises(
+        ConfigError, match=r"impl of attention must be one of auto, reference, sdpa"
+    ):
         attention(torch.randn(1, 2, 4, 8), kv, layout, impl="flash")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"multiple of the 2 KV heads"):
         attention(torch.randn(1, 3, 4, 8), kv, layout)

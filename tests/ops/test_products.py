@@ -10,7 +10,7 @@ from deepseek.ops import linear as linear_room
 from deepseek.ops.experts import experts_swiglu
 from deepseek.ops.linear import Linear, choose, linear
 from deepseek.ops.linear import api as linear_api
-from deepseek.ops.rope import deinterleave, rotate
+from deepseek.ops.rope import deinterleave, rotate, rotate_both
 from tests.tolerances import assert_close
 
 
@@ -54,6 +54,10 @@ def test_rotation_equals_complex_multiplication() -> None:
         torch.ones_like(angles), angles
     )
     assert_close(out, torch.cat((turned.real, turned.imag), -1))
+    keys = torch.randn(2, 1, 7, 8, dtype=torch.float64)
+    both = rotate_both(states, keys, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
+    assert_close(both[0], out)
+    assert_close(both[1], rotate(keys, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
     pairs = torch.arange(6.0)
     assert deinterleave(pairs).tolist() == [0, 2, 4, 1, 3, 5]
 

@@ -1,8 +1,9 @@
-"""Registration of our own models with the Auto classes of transformers, only when transformers is used.
+"""Registration of our own models with transformers' Auto classes, once transformers is used.
 
 A bundle of a family that transformers knows loads there without us. One of our own family
-(`model_type: deepseek_stack`) needs a config and a model class there; this module adds them the moment
-transformers' Auto modules are imported, before or after `import deepseek`, and imports nothing itself.
+(`model_type: deepseek_stack`) needs a config and a model class there; this module adds them the
+moment transformers' Auto modules are imported, before or after `import deepseek`, and imports
+nothing itself.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -30,17 +30,16 @@ class DeepseekStackConfig(PretrainedConfig):
 
 
 class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
-    """A decoder of our own family as a transformers model, with the same weights under the same names.
+    """A decoder of our own family as a transformers model: same weights, same names.
 
-    It keeps no cache, so `generate` computes every step anew; load the bundle with `deepseek.load` to
-    generate fast.
+    It keeps no cache, so `generate` computes every step anew; load the bundle with `deepseek.load`
+    to generate fast.
     """
 
     config_class = DeepseekStackConfig
     base_model_prefix = "model"
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "lm_head.weight": "model.embed_tokens.weight"
-    }
+    # not a ClassVar: the base class declares it as it stands here
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: DeepseekStackConfig) -> None:
         super().__init__(config)
@@ -79,7 +78,7 @@ class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,  # type: ignore[arg-type]
         )
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
     ) -> dict[str, Tensor | None]:
         """Return the whole sequence, which every step needs without a cache."""

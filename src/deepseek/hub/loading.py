@@ -15,6 +15,7 @@ from deepseek.hub.gguf import GgufFile, read_gguf
 from deepseek.hub.gguf_model import hf_config, hf_tensors
 from deepseek.hub.gguf_tokenizer import read_tokenizer
 from deepseek.hub.safetensors import read_tensors
+from deepseek.hub.sentence import with_pooling
 from deepseek.hub.store import resolve
 from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig
 from deepseek.models.families import build_model, config_from_hf, state_from_hf
@@ -38,8 +39,7 @@ def load(
     """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
 
     Weights of a folder are mapped, not read: loading is fast, and pages come in as they are used.
-        The file is never
-    written to, also when the model is trained in place.
+    The file is never written to, also when the model is trained in place.
 
     Args:
         name_or_folder: a name (`smollm2-135m`) that was pulled, a model folder, or a `.gguf` file.
@@ -142,6 +142,8 @@ def check_weights(config: Mapping[str, object], shapes: Mapping[str, Tensor], ow
 
 def _load_bundle(bundle: Bundle, dtype: torch.dtype | None) -> Decoder | Encoder:
     config = config_from_hf(bundle.config)
+    if isinstance(config, EncoderConfig):
+        config = with_pooling(config, bundle.path)
     tensors = read_tensors(bundle.path, bundle.tensors)
     model = _assemble(config, tensors, str(bundle.path), dtype)
     model.tokenizer = Tokenizer.from_folder(bundle.path)

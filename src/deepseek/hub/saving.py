@@ -19,8 +19,9 @@ from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.hub.atomic import files_in, recover, replace_folder
 from deepseek.hub.bundle import Bundle, card_bytes, make_card, read_json
 from deepseek.hub.safetensors import MAX_SHARD_BYTES, write_tensors
+from deepseek.hub.sentence import write_pooling
 from deepseek.hub.store import CARD, safe_name
-from deepseek.models import Decoder, Encoder
+from deepseek.models import Decoder, Encoder, EncoderConfig
 from deepseek.models.families import config_to_hf, state_to_hf
 from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
 
@@ -107,6 +108,8 @@ def save(
 
     def write(fresh: Path) -> dict[str, FileRecord]:
         write_settings(fresh, config, model.tokenizer, _generation(model, config))
+        if isinstance(model.config, EncoderConfig):
+            write_pooling(model.config, fresh)
         if origin is not None:
             _copy_companions(origin.path, fresh)
         return write_tensors(fresh, tensors.items(), max_shard_bytes)

@@ -190,6 +190,8 @@ class EncoderConfig(Config):
     """How `embed` makes one vector of a text's states."""
     normalize: bool = True
     """`embed` scales vectors to length 1."""
+    max_embed_tokens: int | None = None
+    """`embed` cuts texts to this many tokens; None for `max_positions`."""
     init_std: float = 0.02
     pad_token_id: int | None = 0
 

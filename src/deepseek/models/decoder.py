@@ -127,7 +127,7 @@ class Decoder(nn.Module):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor | None]:
-        """Return the arguments of a pass over a whole sequence (PEFT asks for this method by name)."""
+        """Return the arguments of a pass over a whole sequence (PEFT asks for this name)."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def new_cache(self, batch_size: int, max_tokens: int) -> KVCache:

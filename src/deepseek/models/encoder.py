@@ -107,6 +107,14 @@ class EncoderLayer(nn.Module):
         return self.output(self.activation(self.intermediate["dense"](attended)), attended)
 
 
+class LayerStack(nn.Module):
+    """The layers, under the name that Hugging Face folders have for them."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
+
+
 class Encoder(nn.Module):
     """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it."""
 
@@ -114,8 +122,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
-        self.encoder = nn.ModuleDict({"layer": layers})
+        self.encoder = LayerStack(config)
         self.pooler: nn.ModuleDict | None = None
         if config.has_pooler:
             self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
@@ -180,7 +187,7 @@ class Encoder(nn.Module):
         layout = Layout.dense(rows, length, mask, causal=False)
         states = self.embeddings(input_ids, token_type_ids)
         kept = [states]
-        for layer in self.encoder["layer"]:
+        for layer in self.encoder.layer:
             states = layer(states, layout)
             if output_hidden_states:
                 kept.append(states)
@@ -191,7 +198,7 @@ class Encoder(nn.Module):
         """Return one vector per text, [n, hidden], pooled and normalized as the config says,
         without gradient.
 
-        Texts longer than the model's positions are cut. Texts of like length share a batch.
+        Texts longer than `max_embed_tokens` are cut. Texts of like length share a batch.
 
         Raises:
             ConfigError: the model has no tokenizer.
@@ -199,8 +206,8 @@ class Encoder(nn.Module):
         if self.tokenizer is None:
             step = "Load a bundle with a tokenizer, or call the model with input_ids"
             raise ConfigError(describe("tokenizer", "Encoder.embed", "loaded", None, step))
-        limit = min(self.config.max_positions, self.tokenizer.model_max_length or 1 << 30)
-        encoded = [ids[:limit] for ids in self.tokenizer.encode_batch(list(texts))]
+        limit = self.config.max_embed_tokens or self.config.max_positions
+        encoded = [self._cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         vectors = torch.empty(len(encoded), self.config.hidden_size, dtype=self.dtype)
         with torch.inference_mode():
@@ -208,6 +215,11 @@ class Encoder(nn.Module):
                 chosen = order[start : start + batch_size]
                 vectors[chosen] = self._embed_batch([encoded[index] for index in chosen])
         return vectors
+
+    @staticmethod
+    def _cut(ids: list[int], limit: int) -> list[int]:
+        """Return the first tokens of a text and the one that ends it, `limit` in all."""
+        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
     def _embed_batch(self, encoded: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(ids) for ids in encoded])

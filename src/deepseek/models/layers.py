@@ -12,7 +12,7 @@ from deepseek.models.positions import latent_score_factor
 from deepseek.ops.attention import KVShape, attention
 from deepseek.ops.experts import experts_swiglu
 from deepseek.ops.linear import Linear, linear
-from deepseek.ops.rope import deinterleave, rotate
+from deepseek.ops.rope import deinterleave, rotate_both
 
 
 class RMSNorm(nn.Module):
@@ -62,8 +62,7 @@ class Attention(nn.Module):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = queries.transpose(1, 2), keys.transpose(1, 2)
         if context.cos is not None and context.sin is not None:
-            queries = rotate(queries, context.cos, context.sin)
-            keys = rotate(keys, context.cos, context.sin)
+            queries, keys = rotate_both(queries, keys, context.cos, context.sin)
         kv = context.store(self.layer, keys, values)
         table = context.plan(self.layer, queries, kv)
         out = attention(
@@ -121,8 +120,7 @@ class LatentAttention(nn.Module):
         if self.interleaved:
             q_rope, k_rope = deinterleave(q_rope), deinterleave(k_rope)
         if context.cos is not None and context.sin is not None:
-            q_rope = rotate(q_rope, context.cos, context.sin)
-            k_rope = rotate(k_rope, context.cos, context.sin)
+            q_rope, k_rope = rotate_both(q_rope, k_rope, context.cos, context.sin)
         attend = self._expanded if context.cache is None else self._absorbed
         out = attend(q_nope, q_rope, content, k_rope, context)
         rows, length, _ = states.shape
@@ -190,7 +188,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden))
         if config.score == "sigmoid":
-            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts))
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return chosen experts int64 [N, k] and their weights [N, k] in the dtype of the states

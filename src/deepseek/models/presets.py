@@ -1,4 +1,4 @@
-"""The family as data: every preset of the founding documents, and the small sizes that run anywhere.
+"""The family as data: every preset of the founding documents, and small sizes that run anywhere.
 
 A preset is a decoder's shape. What a document's model has beside it (an image encoder, tensor-train
 layers) is named in `awaits` until the package has it; the count speaks of the decoder alone.
@@ -35,7 +35,7 @@ class Preset:
     """Parts of the document's model that this decoder does not have yet."""
 
     def sized(self, size: Size) -> DecoderConfig:
-        """Return the config at full size, or a small or tiny one of the same make that runs on a laptop."""
+        """Return the config at full size, or one of the same make that runs on a laptop."""
         return self.config if size == "full" else shrink(self.config, size)
 
 
@@ -263,9 +263,9 @@ def count_params(config: DecoderConfig) -> int:
 
 
 def shrink(config: DecoderConfig, size: Literal["small", "tiny"]) -> DecoderConfig:
-    """Return a config of the same make (heads per KV head, experts, ties, rope rule) but few parameters.
+    """Return a config of the same make (KV groups, experts, ties, rope) with few parameters.
 
-    small: about 10 to 40 million, trains on a laptop in minutes. tiny: under one million, for tests.
+    small: some ten million, trains on a laptop in minutes. tiny: under one million, for tests.
     """
     hidden, layers, vocab = {"small": (384, 8, 8192), "tiny": (64, 2, 512)}[size]
     head_dim = {"small": 64, "tiny": 16}[size]
@@ -293,7 +293,8 @@ def fit(num_params: int, *, vocab_size: int = 49152, max_positions: int = 8192) 
     """Return the dense decoder whose parameter count comes nearest to a target.
 
     Width and depth grow together (a layer per 8 to 64 channels, 128 at most), heads have 64
-    channels and three share a KV head, and the head is tied: the make of SmolLM2.
+    channels and three share a KV head, and the head is tied: the make of SmolLM2. The width of the
+    feed-forward takes up the rest.
 
     Raises:
         ConfigError: the target is smaller than the embedding of the smallest width.
@@ -319,7 +320,11 @@ def fit(num_params: int, *, vocab_size: int = 49152, max_positions: int = 8192) 
         for hidden in range(192, 12288 + 1, 192)
         for layers in range(max(2, hidden // 64), min(128, hidden // 8) + 1)
     ]
-    return min(candidates, key=lambda config: abs(_dense_count(config) - num_params))
+    near = min(candidates, key=lambda config: abs(_dense_count(config) - num_params))
+    # the feed-forward's width takes up what whole layers and heads leave over
+    missing = (num_params - _dense_count(near)) / (3 * near.hidden_size * near.num_layers)
+    width = near.intermediate_size + round(missing / 16) * 16
+    return near.replace(intermediate_size=max(width, near.hidden_size))
 
 
 def _dense_count(config: DecoderConfig) -> int:

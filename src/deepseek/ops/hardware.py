@@ -1,4 +1,4 @@
-"""What this processor computes natively, and the switch for the library that would get in the way."""
+"""What this processor computes natively, and the switch for a library that gets in the way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 class _OneDnnSwitch:
-    """Counts who wants oneDNN off: the flag is one per process, its users may be several threads."""
+    """Counts who wants oneDNN off: one flag per process, its users may be several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -22,6 +22,18 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(states * cos, states.roll(half, -1), sin)
 
 
+def rotate_both(queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return queries and keys rotated, as one product over the heads of both.
+
+    Args:
+        queries: [B, heads, T, dim].
+        keys: [B, KV heads, T, dim].
+        cos, sin: as in `rotate`.
+    """
+    both = rotate(torch.cat((queries, keys), dim=1), cos, sin)
+    return both.split((queries.shape[1], keys.shape[1]), dim=1)  # type: ignore[return-value]
+
+
 def deinterleave(states: Tensor) -> Tensor:
     """Return channel pairs (2i, 2i + 1) reordered to (i, i + dim / 2), the order `rotate` works
     in."""

@@ -76,7 +76,7 @@ def read_qwen3(hf: HFConfig) -> DecoderConfig:
         output_bias=biased,
         window=window,
         window_layers=layers,
-        **{"head_dim": 128} | common_fields(dict(hf) | {"head_dim": hf.get("head_dim") or 128}),
+        **common_fields({"head_dim": 128, **hf}),
     )
 
 

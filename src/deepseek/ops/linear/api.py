@@ -27,8 +27,9 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         weight: [out, in].
         bias: [out] or None.
     """
-    rows = inputs.numel() // max(inputs.shape[-1], 1)
-    impl = choose(inputs.device, inputs.dtype, rows)
+    if inputs.dtype is not torch.bfloat16:
+        return F.linear(inputs, weight, bias)
+    impl = choose(inputs.device, inputs.dtype, inputs.shape[:-1].numel())
     if impl == "native":
         return F.linear(inputs, weight, bias)
     if impl == "unpacked":
