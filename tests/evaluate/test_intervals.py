@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,13 +97,13 @@ def test_block_bootstrap_covers_the_mean_of_dependent_losses() -> None:
     generator = np.random.default_rng(1)
     hits = naive_hits = 0
     for trial in range(100):
-        noise = generator.normal(size=4096)
-        losses = np.empty(4096)
+        noise = generator.normal(size=2048)
+        losses = np.empty(2048)
         losses[0] = noise[0]
-        for index in range(1, 4096):
+        for index in range(1, 2048):
             losses[index] = 0.7 * losses[index - 1] + noise[index]
-        hits += covers(bootstrap_ratio(*block_sums(losses, block_length(4096)), seed=trial), 0.0)
-        half = 1.96 * losses.std() / 64
+        hits += covers(bootstrap_ratio(*block_sums(losses, block_length(2048)), seed=trial), 0.0)
+        half = 1.96 * losses.std() / math.sqrt(2048)
         naive_hits += abs(losses.mean()) <= half
     assert 0.90 <= hits / 100 <= 0.99
     assert naive_hits / 100 < 0.75
