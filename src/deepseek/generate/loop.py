@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
 from deepseek.generate.completion import Completion, FinishReason, Piece
+from deepseek.generate.flat import flat_step
 from deepseek.generate.prefill import prefill
 from deepseek.generate.prompt import Prompts, read_prompts
 from deepseek.generate.stop import TextStream
@@ -212,7 +213,9 @@ class _Batch:
         capacity = max(len(row.prompt) + row.tokens_left for row in self.rows)
         self._cache = self._model.new_cache(len(self.rows), capacity)
         prompts = [row.prompt for row in self.rows]
-        return self._choose(prefill(self._model, prompts, self._cache))
+        logits = prefill(self._model, prompts, self._cache)
+        self._flat = flat_step(self._model, self._cache)
+        return self._choose(logits)
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> list[int]:
@@ -221,6 +224,8 @@ class _Batch:
             self._tokens.fill_(tokens[0])
         else:
             self._tokens.copy_(torch.tensor(tokens)[:, None])
+        if self._flat is not None:
+            return self._choose(self._flat(self._tokens[:, 0]))
         output = self._model(self._tokens, cache=self._cache, last_only=True)
         return self._choose(output.logits[:, -1])
 
@@ -230,6 +235,7 @@ class _Batch:
         self.rows = [self.rows[slot] for slot in slots]
         self._generators = [self._generators[slot] for slot in slots]
         self._cache = self._cache.select(slots)
+        self._flat = flat_step(self._model, self._cache)
         self._tokens = torch.empty(len(slots), 1, dtype=torch.long, device=self._model.device)
         if self._history is not None:
             self._history = self._history.select(slots)

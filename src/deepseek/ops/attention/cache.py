@@ -72,6 +72,17 @@ class PagedKV:
             return keys, keys[..., : self.value_pages.shape[-1]]
         return keys, self._read(self.value_pages, num_slots)
 
+    def in_rows(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a contiguous table as views [B, slots, KV heads, dim].
+
+        Raises:
+            ShapeError: the pages of the rows do not follow one another.
+        """
+        if self.first_page is None:
+            must = "contiguous to be read as rows"
+            raise ShapeError(describe("page_table", "PagedKV", must, self.page_table.tolist()))
+        return self._in_rows(self.key_pages), self._in_rows(self.value_pages)
+
     def _read(self, pages: Tensor, num_slots: int) -> Tensor:
         if self.first_page is not None:
             return self._in_rows(pages)[:, :num_slots].transpose(1, 2)
