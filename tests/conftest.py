@@ -27,7 +27,8 @@ def pytest_configure() -> None:
     for name in stray_settings():
         del os.environ[name]
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers share the cores: with more threads each would wait for the others.
+        # Workers share the cores, and so do the processes that tests start: with more threads each
+        # would wait for the others.
         os.environ["OMP_NUM_THREADS"] = "1"
 
 
@@ -46,6 +47,9 @@ def fixed_seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            # Workers share the cores: with more threads each would wait for the others.
+            sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

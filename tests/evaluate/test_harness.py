@@ -58,7 +58,7 @@ def run_harness(
 def test_multiple_choice_is_the_same(
     smollm2: torch.nn.Module, smollm2_tokenizer: object, tmp_path: Path
 ) -> None:
-    items = next_sentence_items(40, seed=1)
+    items = next_sentence_items(12, seed=1)
     items.append(ChoiceItem(context="Paris is the capital of ", choices=("France", "é"), answer=0))
     items.append(ChoiceItem(context="", choices=("The", "Zqx"), answer=0))
     task = {
@@ -87,7 +87,7 @@ def test_multiple_choice_is_the_same(
 def test_exact_match_is_the_same(
     smollm2: torch.nn.Module, smollm2_tokenizer: object, tmp_path: Path
 ) -> None:
-    items = addition_items(20, seed=1)
+    items = addition_items(5, seed=1)
     task = {
         "output_type": "generate_until",
         "doc_to_text": "{{prompt}}",

@@ -50,7 +50,10 @@ class Output:
 
     def measurements(self, title: str, found: Sequence[Measurement]) -> None:
         """Print measurements as a table: name, value, spread, unit."""
-        rows = [(item.name, number(item.value), spread(item), item.unit) for item in found]
+        rows = [
+            (name, number(item.value), spread(item), item.unit)
+            for name, item in zip(labels(found), found, strict=True)
+        ]
         self.table(title, ("measurement", "value", "spread", "unit"), rows)
 
     @contextlib.contextmanager
@@ -88,6 +91,24 @@ class Output:
             kind = type(error).__name__
             print(json.dumps({"error": {"kind": kind, "message": line}, "exit_code": code}))
         return code
+
+
+def labels(found: Sequence[Measurement]) -> list[str]:
+    """Return a name for each measurement; those of one name also say what they differ in."""
+    named: dict[str, list[Measurement]] = {}
+    for item in found:
+        named.setdefault(item.name, []).append(item)
+    shown = []
+    for item in found:
+        others = named[item.name]
+        differing = [
+            str(value) if key == "engine" else f"{key} {value}"
+            for key, value in item.conditions.items()
+            if any(other.conditions.get(key) != value for other in others)
+            and isinstance(value, str | int | float)
+        ]
+        shown.append(", ".join([item.name, *differing[:2]]))
+    return shown
 
 
 def number(value: float) -> str:

@@ -15,7 +15,7 @@ from deepseek.records import Measurement, summarize
 
 COMMAND = "deepseek bench"
 _ONE_PROCESS = """
-import json, resource, sys, time
+import json, sys, time
 start = time.perf_counter()
 engine, folder, dtype, threads = sys.argv[1:]
 import torch
@@ -35,7 +35,8 @@ else:
     loaded = time.perf_counter()
     ids = torch.arange(5, 133)[None]
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from deepseek.evaluate.resources import peak_rss_bytes
+peak = peak_rss_bytes()
 print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "peak": peak}))
 """
 

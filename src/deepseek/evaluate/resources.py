@@ -60,6 +60,19 @@ def current_rss_bytes() -> int | None:
     return _status_bytes("VmRSS")
 
 
+def peak_rss_bytes() -> int:
+    """Return the most memory this process has had resident since it was started.
+
+    From `/proc` where there is one: `getrusage` would also count what the process that started this
+    one had at that moment.
+    """
+    high = _status_bytes("VmHWM")
+    if high is not None:
+        return high
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 class _EnergyCounters:
     """RAPL counters of the whole packages (`intel-rapl:N`, used by AMD processors as well)."""
 
@@ -99,8 +112,7 @@ def _peak_memory(usage: Usage) -> Iterator[None]:
         usage.peak_rss_method = "largest of samples every 5 ms"
     else:
         yield
-        unit = 1 if sys.platform == "darwin" else 1024
-        usage.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        usage.peak_rss_bytes = peak_rss_bytes()
         usage.peak_rss_method = "high-water mark of the whole process"
 
 

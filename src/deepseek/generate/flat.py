@@ -2,12 +2,13 @@
 
 A step multiplies one row by every weight, which takes little more than reading the weights; walking
 through the modules and their many small operations takes as long again. So the step is written out
-once per layer with the fewest operations: query, key and value in one product, gate and up in one,
-the cache written and read in place.
+once per layer with the fewest operations: query, key and value in one product, the cache written
+and read in place.
 
 It is made from an ordinary decoder and reads that decoder's own weights. To make one product of
-several, their weights are moved into one piece of memory, once; they stay the same parameters, each
-a view of its part, so training, saving and moving the model go on as before.
+three, their weights are moved into one piece of memory, once; they stay the same parameters, each a
+view of its part, so training, saving and moving the model go on as before. (Gate and up stay two
+products: joining them gained 3 % and copied two fifths of the weights out of the mapped file.)
 """
 
 from __future__ import annotations
@@ -42,8 +43,10 @@ class _Layer:
     output: Tensor
     output_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    gate: Tensor
+    gate_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
     down: Tensor
     down_bias: Tensor | None
     window: int | None
@@ -126,8 +129,8 @@ class FlatStep:
         flat = attended.reshape(rows, -1)
         states = states.add_(linear(flat, layer.output, layer.output_bias))
         normed = self._normed(states, layer.mlp_norm)
-        gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-        hidden = F.silu(gate).mul_(up)
+        gate = linear(normed, layer.gate, layer.gate_bias)
+        hidden = F.silu(gate, inplace=True).mul_(linear(normed, layer.up, layer.up_bias))
         return states.add_(linear(hidden, layer.down, layer.down_bias))
 
     def _head_normed(self, qkv: Tensor, layer: _Layer) -> Tensor:
@@ -186,7 +189,6 @@ def _read_layer(model: Decoder, index: int) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, FeedForward)
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up = [mlp.gate_proj, mlp.up_proj]
     planner = model.planner
     slides = isinstance(planner, WindowPlanner) and index in planner.layers
     query_norm, key_norm = attention.q_norm, attention.k_norm
@@ -199,8 +201,10 @@ def _read_layer(model: Decoder, index: int) -> _Layer:
         output=attention.o_proj.weight,
         output_bias=attention.o_proj.bias,
         mlp_norm=_doubled(layer.post_attention_layernorm),
-        gate_up=_joined([each.weight for each in gate_up]),
-        gate_up_bias=_joined_bias(gate_up),
+        gate=mlp.gate_proj.weight,
+        gate_bias=mlp.gate_proj.bias,
+        up=mlp.up_proj.weight,
+        up_bias=mlp.up_proj.bias,
         down=mlp.down_proj.weight,
         down_bias=mlp.down_proj.bias,
         window=planner.window if slides and isinstance(planner, WindowPlanner) else None,

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.models.config import DecoderConfig
 from deepseek.models.context import PassContext
-from deepseek.models.layers import Attention, Experts, FeedForward, LatentAttention, RMSNorm
+from deepseek.models.layers import (
+    Attention,
+    Experts,
+    FeedForward,
+    LatentAttention,
+    RMSNorm,
+    embedding,
+)
 from deepseek.models.planner import Planner, WindowPlanner
 from deepseek.models.positions import alibi_slopes, rope_tables
 from deepseek.ops.attention import AttentionImpl, KVCache, Layout
@@ -58,7 +65,7 @@ class DecoderStack(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_layers)
         )

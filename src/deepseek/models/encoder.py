@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.models.config import EncoderConfig
+from deepseek.models.layers import embedding
 from deepseek.ops.attention import DenseKV, Layout, attention
 from deepseek.ops.linear import Linear
 
@@ -42,9 +43,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.num_token_types, config.hidden_size)
+        self.word_embeddings = embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = embedding(config.max_positions, config.hidden_size)
+        self.token_type_embeddings = embedding(config.num_token_types, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.norm_eps)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:

@@ -245,6 +245,15 @@ class Experts(nn.Module):
         return out if self.shared_experts is None else out + self.shared_experts(states)
 
 
+def embedding(count: int, dim: int) -> nn.Embedding:
+    """Return an embedding [count, dim] whose weight is not drawn yet.
+
+    Drawing it on `meta`, as `nn.Embedding` does by itself, imports PyTorch's compiler: a second or
+    two of every load.
+    """
+    return nn.Embedding(count, dim, _weight=torch.empty(count, dim))
+
+
 def _latent(config: DecoderConfig) -> LatentConfig:
     if config.latent is None:
         raise TypeError("LatentAttention needs a config with `latent`")

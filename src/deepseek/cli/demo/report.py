@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepseek.cli.demo.state import Chart, Section
-from deepseek.cli.output import number, spread
+from deepseek.cli.output import labels, number, spread
 from deepseek.errors import missing_extra
 from deepseek.records import Measurement
 
@@ -51,10 +51,10 @@ def _section(section: Section) -> str:
 
 def _table(measurements: Sequence[Measurement]) -> str:
     rows = [
-        f"<tr><td>{html.escape(item.name)}</td><td class='figure'>{number(item.value)}</td>"
+        f"<tr><td>{html.escape(name)}</td><td class='figure'>{number(item.value)}</td>"
         f"<td class='figure'>{html.escape(spread(item))}</td><td>{html.escape(item.unit)}</td>"
         f"<td>{html.escape(_conditions(item))}</td></tr>"
-        for item in measurements
+        for name, item in zip(labels(measurements), measurements, strict=True)
     ]
     head = "".join(
         f"<th>{name}</th>" for name in ("measurement", "value", "spread", "unit", "under")

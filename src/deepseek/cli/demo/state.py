@@ -66,14 +66,16 @@ class Demo:
     @functools.cache  # noqa: B019 (the demo lives as long as the process)
     def _models(self, dtype: str) -> tuple[Decoder, Any]:
         import torch
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         from deepseek.face import load
         from deepseek.models import Decoder
 
+        transformers.utils.logging.disable_progress_bar()
         ours = load(self.bundle.path, dtype=dtype)
         assert isinstance(ours, Decoder)
-        theirs = AutoModelForCausalLM.from_pretrained(self.bundle.path, dtype=getattr(torch, dtype))
+        kind = transformers.AutoModelForCausalLM
+        theirs = kind.from_pretrained(self.bundle.path, dtype=getattr(torch, dtype))
         return ours, theirs.eval()
 
     @property

@@ -16,7 +16,7 @@ QUESTION = "Explain in two sentences why the sky is blue."
 TEXTS = (
     "The capital of France is Paris, and the capital of Japan is Tokyo.",
     "def add(a, b):\n    return a + b\n",
-    "深度学习 🙂 and a long tail: " + "one two three four five six seven eight nine ten " * 12,
+    "深度学习 🙂 and a long tail: " + "one two three four five six seven eight nine ten " * 3,
 )
 
 
@@ -225,9 +225,12 @@ def speed(demo: Demo) -> Section:
         ("decode_tokens_per_s", "Decoding, batch 1, bfloat16", "tokens/s"),
         ("prefill_tokens_per_s", "Reading a prompt of 128 tokens, bfloat16", "tokens/s"),
         ("load_s", "Loading, files warm", "s"),
-        ("process_peak_rss_bytes", "Peak memory of a process that loads and generates", "bytes"),
+        ("process_peak_rss_bytes", "Peak memory of a process that loads and generates", "MiB"),
     ):
-        sides = {item.conditions["engine"]: item.value for item in found if item.name == name}
+        scale = 2**20 if unit == "MiB" else 1
+        sides = {
+            item.conditions["engine"]: item.value / scale for item in found if item.name == name
+        }
         charts.append(
             Chart(
                 title=title, labels=tuple(map(str, sides)), values=tuple(sides.values()), unit=unit

@@ -30,14 +30,16 @@ def run(args: argparse.Namespace, out: Output) -> int:
         raise missing_extra("transformers", "transformers", "as the peer of a benchmark")
     model = load_decoder(args, out)
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     from deepseek.cli.side_by_side import compare_processes, compare_speed
 
     folder = str(model.bundle.path)  # type: ignore[attr-defined]
     dtype = str(model.dtype).removeprefix("torch.")
     with out.progress() as progress:
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+        transformers.utils.logging.disable_progress_bar()
+        kind = transformers.AutoModelForCausalLM
+        peer = kind.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
         found = compare_speed(
             model,
             peer,
