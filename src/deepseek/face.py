@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from deepseek import hub
+from deepseek.errors import ConfigError
 from deepseek.hub import pull, save
+from deepseek.hub.names import NAMES, canonical_name
 from deepseek.models import Decoder, Encoder
 from deepseek.ops.attention import AttentionImpl
 
@@ -44,16 +46,28 @@ def load(
         ConfigError: an unknown name or dtype.
         FormatError: a folder or file that is not a whole model.
     """
-    model = hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
-    if isinstance(model, Decoder):
-        attach_methods(model)
-    return model
+    attach_methods()
+    if not _is_here(source) and canonical_name(str(source)) in NAMES:
+        hub.pull(source)
+    return hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
 
 
-def attach_methods(model: nn.Module) -> None:
-    """Give a decoder the methods of a loaded model; each imports its room when called."""
+def _is_here(source: str | Path) -> bool:
+    try:
+        hub.resolve(source)
+    except ConfigError:
+        return False
+    return True
+
+
+def attach_methods() -> None:
+    """Give decoders the methods of a loaded model; each imports its room when it is called.
+
+    They are set on the class, so that a model can be copied and pickled.
+    """
     for name, (module, function) in METHODS.items():
-        setattr(model, name, types.MethodType(_late(name, module, function), model))
+        if not hasattr(Decoder, name):
+            setattr(Decoder, name, _late(name, module, function))
 
 
 def _late(name: str, module: str, function: str) -> types.FunctionType:

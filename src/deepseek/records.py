@@ -48,8 +48,11 @@ class Measurement:
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON-ready values; a value that is not finite becomes None."""
         values = dataclasses.asdict(self)
-        values["value"] = self.value if math.isfinite(self.value) else None
-        values["conditions"] = dict(self.conditions)
+        values["value"] = _finite(self.value)
+        values["conditions"] = {name: _finite(value) for name, value in self.conditions.items()}
+        if self.spread is not None:
+            low, high = _finite(self.spread.low), _finite(self.spread.high)
+            values["spread"] = {"kind": self.spread.kind, "low": low, "high": high}
         return values
 
     @classmethod
@@ -65,15 +68,29 @@ class Measurement:
             value = given.pop("value")
             return cls(
                 value=math.nan if value is None else float(value),
-                spread=Spread(**spread) if spread else None,
+                spread=_read_spread(spread),
                 **given,
             )
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             fields = [field.name for field in dataclasses.fields(cls)]
             must = f"an object with the fields {', '.join(fields)}"
             raise FormatError(
                 describe("measurement", "a record file", must, dict(values))
             ) from error
+
+
+def _finite(value: Any) -> Any:
+    """Return a value that JSON has: None for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _read_spread(values: Mapping[str, Any] | None) -> Spread | None:
+    if values is None:
+        return None
+    low, high = values["low"], values["high"]
+    return Spread(
+        values["kind"], math.nan if low is None else low, math.nan if high is None else high
+    )
 
 
 def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Measurement:

@@ -97,3 +97,23 @@ def test_interrupted_is_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = run("doctor", "--json")
     assert ended.code == 130
     assert json.loads(ended.out)["exit_code"] == 130
+
+
+def test_a_defect_of_ours_is_one_line_with_a_code_of_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepseek.cli.verbs import doctor
+
+    def fail(*_: object) -> int:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(doctor, "run", fail)
+    ended = run("doctor", "--json")
+    assert ended.code == 70 and ended.err.count("\n") == 1 and "unforeseen" in ended.err
+    monkeypatch.setenv("DEEPSEEK_DEBUG", "1")
+    with pytest.raises(ValueError, match="unforeseen"):
+        run("doctor")
+
+
+def test_options_are_not_abbreviated(run: Run) -> None:
+    assert run("list", "--js").code == 2

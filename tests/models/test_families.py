@@ -190,3 +190,14 @@ def test_a_fresh_model_on_meta_allocates_nothing() -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in fresh.parameters())
     assert fresh.dtype == torch.float32 and fresh.device.type == "cpu"
     assert MODEL_LOGITS_ATOL <= 1e-4
+
+
+def test_prediction_layers_are_left_out_and_other_routing_is_refused() -> None:
+    model = ours(reference("deepseek-v3"))
+    state = state_to_hf(model.config, model.state_dict())
+    state["model.layers.3.eh_proj.weight"] = torch.zeros(1)
+    assert "model.layers.3.eh_proj.weight" not in state_from_hf(model.config, state)
+    written = config_to_hf(model.config)
+    for field, value in (("scoring_func", "softmax"), ("moe_layer_freq", 2)):
+        with pytest.raises(FormatError, match=f"{field} of config.json"):
+            config_from_hf(written | {field: value})

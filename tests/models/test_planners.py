@@ -169,3 +169,40 @@ def test_bad_inputs_are_refused() -> None:
         model(tokens, torch.ones(2, 5), cache=model.new_cache(3, 8))
     with pytest.raises(ConfigError, match=r"window of DecoderConfig must be at least 1"):
         TINY.replace(window=0)
+
+
+def test_positions_and_labels_that_do_not_fit_are_refused() -> None:
+    model = Decoder(TINY)
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    for positions in (torch.zeros(5), torch.zeros(1, 1), torch.zeros(2, 4)):
+        with pytest.raises(ShapeError, match=r"position_ids of Decoder must be of shape"):
+            model(tokens, position_ids=positions.long())
+    with pytest.raises(ShapeError, match=r"labels of Decoder"):
+        model(tokens, labels=tokens, last_only=True)
+    alibi = Decoder(TINY.replace(positions="alibi"))
+    with pytest.raises(ShapeError, match=r"None with ALiBi"):
+        alibi(tokens, position_ids=tokens)
+
+
+def test_masks_do_not_outlive_their_pass() -> None:
+    import gc
+    import weakref
+
+    model = Decoder(TINY.replace(window=3, window_layers=(0, 1))).eval()
+    layouts: list[weakref.ref[Layout]] = []
+    place = model._place
+
+    def watched(*args: object) -> object:
+        layout, counts = place(*args)  # type: ignore[arg-type]
+        layouts.append(weakref.ref(layout))
+        return layout, counts
+
+    model._place = watched  # type: ignore[method-assign, assignment]
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                model(torch.zeros(2, 9, dtype=torch.long), torch.tensor([[0] * 4 + [1] * 5] * 2))
+    finally:
+        gc.enable()
+    assert [ref() for ref in layouts] == [None] * 3

@@ -113,3 +113,41 @@ def test_a_lora_model_generates(smollm2_folder: Path) -> None:
     base = deepseek.load(smollm2_folder, dtype="bfloat16")
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     assert model.generate("The capital of France is", max_tokens=3).text.startswith(" Paris")
+
+
+def test_auto_config_alone_knows_our_family() -> None:
+    program = (
+        "import deepseek, sys\nfrom transformers import AutoConfig\n"
+        "print(type(AutoConfig.for_model('deepseek_stack')).__name__, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split()[:1] == ["DeepseekStackConfig"], done.stderr
+
+
+def test_the_transformers_class_computes_with_the_head_it_shows() -> None:
+    from deepseek.autoclasses.config import DeepseekStackConfig
+    from deepseek.autoclasses.model import DeepseekStackForCausalLM
+    from deepseek.errors import ConfigError
+    from deepseek.models.families import config_to_hf
+
+    config = preset("7b").sized("tiny").replace(family="deepseek_stack")
+    model = DeepseekStackForCausalLM(DeepseekStackConfig(**config_to_hf(config))).eval()
+    tokens = torch.arange(9)[None]
+    model.lm_head = torch.nn.Linear(config.hidden_size, 11)
+    assert model(tokens).logits.shape == (1, 9, 11)
+    with pytest.raises(ConfigError, match=r"output_attentions of DeepseekStackForCausalLM"):
+        model(tokens, output_attentions=True)
+    assert model.accepts_loss_kwargs is False
+
+
+def test_a_loaded_model_can_be_pickled_and_copied(tmp_path: Path) -> None:
+    import copy
+    import pickle
+
+    import deepseek
+
+    folder = deepseek.save(Decoder(preset("7b").sized("tiny")), tmp_path / "bundle").path
+    model = deepseek.load(folder)
+    expected = model.generate([1, 2, 3], max_tokens=4).token_ids
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+        assert again.generate([1, 2, 3], max_tokens=4).token_ids == expected

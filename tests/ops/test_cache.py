@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import CapacityError, ShapeError
-from deepseek.ops.attention import KVCache, KVShape
+from deepseek.ops.attention import KVCache, KVShape, PagedKV
 from tests.ops.test_attention import shuffle
 
 SHAPES = [KVShape(2, 3, 2), KVShape(1, 4, 3, values_in_keys=True)]
@@ -106,3 +106,29 @@ def test_a_row_cannot_be_truncated_to_more_than_it_has() -> None:
     cache = KVCache.contiguous([KVShape(1, 2, 2)], 1, 8, dtype=torch.float32)
     with pytest.raises(ShapeError, match=r"between 0 and 0"):
         cache.truncate([1])
+
+
+def test_padding_is_written_nowhere_and_every_layer_has_its_own_table() -> None:
+    """Pages behind a row's tokens may be another row's; a fill value in the table is no page."""
+    layers = []
+    for table in ([[1, 2], [3, 0]], [[5, 4], [2, 0]]):
+        keys = torch.full((6, 4, 1, 2), -7.0)
+        layers.append(PagedKV(keys, keys.clone(), torch.tensor(table, dtype=torch.int32), None))
+    cache = KVCache(layers, [4, 3])
+    layout = cache.place(4, [4, 1])
+    new = torch.arange(16.0).view(2, 1, 4, 2)
+    for layer in layers:
+        layer.write(new, new, layout)
+    cache.advance(layout)
+    for layer, first, second in ((layers[0], 2, 3), (layers[1], 4, 2)):
+        written = (layer.key_pages != -7.0).any(-1).any(-1)
+        assert written.nonzero().tolist() == sorted(
+            [[first, slot] for slot in range(4)] + [[second, 3]]
+        )
+        assert torch.equal(layer.key_pages[first, :, 0], new[0, 0])
+        assert torch.equal(layer.key_pages[second, 3, 0], new[1, 0, 0])
+
+
+def test_memory_that_is_not_there_is_one_clear_error() -> None:
+    with pytest.raises(CapacityError, match=r"size of KVCache must be small enough for memory"):
+        KVCache.contiguous([KVShape(64, 128, 128)] * 99, 4096, 1 << 24, dtype=torch.float32)

@@ -13,26 +13,42 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import types
+import warnings
 from collections.abc import Sequence
 
-_AUTO = "transformers.models.auto.modeling_auto"
+_AUTO = "transformers.models.auto"
+_WATCHED = {
+    f"{_AUTO}.configuration_auto": "deepseek.autoclasses.config",
+    f"{_AUTO}.modeling_auto": "deepseek.autoclasses.model",
+}
+"""Modules of transformers, and ours whose `register` runs once they have."""
 
 
 def register_when_imported() -> None:
-    """Register now if transformers' Auto classes are imported, else as soon as they are."""
-    if _AUTO in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
+    """Register with what is imported of transformers' Auto modules, and watch for the rest."""
+    for watched in _WATCHED:
+        if watched in sys.modules:
+            _register(watched)
+    if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoFinder())
 
 
-def _register() -> None:
-    importlib.import_module("deepseek.autoclasses.model").register()
+def _register(watched: str) -> None:
+    try:
+        importlib.import_module(_WATCHED[watched]).register()
+    except Exception as error:
+        # transformers must go on working, whatever its version makes of our classes
+        message = f"deepseek could not register with transformers' Auto classes: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 class _AutoFinder(importlib.abc.MetaPathFinder):
-    """Waits for one module, lets the usual finders find it, and registers once it has run."""
+    """Lets the usual finders find the watched modules, and registers once one of them has run."""
+
+    def __init__(self) -> None:
+        self._asking = threading.local()
 
     def find_spec(
         self,
@@ -41,10 +57,13 @@ class _AutoFinder(importlib.abc.MetaPathFinder):
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         """Return the module's own spec with a loader that registers afterwards."""
-        if fullname != _AUTO:
+        if fullname not in _WATCHED or getattr(self._asking, "name", None) == fullname:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asking.name = fullname
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asking.name = None
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec
@@ -56,6 +75,9 @@ class _RegisteringLoader(importlib.abc.Loader):
     def __init__(self, inner: importlib.abc.Loader) -> None:
         self._inner = inner
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
         """Return what the module's own loader creates."""
         return self._inner.create_module(spec)
@@ -63,4 +85,4 @@ class _RegisteringLoader(importlib.abc.Loader):
     def exec_module(self, module: types.ModuleType) -> None:
         """Run the module, then register."""
         self._inner.exec_module(module)
-        _register()
+        _register(module.__name__)

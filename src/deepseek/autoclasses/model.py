@@ -6,27 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationMixin,
-    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from deepseek.autoclasses.config import DeepseekStackConfig
+from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder
 from deepseek.models.families import config_from_hf
-from deepseek.models.families.own import OWN_MODEL_TYPE
-
-
-class DeepseekStackConfig(PretrainedConfig):
-    """A `DecoderConfig` inside a transformers config: its fields stand under `decoder_config`."""
-
-    model_type = OWN_MODEL_TYPE
-
-    def __init__(self, decoder_config: dict[str, Any] | None = None, **rest: Any) -> None:
-        self.decoder_config = decoder_config
-        super().__init__(**rest)
 
 
 class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
@@ -37,6 +26,8 @@ class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = DeepseekStackConfig
+    # the loss is the mean of the batch: Trainer must divide by its accumulation steps itself
+    accepts_loss_kwargs = False
     base_model_prefix = "model"
     # not a ClassVar: the base class declares it as it stands here
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -61,10 +52,22 @@ class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        past_key_values: object | None = None,
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Return loss and logits, see `deepseek.models.Decoder.forward`."""
-        out = self._decoder[0](
+        for name, asked in (
+            ("output_attentions", output_attentions),
+            ("past_key_values", past_key_values),
+        ):
+            if asked:
+                step = "Load the bundle with deepseek.load to generate with a cache"
+                raise ConfigError(describe(name, type(self).__name__, "left out", asked, step))
+        decoder = self._decoder[0]
+        # transformers and PEFT may have put others in their place
+        decoder.model, decoder.lm_head = self.model, self.lm_head
+        out = decoder(
             input_ids,
             attention_mask,
             position_ids,
@@ -93,6 +96,5 @@ class DeepseekStackForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def register() -> None:
-    """Make the Auto classes of transformers know our family."""
-    AutoConfig.register(OWN_MODEL_TYPE, DeepseekStackConfig, exist_ok=True)
+    """Make `AutoModelForCausalLM` know our family."""
     AutoModelForCausalLM.register(DeepseekStackConfig, DeepseekStackForCausalLM, exist_ok=True)

@@ -1,6 +1,7 @@
 """`deepseek VERB`: parses, runs the verb, and turns every error into one line and an exit code.
 
-Exit codes: 0 done, 1 a gate or check failed, 2 the user's mistake, 130 interrupted.
+Exit codes: 0 done, 1 a gate or check failed, 2 the user's mistake, 70 a defect of ours, 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deepseek.cli.output import Output
 from deepseek.errors import ConfigError, DeepseekError, VerifyError
@@ -28,11 +29,16 @@ VERBS: dict[str, str] = {
 }
 """Every verb with one line of help; its module in `deepseek.cli.verbs` is imported when it runs."""
 
-EXIT_FAILED_CHECK, EXIT_USER_MISTAKE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED_CHECK, EXIT_USER_MISTAKE, EXIT_DEFECT, EXIT_INTERRUPTED = 1, 2, 70, 130
+DEBUG_VARIABLE = "DEEPSEEK_DEBUG"
+"""Set in the environment, an error of ours is shown with its traceback."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours: one line."""
+    """An argument parser whose errors are ours: one line. Options are not abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See: {self.prog} --help")
@@ -58,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has left; the interpreter must not complain about it on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_USER_MISTAKE
+    except OSError as error:
+        return out.fail(error, EXIT_USER_MISTAKE)
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        step = f"This is a defect of deepseek: please report it with what {DEBUG_VARIABLE}=1 shows."
+        return out.fail(RuntimeError(f"{type(error).__name__}: {error}. {step}"), EXIT_DEFECT)
 
 
 def _run(words: Sequence[str], out: Output) -> int:

@@ -9,6 +9,7 @@ from deepseek.cli.output import Output
 from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
+    from deepseek.hub import Bundle
     from deepseek.models import Decoder, Encoder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,6 +60,20 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return load(name, dtype=args.dtype)
+
+
+def bundle_of(model: Decoder, verb: str) -> Bundle:
+    """Return the bundle a model was loaded from.
+
+    Raises:
+        ConfigError: it came from a `.gguf` file, which has none.
+    """
+    from deepseek.hub import Bundle
+
+    if not isinstance(model.bundle, Bundle):
+        step = "Make one first: deepseek pull FILE.gguf --to FOLDER"
+        raise ConfigError(describe("MODEL", f"deepseek {verb}", "a bundle", "a .gguf file", step))
+    return model.bundle
 
 
 def load_decoder(args: argparse.Namespace, out: Output) -> Decoder:

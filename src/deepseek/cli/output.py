@@ -80,7 +80,8 @@ class Output:
         """End a verb that is done: print the object if asked for, and return exit code 0."""
         if self.as_json:
             figures = [item.to_dict() for item in found]
-            print(json.dumps({**result, "measurements": figures}, ensure_ascii=False), flush=True)
+            whole = {**result, "measurements": figures}
+            print(json.dumps(whole, ensure_ascii=False, allow_nan=False), flush=True)
         return 0
 
     def fail(self, error: BaseException, code: int) -> int:

@@ -13,7 +13,6 @@ from deepseek.evaluate import speed_side_by_side
 from deepseek.models import Decoder
 from deepseek.records import Measurement, summarize
 
-COMMAND = "deepseek bench"
 _ONE_PROCESS = """
 import json, sys, time
 start = time.perf_counter()
@@ -48,6 +47,7 @@ def compare_speed(
     num_prompt_tokens: int,
     num_new_tokens: int,
     num_repeats: int,
+    command: str,
     progress: Progress,
 ) -> list[Measurement]:
     """Return speeds of both engines, which take turns, and the ratios of each round."""
@@ -56,13 +56,13 @@ def compare_speed(
         num_prompt_tokens=num_prompt_tokens,
         num_new_tokens=num_new_tokens,
         num_repeats=num_repeats,
-        command=COMMAND,
+        command=command,
         progress=progress,
     )
 
 
 def compare_processes(
-    folder: str, dtype: str, *, num_repeats: int, progress: Progress
+    folder: str, dtype: str, *, num_repeats: int, command: str, progress: Progress
 ) -> list[Measurement]:
     """Return import and load seconds and peak memory of each engine, in processes by turns.
 
@@ -79,8 +79,8 @@ def compare_processes(
     for number in range(num_repeats + 1):
         for engine, samples in rounds.items():
             progress(f"a process of {engine}", (number + 0.5) / (num_repeats + 1))
-            command = [sys.executable, "-c", _ONE_PROCESS, engine, folder, dtype, threads]
-            done = subprocess.run(command, capture_output=True, text=True)
+            words = [sys.executable, "-c", _ONE_PROCESS, engine, folder, dtype, threads]
+            done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode != 0:
                 last = done.stderr.strip().splitlines()[-1:]
                 raise VerifyError(f"the process of {engine} failed: {' '.join(last)}")
@@ -95,5 +95,5 @@ def compare_processes(
         for engine, samples in rounds.items():
             conditions = {"engine": engine, "dtype": dtype, "threads": int(threads)}
             values = [sample[key] for sample in samples]
-            found.append(summarize(name, values, unit, conditions=conditions, command=COMMAND))
+            found.append(summarize(name, values, unit, conditions=conditions, command=command))
     return found

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.models import Decoder, WindowPlanner
+from deepseek.models.decoder import DecoderLayer, DecoderStack
 from deepseek.models.layers import Attention, FeedForward, RMSNorm
 from deepseek.models.positions import rope_tables
 from deepseek.ops.attention import KVCache
@@ -29,6 +30,20 @@ from deepseek.ops.linear import Linear, choose, linear
 from deepseek.ops.rope import rotate
 
 _LOG = logging.getLogger(__name__)
+_KNOWN = frozenset(
+    {
+        Attention,
+        Decoder,
+        DecoderLayer,
+        DecoderStack,
+        FeedForward,
+        Linear,
+        RMSNorm,
+        nn.Embedding,
+        nn.ModuleList,
+    }
+)
+"""The very classes whose mathematics the step writes out; a subclass may compute something else."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -174,13 +189,13 @@ def why_not_flat(model: nn.Module, cache: KVCache) -> str | None:
         return f"the execution {model.impl!r} of attention was asked for by name"
     if any(layer.first_page is None for layer in cache.layers):
         return "the pages of the cache do not follow one another"
-    known = (Decoder, Linear, RMSNorm, nn.Embedding, nn.ModuleList)
     for name, module in model.named_modules():
-        is_ours = isinstance(module, known) or type(module).__module__.startswith("deepseek.models")
-        if not is_ours or type(module) is nn.Linear:
+        if type(module) not in _KNOWN:
             return f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has forward hooks"
+    if len({parameter.dtype for parameter in model.parameters()}) > 1:
+        return "the weights have several dtypes"
     return None
 
 

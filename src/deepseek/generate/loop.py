@@ -120,6 +120,11 @@ class _Ends:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             must = "a whole number, at least 1"
             raise ConfigError(describe("max_tokens", "generate", must, max_tokens))
+        if not isinstance(stop, str | Sequence):
+            raise ConfigError(describe("stop", "generate", "a list of strings", stop))
+        if not isinstance(stop_token_ids, Sequence):
+            must = "a list of token ids"
+            raise ConfigError(describe("stop_token_ids", "generate", must, stop_token_ids))
         strings = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(string, str) and string for string in strings):
             raise ConfigError(describe("stop", "generate", "strings that are not empty", stop))

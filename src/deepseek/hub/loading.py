@@ -68,6 +68,8 @@ def load(
         model = _load_bundle(Bundle.open(path, verify=verify), kind)
     if isinstance(model, Decoder):
         model.impl = attention
+    else:
+        model.use_attention(attention)
     return model.to(place).eval()
 
 

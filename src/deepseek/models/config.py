@@ -94,6 +94,9 @@ class ExpertsConfig(Config):
         if self.num_groups < 1 or self.num_experts % self.num_groups:
             must = f"a divisor of num_experts ({self.num_experts})"
             raise ConfigError(describe("num_groups", "ExpertsConfig", must, self.num_groups))
+        if self.num_groups > 1 and self.num_experts // self.num_groups < 2:
+            must = f"at most half of num_experts ({self.num_experts})"
+            raise ConfigError(describe("num_groups", "ExpertsConfig", must, self.num_groups))
         if not 1 <= self.num_active_groups <= self.num_groups:
             must = f"between 1 and num_groups ({self.num_groups})"
             got = self.num_active_groups
@@ -153,6 +156,9 @@ class DecoderConfig(Config):
         if self.num_heads % self.num_kv_heads:
             must = f"a divisor of num_heads ({self.num_heads})"
             raise ConfigError(describe("num_kv_heads", "DecoderConfig", must, self.num_kv_heads))
+        rotated = self.head_dim if self.latent is None else self.latent.rope_dim
+        if self.positions == "rope" and rotated % 2:
+            raise ConfigError(describe("head_dim", "DecoderConfig", "even with rope", rotated))
         if self.window is not None and self.window < 1:
             raise ConfigError(describe("window", "DecoderConfig", "at least 1", self.window))
         if self.positions == "alibi" and self.latent is not None:
@@ -196,6 +202,11 @@ class EncoderConfig(Config):
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    describe(name, "EncoderConfig", "at least 1", getattr(self, name))
+                )
         if self.hidden_size % self.num_heads:
             must = f"a multiple of num_heads ({self.num_heads})"
             raise ConfigError(describe("hidden_size", "EncoderConfig", must, self.hidden_size))

@@ -94,6 +94,7 @@ class Decoder(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self._initialize()
         if planner is None and config.window is not None:
             planner = WindowPlanner(config.window, config.window_layers)
         self.planner = planner
@@ -102,7 +103,6 @@ class Decoder(nn.Module):
         self.bundle: object | None = None
         # PEFT passes it from model to model and asks nothing of it.
         self.generation_config: object | None = None
-        self._initialize()
 
     def _initialize(self) -> None:
         for name, parameter in self.named_parameters():
@@ -189,6 +189,7 @@ class Decoder(nn.Module):
             got = "both" if input_ids is not None else "neither"
             raise ShapeError(describe("input_ids or inputs_embeds", "Decoder", must, got))
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        _check_labels(labels, states, last_only)
         layout, counts = self._place(states, attention_mask, cache)
         context = self._context(states, layout, position_ids, cache)
         kept = [states] if output_hidden_states else None
@@ -240,6 +241,8 @@ class Decoder(nn.Module):
         self, states: Tensor, layout: Layout, position_ids: Tensor | None, cache: KVCache | None
     ) -> PassContext:
         config, cos, sin, slopes = self.config, None, None, None
+        if position_ids is not None:
+            self._check_positions(position_ids, states)
         if config.positions == "rope":
             if position_ids is None:
                 position_ids = layout.query_slots(states.device)
@@ -251,6 +254,24 @@ class Decoder(nn.Module):
         else:
             slopes = torch.tensor(alibi_slopes(config.num_heads), device=states.device)
         return PassContext(layout, cos, sin, slopes, cache, self.planner, self.impl)
+
+    def _check_positions(self, position_ids: Tensor, states: Tensor) -> None:
+        rows, length, _ = states.shape
+        if self.config.positions != "rope":
+            must = "None with ALiBi, which counts slots"
+            raise ShapeError(describe("position_ids", "Decoder", must, list(position_ids.shape)))
+        if tuple(position_ids.shape) not in ((rows, length), (1, length)):
+            must = f"of shape {[rows, length]} or {[1, length]}"
+            raise ShapeError(describe("position_ids", "Decoder", must, list(position_ids.shape)))
+
+
+def _check_labels(labels: Tensor | None, states: Tensor, last_only: bool) -> None:
+    if labels is None:
+        return
+    rows, length, _ = states.shape
+    if last_only or tuple(labels.shape) != (rows, length) or length < 2:
+        must = f"of shape {[rows, length]} with at least two tokens, and without last_only"
+        raise ShapeError(describe("labels", "Decoder", must, list(labels.shape)))
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:

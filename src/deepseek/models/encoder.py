@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.models.config import EncoderConfig
 from deepseek.models.layers import embedding
-from deepseek.ops.attention import DenseKV, Layout, attention
+from deepseek.ops.attention import AttentionImpl, DenseKV, Layout, attention
 from deepseek.ops.linear import Linear
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
+        self.impl: AttentionImpl = "auto"
         self.num_heads = config.num_heads
         self.query = Linear(config.hidden_size, config.hidden_size)
         self.key = Linear(config.hidden_size, config.hidden_size)
@@ -72,7 +73,7 @@ class SelfAttention(nn.Module):
             projection(states).view(rows, length, self.num_heads, -1).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        out = attention(queries, DenseKV(keys, values), layout)
+        out = attention(queries, DenseKV(keys, values), layout, impl=self.impl)
         return out.transpose(1, 2).reshape(rows, length, -1)
 
 
@@ -140,6 +141,12 @@ class Encoder(nn.Module):
             else:
                 nn.init.normal_(parameter, std=self.config.init_std)
 
+    def use_attention(self, impl: AttentionImpl) -> None:
+        """Execute attention in every layer as `deepseek.ops.attention.attention` says."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.impl = impl
+
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
@@ -202,8 +209,11 @@ class Encoder(nn.Module):
         Texts longer than `max_embed_tokens` are cut. Texts of like length share a batch.
 
         Raises:
-            ConfigError: the model has no tokenizer.
+            ConfigError: the model has no tokenizer, or a single text was given.
         """
+        if isinstance(texts, str):
+            must = "a list of texts"
+            raise ConfigError(describe("texts", "Encoder.embed", must, texts, "Put it in a list"))
         if self.tokenizer is None:
             step = "Load a bundle with a tokenizer, or call the model with input_ids"
             raise ConfigError(describe("tokenizer", "Encoder.embed", "loaded", None, step))

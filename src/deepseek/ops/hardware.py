@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import platform
 import threading
 from collections.abc import Iterator
 
@@ -12,7 +13,12 @@ import torch
 
 @functools.cache
 def _cpu_computes_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if platform.machine() in ("x86_64", "AMD64"):
+        # AVX-512 alone is not enough: Skylake and Cascade Lake have it without bfloat16 products
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def computes_bf16(device: torch.device) -> bool:

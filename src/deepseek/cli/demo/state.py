@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.cli.output import Output
+from deepseek.errors import ConfigError, describe
 from deepseek.records import Measurement
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class Demo:
 
         transformers.utils.logging.disable_progress_bar()
         ours = load(self.bundle.path, dtype=dtype)
-        assert isinstance(ours, Decoder)
+        if not isinstance(ours, Decoder) or ours.tokenizer is None:
+            must = "a decoder with a tokenizer"
+            raise ConfigError(describe("MODEL", "deepseek demo", must, self.name))
         kind = transformers.AutoModelForCausalLM
         theirs = kind.from_pretrained(self.bundle.path, dtype=getattr(torch, dtype))
         return ours, theirs.eval()

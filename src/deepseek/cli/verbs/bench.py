@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 
-from deepseek.cli.models import add_model_arguments, load_decoder, positive
+from deepseek.cli.models import add_model_arguments, bundle_of, load_decoder, positive
 from deepseek.cli.output import Output, number
 from deepseek.errors import missing_extra
 
@@ -34,8 +34,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     from deepseek.cli.side_by_side import compare_processes, compare_speed
 
-    folder = str(model.bundle.path)  # type: ignore[attr-defined]
+    bundle = bundle_of(model, "bench")
+    folder = str(bundle.path)
     dtype = str(model.dtype).removeprefix("torch.")
+    command = (
+        f"deepseek bench {args.model} --dtype {dtype} --prompt-tokens {args.prompt_tokens} "
+        f"--new-tokens {args.new_tokens} --repeats {args.repeats}"
+    )
     with out.progress() as progress:
         transformers.utils.logging.disable_progress_bar()
         kind = transformers.AutoModelForCausalLM
@@ -46,10 +51,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
             num_prompt_tokens=args.prompt_tokens,
             num_new_tokens=args.new_tokens,
             num_repeats=args.repeats,
+            command=command,
             progress=progress,
         )
         found += compare_processes(
-            folder, dtype, num_repeats=min(args.repeats, 3), progress=progress
+            folder, dtype, num_repeats=min(args.repeats, 3), command=command, progress=progress
         )
     names = dict.fromkeys(item.name for item in found)
     rows = []
@@ -65,5 +71,5 @@ def run(args: argparse.Namespace, out: Output) -> int:
         rows,
     )
     if args.save:
-        model.bundle.add_measurements(found)  # type: ignore[attr-defined]
+        bundle.add_measurements(found)
     return out.finish({"model": args.model, "dtype": dtype}, found)

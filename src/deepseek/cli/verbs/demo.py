@@ -52,9 +52,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
         if section.measurements:
             out.measurements("", section.measurements)
     bundle, report = _write(demo)
+    write_report(report, f"deepseek demo: {args.model}", demo.sections)
     out.say(f"\nbundle with its card: {bundle}\nreport: {report}")
     out.say(f"done in {time.perf_counter() - start_s:.0f} s")
-    write_report(report, f"deepseek demo: {args.model}", demo.sections)
     if demo.failures:
         raise VerifyError("; ".join(demo.failures))
     return out.finish({"bundle": str(bundle), "report": str(report)}, demo.measurements)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from deepseek.cli.models import add_model_arguments, load_decoder, positive, ready
+from deepseek.cli.models import add_model_arguments, bundle_of, load_decoder, positive, ready
 from deepseek.cli.output import Output
 
 EXAMPLE = "deepseek eval smollm2-135m --tasks perplexity,retrieval --lengths 512 1024"
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Run the tasks and show every measurement with its spread."""
     given = {flag.lstrip("-").replace("-", "_") for flag, _ in OPTIONS} | {"max_tokens"}
     model = load_decoder(args, out)
+    bundle = bundle_of(model, "eval --save") if args.save else None
     from deepseek.evaluate import SuiteSettings, suite
 
     fields = {name: value for name, value in vars(args).items() if name in given}
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             progress=progress,
         )
     out.measurements(args.model, found)
-    if args.save and model.bundle is not None:
-        model.bundle.add_measurements(found)  # type: ignore[attr-defined]
+    if bundle is not None:
+        bundle.add_measurements(found)
         out.say("added to the card")
     return out.finish({"model": args.model, "settings": settings.to_dict()}, found)

@@ -103,6 +103,10 @@ def state_from_hf(
             name = re.sub(pattern, replacement, name)
         if any(re.search(pattern, name) for pattern in family.ignored):
             continue
+        if config.family == DEEPSEEK_V3.model_type and _is_prediction_layer(
+            name, config.num_layers
+        ):
+            continue
         match = _EXPERT.match(name)
         if match is None:
             state[name] = tensor
@@ -114,6 +118,12 @@ def state_from_hf(
     if isinstance(config, DecoderConfig) and config.tie_embeddings:
         state.pop("lm_head.weight", None)
     return state
+
+
+def _is_prediction_layer(name: str, num_layers: int) -> bool:
+    """Return whether a weight belongs to multi-token prediction, whose layers follow the others."""
+    match = re.match(r"^model\.layers\.(\d+)\.", name)
+    return match is not None and int(match[1]) >= num_layers
 
 
 def _stack(prefix: str, parts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor]:

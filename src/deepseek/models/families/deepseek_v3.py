@@ -11,6 +11,7 @@ from deepseek.models.families.base import (
     HFConfig,
     common_fields,
     read_rope,
+    refuse,
     required,
     write_common,
 )
@@ -18,6 +19,8 @@ from deepseek.models.families.base import (
 
 def read_deepseek_v3(hf: HFConfig) -> DecoderConfig:
     """Return the config of a DeepSeek-V3 folder. Multi-token prediction layers are not used."""
+    refuse(hf, "scoring_func", ("sigmoid",))
+    refuse(hf, "moe_layer_freq", (1,))
     fields = common_fields(hf)
     biased = bool(hf.get("attention_bias", False))
     latent = LatentConfig(

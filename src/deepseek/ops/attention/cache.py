@@ -29,6 +29,11 @@ class KVShape(NamedTuple):
     """True when a value is the first `value_dim` channels of its key (latent attention): stored
     once."""
 
+    @property
+    def num_values(self) -> int:
+        """Numbers stored for one token."""
+        return self.num_kv_heads * (self.key_dim + (0 if self.values_in_keys else self.value_dim))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DenseKV:
@@ -112,16 +117,30 @@ class PagedKV:
 
     def _write(self, pages: Tensor, new: Tensor, layout: Layout) -> None:
         start, length = layout.query_start[0], layout.num_queries
-        if self.first_page is not None and all(other == start for other in layout.query_start):
+        is_full = layout.is_uniform and start + length == layout.key_length[0]
+        if self.first_page is not None and is_full:
             self._in_rows(pages)[:, start : start + length].copy_(new.transpose(1, 2))
             return
-        if "flat_slots" not in layout.memo:
-            slots = layout.query_slots(pages.device)
-            page = self.page_table.gather(1, slots // self.page_size).long()
-            layout.memo["flat_slots"] = page * self.page_size + slots % self.page_size
-        pages.view(-1, *pages.shape[2:])[layout.memo["flat_slots"]] = new.transpose(1, 2).to(
-            pages.dtype
-        )
+        held, places = self._places(layout)
+        pages.view(-1, *pages.shape[2:])[places] = new.transpose(1, 2)[held].to(pages.dtype)
+
+    def _places(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return which queries are tokens, bool [B, T], and where in the pages each of them goes.
+
+        What a padded batch has past a row's tokens goes nowhere: the pages behind them may be
+        another row's.
+        """
+        key = ("places", id(self.page_table), self.page_size)
+        if key not in layout.memo:
+            device = self.page_table.device
+            slots = layout.query_slots(device)
+            held = slots < torch.tensor(layout.key_length, device=device)[:, None]
+            entry = (slots // self.page_size).clamp(max=self.page_table.shape[1] - 1)
+            page = self.page_table.gather(1, entry).long()
+            places = (page * self.page_size + slots % self.page_size)[held]
+            # the table is kept, so that its id stays its own as long as the memo
+            layout.memo[key] = (held, places, self.page_table)
+        return layout.memo[key][:2]
 
 
 class KVCache:
@@ -153,15 +172,15 @@ class KVCache:
         table = torch.arange(num_rows * per_row, dtype=torch.int32, device=device).view(
             num_rows, per_row
         )
-        layers = []
-        for shape in shapes:
-            size = (num_rows * per_row, page_size, shape.num_kv_heads)
-            keys = torch.zeros(*size, shape.key_dim, dtype=dtype, device=device)
-            if shape.values_in_keys:
-                values = keys[..., : shape.value_dim]
-            else:
-                values = torch.zeros(*size, shape.value_dim, dtype=dtype, device=device)
-            layers.append(PagedKV(keys, values, table, 0))
+        pages = (num_rows * per_row, page_size)
+        try:
+            layers = [_empty(shape, pages, table, dtype, device) for shape in shapes]
+        except (RuntimeError, MemoryError) as error:
+            token_bytes = sum(shape.num_values for shape in shapes) * dtype.itemsize
+            must = f"small enough for memory ({token_bytes:,} bytes a token)"
+            step = "Use fewer rows or a shorter context"
+            got = f"{num_rows} rows of {max_tokens} tokens"
+            raise CapacityError(describe("size", "KVCache", must, got, step)) from error
         return cls(layers, [0] * num_rows)
 
     @property
@@ -203,12 +222,11 @@ class KVCache:
             raise ShapeError(
                 describe("input_ids", "a forward pass with a cache", must, len(counts))
             )
-        if max(self.lengths) + num_queries > self.capacity:
+        lengths = tuple(length + count for length, count in zip(self.lengths, counts, strict=True))
+        if max(lengths) > self.capacity:
             must = f"at most {self.capacity} tokens a row"
             step = "Ask new_cache for a larger max_tokens"
-            got = max(self.lengths) + num_queries
-            raise CapacityError(describe("length", "KVCache", must, got, step))
-        lengths = tuple(length + count for length, count in zip(self.lengths, counts, strict=True))
+            raise CapacityError(describe("length", "KVCache", must, max(lengths), step))
         return Layout(tuple(self.lengths), lengths, num_queries)
 
     def advance(self, layout: Layout) -> None:
@@ -251,3 +269,17 @@ class KVCache:
             for pages in [layer.key_pages] if in_keys else [layer.key_pages, layer.value_pages]:
                 pages[target : target + used] = pages[source : source + used]
         return dataclasses.replace(layer, page_table=layer.page_table[: len(rows)])
+
+
+def _empty(
+    shape: KVShape,
+    pages: tuple[int, int],
+    table: Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PagedKV:
+    size = (*pages, shape.num_kv_heads)
+    keys = torch.zeros(*size, shape.key_dim, dtype=dtype, device=device)
+    if shape.values_in_keys:
+        return PagedKV(keys, keys[..., : shape.value_dim], table, 0)
+    return PagedKV(keys, torch.zeros(*size, shape.value_dim, dtype=dtype, device=device), table, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -75,8 +77,8 @@ def _mask(
     if table is None and slopes is None and plain:
         return None, None
     memo = layout.memo if table is None else table.memo
-    key = ("sdpa", id(layout), id(slopes), queries.dtype)
-    if key not in memo:
+    key = ("sdpa", queries.dtype, slopes is not None)
+    if key not in memo or memo[key][2]() is not layout:
         seen = visible(layout, table, queries.shape[1], kv_heads, queries.device)
         blind = ~seen.any(-1, keepdim=True)
         if bool(blind.any()):
@@ -87,5 +89,6 @@ def _mask(
         if slopes is not None:
             bias = distance_bias(layout, slopes, torch.float32)
             seen = bias.masked_fill(~seen, float("-inf")).to(queries.dtype)
-        memo[key] = (seen, blind, layout, slopes)
+        # held weakly: the memo may be the layout's own
+        memo[key] = (seen, blind, weakref.ref(layout))
     return memo[key][:2]

@@ -75,14 +75,14 @@ class BlockTable:
         if int(self.counts.min()) < 0 or int(self.counts.max()) > wanted[3]:
             must = f"between 0 and {wanted[3]}, the width of indices"
             raise ShapeError(describe("counts", "BlockTable", must, self.counts.max().item()))
-        held = self._held()
+        indices, held = torch.broadcast_tensors(self.indices, self._held())
         key_blocks = self.num_key_blocks(layout, self.block_size)
-        listed = self.indices[held.expand_as(self.indices)]
+        listed = indices[held]
         if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < key_blocks):
             must = f"between 0 and {key_blocks - 1}, the blocks that hold keys"
             raise ShapeError(describe("indices", "BlockTable", must, listed.max().item()))
         unheld = torch.arange(wanted[3], device=held.device) + key_blocks
-        ordered = torch.where(held, self.indices, unheld.to(self.indices.dtype)).sort(-1).values
+        ordered = torch.where(held, indices, unheld.to(indices.dtype)).sort(-1).values
         if bool((ordered[..., 1:] == ordered[..., :-1]).any()):
             raise ShapeError(
                 describe("indices", "BlockTable", "listed once per query block", "a block twice")
@@ -116,9 +116,8 @@ class BlockTable:
 
     def _blocks_seen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
         """Return bool [B or 1, heads or 1, query blocks, key blocks]."""
-        listed = self._held().expand_as(self.indices)
-        indices = self.indices.long().clamp(min=0)
-        if self.skip is not None or self.indices.shape[1] > 1:
+        indices, listed = torch.broadcast_tensors(self.indices.long().clamp(min=0), self._held())
+        if self.skip is not None or indices.shape[1] > 1:
             group = num_heads // num_kv_heads
             listed = listed.expand(-1, num_kv_heads, -1, -1).repeat_interleave(group, dim=1)
             indices = indices.expand(-1, num_kv_heads, -1, -1).repeat_interleave(group, dim=1)

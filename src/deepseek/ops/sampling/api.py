@@ -11,7 +11,7 @@ from torch import Tensor
 from deepseek.errors import BackendError, describe
 from deepseek.ops.sampling.config import Sampling
 from deepseek.ops.sampling.history import TokenHistory
-from deepseek.ops.sampling.reference import apply_penalties, next_uniform
+from deepseek.ops.sampling.reference import apply_penalties, needed_history, next_uniform
 
 # Top-p mostly keeps a few tokens: look at this many, then this many, then sort them all.
 _NUCLEI = (1024, 8192)
@@ -53,8 +53,8 @@ def choose(
     Raises:
         BackendError: a row has NaN or infinity for its largest logit.
     """
-    if sampling.has_penalties and history is not None:
-        logits_RV = apply_penalties(logits_RV, sampling, history)
+    if sampling.has_penalties:
+        logits_RV = apply_penalties(logits_RV, sampling, needed_history(history))
     if sampling.is_greedy:
         return choose_greedy(logits_RV)
     scores_RV = logits_RV.float() / sampling.temperature

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek.errors import ConfigError, describe
 from deepseek.ops.sampling.config import Sampling
 from deepseek.ops.sampling.history import TokenHistory
 
@@ -111,12 +112,23 @@ def choose(
         generators: one per row, on the CPU; each gives one number. Unused when greedy.
         history: needed with penalties.
     """
-    if sampling.has_penalties and history is not None:
-        logits_RV = apply_penalties(logits_RV, sampling, history)
+    if sampling.has_penalties:
+        logits_RV = apply_penalties(logits_RV, sampling, needed_history(history))
     if sampling.is_greedy:
         return logits_RV.argmax(dim=-1)
     uniforms = [next_uniform(generator) for generator in generators]
     return draw(filter_logits(logits_RV, sampling), uniforms)
+
+
+def needed_history(history: TokenHistory | None) -> TokenHistory:
+    """Return the history that penalties are counted in.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if history is None:
+        raise ConfigError(describe("history", "choose", "given with penalties", None))
+    return history
 
 
 def next_uniform(generator: torch.Generator) -> float:
