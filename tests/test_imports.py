@@ -19,7 +19,10 @@ IMPORT_NAMES = {
 }
 """Import names of distributions, where they differ."""
 
-NEEDS_EXTRA = {"deepseek.autoclasses.config", "deepseek.autoclasses.model": "transformers"}
+NEEDS_EXTRA = {
+    "deepseek.autoclasses.config": "transformers",
+    "deepseek.autoclasses.model": "transformers",
+}
 """Modules that are useless without an optional package: module -> what it imports."""
 
 PROBE = """
