@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from deepseek import hub
+from deepseek.cli.main import verb_parser
 from deepseek.cli.verbs.eval import OPTIONS
 from deepseek.evaluate import SuiteSettings
 from tests.cli.conftest import Run
@@ -92,7 +93,8 @@ def test_pull_to_a_folder_and_list(
 def test_doctor_says_what_runs_and_why(run: Run) -> None:
     found = run("doctor", "--json").object
     assert found["machine"]["cores"] >= 1
-    assert {row["operation"] for row in found["execution"]} == {"linear", "attention"}
+    operations = {row["operation"] for row in found["execution"]}
+    assert operations == {"linear", "attention", "decoding step"}
     assert all(row["why"] for row in found["execution"])
     assert "torch" in run("doctor").out
 
@@ -112,6 +114,12 @@ def test_eval_shows_measurements_and_saves_them(run: Run, tiny_folder: str, tmp_
     found = {item["name"]: item for item in ended.object["measurements"]}
     assert found["perplexity"]["value"] > 1 and found["perplexity"]["spread"] is not None
     assert found["kl_divergence"]["value"] == 0.0
+    import shlex
+
+    for item in found.values():
+        words = shlex.split(item["command"])
+        assert words[:2] == ["deepseek", "eval"] and "--dtype" in words
+        verb_parser("eval").parse_args(words[2:])
     card = json.loads((Path(folder) / "bundle.json").read_text())
     assert {item["name"] for item in card["measurements"]} == set(found)
     assert "perplexity" in run("show", folder).out

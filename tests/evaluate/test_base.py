@@ -33,5 +33,5 @@ def test_a_stored_model_is_named_and_another_has_its_path(
 def test_commands_are_quoted_and_leave_out_what_is_unset() -> None:
     flags = {"text": "my text", "window": None, "lengths": (1, 2), "seed": 0}
     assert repeat_command(lambda ids: ids, "needle", flags) == (
-        "deepseek eval MODEL --task needle --text 'my text' --lengths 1 2 --seed 0"
+        "deepseek eval MODEL --tasks needle --text 'my text' --lengths 1 2 --seed 0"
     )

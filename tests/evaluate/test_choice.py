@@ -87,7 +87,7 @@ def test_three_accuracies_choose_by_sum_characters_and_bytes(tokenizer: object) 
 def test_the_measurement_is_complete(tiny: nn.Module, tokenizer: object) -> None:
     flags = {"choice_items": "a.jsonl"}
     found = multiple_choice(tiny, ITEMS, tokenizer=tokenizer, flags=flags).measurements[0]
-    assert found.command == "deepseek eval MODEL --task choice --choice-items a.jsonl"
+    assert found.command == "deepseek eval MODEL --tasks choice --choice-items a.jsonl"
     assert found.spread is not None and found.spread.low <= found.value <= found.spread.high
     assert len(str(found.conditions["items_sha256"])) == 64
     assert multiple_choice(tiny, ITEMS, tokenizer=tokenizer).measurements[0].command == ""

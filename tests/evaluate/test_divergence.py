@@ -76,7 +76,7 @@ def test_the_command_names_both_models(
 ) -> None:
     found = divergence(tiny, other, tokenizer=tokenizer, window=64, max_tokens=200)
     command = found.measurements[0].command
-    assert command.startswith("deepseek eval MODEL --task divergence --reference REFERENCE")
+    assert command.startswith("deepseek eval MODEL --tasks divergence --reference REFERENCE")
     assert found.measurements[0].conditions["reference_model"] == "LlamaForCausalLM"
 
 

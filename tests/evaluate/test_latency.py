@@ -41,7 +41,7 @@ def test_a_transformers_model_is_measured_through_its_generate(
     assert "not energy" in str(values["cpu_s_per_token"].conditions["method"])
     assert values["peak_rss_bytes"].conditions["method"]
     assert first.command == (
-        "deepseek eval MODEL --task speed --prompt-tokens 16 --new-tokens 5 --repeats 2 --seed 0"
+        "deepseek eval MODEL --tasks speed --prompt-tokens 16 --new-tokens 5 --repeats 2 --seed 0"
     )
 
 

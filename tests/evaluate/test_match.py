@@ -71,7 +71,7 @@ def test_the_command_holds_what_repeats_it(tokenizer: object) -> None:
     flags = {"match_items": "x.jsonl"}
     found = exact_match(model, items, tokenizer=tokenizer, flags=flags, pattern="b+")
     assert found.measurements[0].command == (
-        "deepseek eval MODEL --task match --match-items x.jsonl --pattern b+ --max-gen-toks 32"
+        "deepseek eval MODEL --tasks match --match-items x.jsonl --pattern b+ --max-gen-toks 32"
     )
     other = exact_match(model, items, tokenizer=tokenizer, flags=flags, ignore_case=True)
     assert other.measurements[0].command == ""

@@ -141,7 +141,7 @@ def test_max_tokens_cuts_text_and_bytes(tiny: nn.Module, tokenizer: object) -> N
 def test_a_measurement_says_how_to_repeat_it(tiny: nn.Module, tokenizer: object) -> None:
     found = perplexity(tiny, tokenizer=tokenizer, window=64, max_tokens=200, seed=3).measurements[0]
     assert found.command == (
-        "deepseek eval MODEL --task perplexity --window 64 --stride 32 --max-tokens 200 --seed 3"
+        "deepseek eval MODEL --tasks perplexity --window 64 --stride 32 --max-tokens 200 --seed 3"
     )
     for name in ("dtype", "threads", "window", "stride", "tokens", "text_sha256", "interval"):
         assert name in found.conditions

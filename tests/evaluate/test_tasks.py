@@ -32,7 +32,7 @@ def test_every_task_runs(tiny: nn.Module, other: nn.Module, tokenizer: object) -
         each.name for each in found
     }
     known = {f"--{name.replace('_', '-')}" for name in settings.to_dict()} | {
-        "--task",
+        "--tasks",
         "--reference",
     }
     for each in found:

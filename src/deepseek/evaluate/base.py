@@ -149,14 +149,18 @@ def repeat_command(
 
     Args:
         model: what was measured; `MODEL` stands for one that was made in memory.
-        task: the name after `--task`.
+        task: the name after `--tasks`.
         flags: option names with underscores and their values; None and False leave an option out.
         repeatable: False when the data were handed over in Python and no file holds them: the
             command is empty.
     """
     if not repeatable:
         return ""
-    words = ["deepseek", "eval", address_of(model) or "MODEL", "--task", task]
+    address = address_of(model)
+    words = ["deepseek", "eval", address or "MODEL", "--tasks", task]
+    dtype = getattr(model, "dtype", None)
+    if address is not None and dtype is not None:
+        words += ["--dtype", str(dtype).removeprefix("torch.")]
     for name, value in flags.items():
         if value is None or value is False:
             continue

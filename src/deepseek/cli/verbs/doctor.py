@@ -143,4 +143,10 @@ def choice_facts() -> list[dict[str, str]]:
     chosen = attention.choose()
     why = "PyTorch's fused kernel; block tables run as masks"
     rows.append({"operation": "attention", "case": "every", "execution": chosen, "why": why})
+    step = "decoding step"
+    for case, chosen, why in (
+        ("grouped-query attention with rope", "flat", "written out, without the modules' overhead"),
+        ("experts, latent attention, ALiBi, LoRA", "modules", "no flat step for these yet"),
+    ):
+        rows.append({"operation": step, "case": case, "execution": chosen, "why": why})
     return rows
