@@ -73,7 +73,8 @@ def _mask(
     A softmax needs something to see, so a blind query is shown slot 0; the caller zeroes its
     output.
     """
-    plain = layout.is_uniform and (not layout.causal or layout.num_queries in (1, layout.num_slots))
+    is_whole = layout.query_start[0] == 0 and layout.num_queries == layout.num_slots
+    plain = layout.is_uniform and (not layout.causal or layout.num_queries == 1 or is_whole)
     if table is None and slopes is None and plain:
         return None, None
     memo = layout.memo if table is None else table.memo
