@@ -26,9 +26,9 @@ def main() -> int:
     source, target = map(Path, sys.argv[1:])
     result = json.loads(source.read_text())
     figure = Figure(figsize=(9, 2.1), layout="constrained")
-    figure.suptitle(
-        f"{result['model']}, {result['dtype']}, two threads", fontsize=10, x=0.01, ha="left"
-    )
+    threads = result["measurements"][0]["conditions"]["threads"]
+    title = f"{result['model']}, {result['dtype']}, {threads} threads"
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     for axes, (name, title, unit, scale) in zip(figure.subplots(1, 4), PANELS, strict=True):
         sides = {
             item["conditions"]["engine"]: item["value"] / scale
