@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from deepseek.errors import ConfigError
 from deepseek.generate import generate
 from deepseek.generate.flat import flat_step, why_not_flat
 from deepseek.models import Decoder, WindowPlanner
@@ -111,3 +112,16 @@ def test_it_steps_aside_and_says_why() -> None:
     window = ours(reference("mistral-window"))
     assert isinstance(window.planner, WindowPlanner)
     assert why_not_flat(window, window.new_cache(1, 8)) is None
+
+
+@pytest.mark.parametrize(
+    "settings,said",
+    [
+        ({"sampling": {"temperature": 1.0}}, "sampling of generate must be a Sampling"),
+        ({"stop": None}, "stop of generate must be a list of strings"),
+        ({"stop_token_ids": 2}, "stop_token_ids of generate must be a list"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        generate(ours(reference("llama")), [1, 2], max_tokens=2, **settings)

@@ -57,7 +57,7 @@ def generate(
     tokens: list[list[int]] = [[] for _ in ids]
     first_s, last_s = [0.0] * len(ids), [0.0] * len(ids)
     reasons: list[FinishReason] = ["length"] * len(ids)
-    for piece in _run(model, ids, sampling or Sampling(), ends):
+    for piece in _run(model, ids, _read_sampling(sampling), ends):
         row, now_s = piece.row, time.perf_counter() - start_s
         if not tokens[row]:
             first_s[row] = now_s
@@ -97,7 +97,7 @@ def stream(
     """
     ids, _ = read_prompts(model, prompts)
     ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
-    return _run(model, ids, sampling or Sampling(), ends)
+    return _run(model, ids, _read_sampling(sampling), ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +137,15 @@ class _Ends:
         if not ignore_eos:
             ids.update(_eos_token_ids(model))
         return cls(max_tokens, strings, frozenset(ids))
+
+
+def _read_sampling(sampling: Sampling | None) -> Sampling:
+    if sampling is None:
+        return Sampling()
+    if not isinstance(sampling, Sampling):
+        step = "Use Sampling(temperature=…)"
+        raise ConfigError(describe("sampling", "generate", "a Sampling", sampling, step))
+    return sampling
 
 
 def _eos_token_ids(model: Decoder) -> tuple[int, ...]:
