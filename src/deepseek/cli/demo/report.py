@@ -20,6 +20,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 td, th { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #ddd; vertical-align:
 top; } td.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .failed { color: #b00020; font-weight: 600; } .held { color: #176f2c; }
+td:last-child { font-size: .8rem; overflow-wrap: anywhere; }
 svg { max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) { body { color: #e6e6e6; background: #16181c; }
   pre { background: #23262b; } td, th { border-color: #3a3d42; } svg { background: #fff; } }

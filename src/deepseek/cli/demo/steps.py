@@ -24,10 +24,10 @@ TEXTS = (
 
 def doctor(demo: Demo) -> Section:
     """What this machine has, and which execution each operation uses."""
-    from deepseek.cli.verbs.doctor import choice_facts, machine_facts
+    from deepseek.cli.verbs.doctor import choice_facts, machine_facts, shown
 
     machine = machine_facts()
-    lines = [f"{name}: {value}" for name, value in machine.items()]
+    lines = [f"{name}: {shown(value)}" for name, value in machine.items()]
     lines += [
         f"{row['operation']} ({row['case']}): {row['execution']}, {row['why']}"
         for row in choice_facts()

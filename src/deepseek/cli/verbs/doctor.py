@@ -42,16 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Show machine, software and choices."""
     machine, software, choices = machine_facts(), software_facts(), choice_facts()
-    out.table("machine", ("", ""), [(name, _shown(value)) for name, value in machine.items()])
+    out.table("machine", ("", ""), [(name, shown(value)) for name, value in machine.items()])
     out.say()
-    out.table("software", ("", ""), [(name, _shown(value)) for name, value in software.items()])
+    out.table("software", ("", ""), [(name, shown(value)) for name, value in software.items()])
     out.say()
     rows = [(row["operation"], row["case"], row["execution"], row["why"]) for row in choices]
     out.table("execution", ("operation", "case", "uses", "why"), rows)
     return out.finish({"machine": machine, "software": software, "execution": choices})
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a fact as a person reads it."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
