@@ -8,6 +8,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 EVAL_READY := .venv/.ready-eval
+KERNELS := $(shell find src -name '*.cpp' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
@@ -50,7 +51,7 @@ clean:  ## forget the environment and everything built
 	rm -rf .venv build dist site
 
 # torch goes first, alone and pinned, so that no other package chooses it.
-$(READY): pyproject.toml requirements.lock
+$(READY): pyproject.toml requirements.lock CMakeLists.txt $(KERNELS)
 	@test -x $(BIN)/pip || PYTHON='$(PYTHON)' sh scripts/make-venv.sh
 	@echo "Installing into .venv (minutes the first time) ..."
 	@$(INSTALL) torch==$(TORCH)

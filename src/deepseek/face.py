@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import importlib
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from deepseek import hub
-from deepseek.errors import ConfigError
-from deepseek.hub import pull, save
+from deepseek.errors import ConfigError, describe
 from deepseek.hub.names import NAMES, canonical_name
-from deepseek.models import Decoder, Encoder
-from deepseek.ops.attention import AttentionImpl
+from deepseek.hub.pulling import pull
+from deepseek.ops.scheme import Scheme
 
-__all__ = ["attach_methods", "load", "pull", "save"]
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from deepseek.generate import Engine
+    from deepseek.hub.saving import save
+    from deepseek.models import Decoder, Encoder
+    from deepseek.ops.attention import AttentionImpl
+
+__all__ = ["attach_methods", "load", "load_engine", "pull", "save"]
 
 METHODS: dict[str, tuple[str, str]] = {"generate": ("deepseek.generate", "generate")}
 """Methods of a loaded decoder: name, and the module and function that run it."""
@@ -30,6 +36,7 @@ def load(
     attention: AttentionImpl = "auto",
     device: str | torch.device = "cpu",
     verify: bool = False,
+    scheme: str | Scheme | None = None,
 ) -> Decoder | Encoder:
     """Return a model, ready to run, with `tokenizer`, `bundle` and (a decoder) `generate`.
 
@@ -41,15 +48,107 @@ def load(
         attention: how attention is executed; a name is used or refused, never replaced.
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
+        scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
+            Scheme; None for as they are. The model itself keeps its weights.
 
     Raises:
-        ConfigError: an unknown name or dtype.
+        ConfigError: an unknown name, dtype or scheme, or a model that the engine does not run.
         FormatError: a folder or file that is not a whole model.
     """
     attach_methods()
+    asked = _as_scheme(scheme)
+    _fetch(source)
+    model = hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
+    if asked is not None:
+        model.scheme = asked
+        if (reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model)):
+            step = "Load it without a scheme"
+            must = "one that the engine runs"
+            raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))
+    return model
+
+
+def load_engine(
+    source: str | Path,
+    *,
+    scheme: str | Scheme | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> Engine | None:
+    """Return an engine of a bundle, for `deepseek.generate.generate`; torch is never imported.
+
+    It starts several times faster than `load` and holds the packed weights only.
+
+    Args:
+        source: as in `load`; a `.gguf` file has no engine without torch.
+        scheme: as in `load`.
+        threads: threads to compute with; None for the cores this process may use.
+        verify: hash every file first.
+        progress: called with the share of weights that are packed.
+
+    Returns:
+        None where the model does not run on the engine without torch: load it by `load`.
+
+    Raises:
+        ConfigError: an unknown name or scheme.
+        FormatError: a folder that is not a whole model.
+    """
+    from deepseek.data import Tokenizer
+    from deepseek.generate.engine import Rows, build_engine
+    from deepseek.generate.flat import why_not_flat
+    from deepseek.hub.bundle import Bundle
+    from deepseek.hub.mapping import map_tensors
+    from deepseek.models.config import DecoderConfig
+    from deepseek.models.families import config_from_hf, our_name
+    from deepseek.ops.cpu import why_missing
+
+    asked = _as_scheme(scheme)
+    _fetch(source)
+    path = hub.resolve(source)
+    if path.is_file() or why_missing() is not None:
+        return None
+    bundle = Bundle.open(path, verify=verify)
+    config = config_from_hf(bundle.config)
+    if not isinstance(config, DecoderConfig) or why_not_flat(config) is not None:
+        return None
+    mapped = map_tensors(path, bundle.tensors)
+    names = {our_name(config, name): name for name in mapped}
+    kinds = {mapped[name].dtype for name in names.values()}
+    if asked is None:
+        if len(kinds) != 1 or "float16" in kinds:
+            return None
+        asked = Scheme.named(kinds.pop())
+    last: list[str] = []
+
+    def rows(name: str) -> Rows | None:
+        if name not in names:
+            return None
+        # what was asked for before is packed by now
+        while last:
+            mapped[last.pop()].release()
+        tensor = mapped[names[name]]
+        last.append(names[name])
+        return Rows(tensor.address, tensor.dtype, tensor.shape, tensor.stride_bytes, tensor)
+
+    return build_engine(
+        config,
+        rows,
+        asked,
+        tokenizer=Tokenizer.from_folder(path),
+        bundle=bundle,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def _as_scheme(scheme: str | Scheme | None) -> Scheme | None:
+    return Scheme.named(scheme) if isinstance(scheme, str) else scheme
+
+
+def _fetch(source: str | Path) -> None:
     if not _is_here(source) and canonical_name(str(source)) in NAMES:
-        hub.pull(source)
-    return hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
+        pull(source)
 
 
 def _is_here(source: str | Path) -> bool:
@@ -65,6 +164,8 @@ def attach_methods() -> None:
 
     They are set on the class, so that a model can be copied and pickled.
     """
+    from deepseek.models import Decoder
+
     for name, (module, function) in METHODS.items():
         if not hasattr(Decoder, name):
             setattr(Decoder, name, _late(name, module, function))
@@ -77,3 +178,9 @@ def _late(name: str, module: str, function: str) -> types.FunctionType:
     method.__name__ = name
     method.__doc__ = f"See `{module}.{function}`; the model is its first argument."
     return method
+
+
+def __getattr__(name: str) -> object:
+    if name == "save":
+        return importlib.import_module("deepseek.hub.saving").save
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,127 +1,176 @@
-"""The flat step against the modules it is made from, and when it steps aside."""
+"""The engine against the modules it is made from, and when it steps aside."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
 from deepseek.errors import ConfigError
-from deepseek.generate import generate
-from deepseek.generate.flat import flat_step, why_not_flat
+from deepseek.generate import Engine, build_engine, generate
+from deepseek.generate.modules import engine_of, why_no_engine
 from deepseek.models import Decoder, WindowPlanner
-from deepseek.ops.attention import KVCache
+from deepseek.ops.cpu import instruction_sets, why_missing
+from deepseek.ops.scheme import Scheme
 from tests.models.test_planners import EveryBlock
 from tests.models.zoo import CASES, ours, reference
 from tests.tolerances import assert_logits_equal
 
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
 FLAT = [case for case in CASES if "moe" not in case and "deepseek" not in case]
+VOCABULARY = 97
 
 
-@pytest.mark.parametrize("case", FLAT)
-@pytest.mark.parametrize("lengths", [[5], [70, 70], [3, 64, 90]])
-def test_steps_equal_the_modules(case: str, lengths: list[int]) -> None:
-    model = ours(reference(case))
-    untouched = copy.deepcopy(model)
-    batch, mask = torch.zeros(len(lengths), max(lengths), dtype=torch.long), None
-    mask = torch.zeros(len(lengths), max(lengths))
-    for row, length in enumerate(lengths):
-        batch[row, :length], mask[row, :length] = torch.randint(0, 97, (length,)), 1
+def engine(model: Decoder, **settings: object) -> Engine:
+    found = engine_of(model)
+    assert found is not None
+    if not settings:
+        return found
+    from deepseek.generate.modules import _weights_of
+
+    scheme = settings.pop("scheme", found.scheme)
+    return build_engine(model.config, _weights_of(model), scheme, **settings)
+
+
+def draw(lengths: list[int]) -> list[list[int]]:
+    return [torch.randint(0, VOCABULARY, (length,)).tolist() for length in lengths]
+
+
+def expected(model: Decoder, tokens: list[int]) -> torch.Tensor:
     with torch.inference_mode():
-        caches = [each.new_cache(len(lengths), 130) for each in (model, untouched)]
-        for each, cache in zip((model, untouched), caches, strict=True):
-            each(batch, mask, cache=cache)
-        step = flat_step(model, caches[0])
-        assert step is not None
-        for _ in range(12):
-            tokens = torch.randint(0, 97, (len(lengths),))
-            expected = untouched(tokens[:, None], cache=caches[1]).logits[:, 0]
-            assert_logits_equal(step(tokens), expected)
-    assert caches[0].lengths == caches[1].lengths
-    for (name, mine), theirs in zip(
-        model.state_dict().items(), untouched.state_dict().values(), strict=True
-    ):
-        assert torch.equal(mine, theirs), name
+        return model(torch.tensor([tokens])).logits[0]
 
 
-def test_weights_are_moved_once_and_stay_parameters() -> None:
-    model = ours(reference("qwen2"))
-    parameters = dict(model.named_parameters())
-    cache = model.new_cache(1, 20)
-    first = flat_step(model, cache)
-    places = [parameter.data_ptr() for parameter in parameters.values()]
-    second = flat_step(model, cache)
-    assert first is not None and second is not None
-    assert [parameter.data_ptr() for parameter in parameters.values()] == places
-    assert all(a is b for a, b in zip(parameters.values(), model.parameters(), strict=True))
-    tokens = torch.tensor([7])
+def scrambled_table(rows: int, per_row: int) -> np.ndarray:
+    return np.random.default_rng(0).permutation(rows * per_row).reshape(rows, per_row)
+
+
+def whole(engine: Engine, sequences: list[list[int]], splits: list[int]) -> list[np.ndarray]:
+    """Return the logits of all tokens of sequences that are read together, `splits` tokens of each
+    at a time."""
+    longest = max(len(tokens) for tokens in sequences)
+    table = scrambled_table(len(sequences), -(-longest // 64))
+    pages = engine.new_pages(table.size)
+    done, found = [0] * len(sequences), [[] for _ in sequences]
+    for number in range(1000):
+        tokens, positions, rows = [], [], []
+        for row, sequence in enumerate(sequences):
+            part = sequence[done[row] : done[row] + splits[number % len(splits)]]
+            tokens += part
+            positions += range(done[row], done[row] + len(part))
+            rows += [row] * len(part)
+            done[row] += len(part)
+        if not tokens:
+            break
+        logits = engine.step(pages, tokens, positions, rows, table, range(len(tokens)))
+        for place, row in enumerate(rows):
+            found[row].append(logits[place])
+    return [np.array(each) for each in found]
+
+
+@pytest.mark.parametrize("isa", instruction_sets() if why_missing() is None else [])
+@pytest.mark.parametrize("case", FLAT)
+def test_logits_equal_the_modules(case: str, isa: str) -> None:
+    model = ours(reference(case))
+    sequences = draw([3, 90, 130])
+    found = whole(engine(model, instruction_set=isa), sequences, [70, 1, 200])
+    for tokens, logits in zip(sequences, found, strict=True):
+        assert_logits_equal(torch.from_numpy(logits), expected(model, tokens))
+
+
+@pytest.mark.parametrize("isa", instruction_sets() if why_missing() is None else [])
+@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4-g64", "int8-kv8"])
+def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
+    """Bit by bit: alone or in a batch, whole or in chunks, on one thread or three."""
+    model = ours(reference("qwen3"))
+    sequences = draw([5, 61, 300])
+    settings = {"scheme": Scheme.named(scheme), "instruction_set": isa}
+    one = engine(model, threads=1, **settings)
+    three = engine(model, threads=3, **settings)
+    together = whole(three, sequences, [64, 1, 1, 130, 7])
+    for tokens, logits in zip(sequences, together, strict=True):
+        for alone in (whole(one, [tokens], [200]), whole(one, [tokens], [1])):
+            assert np.array_equal(alone[0], logits)
+
+
+def test_it_is_packed_once_and_anew_when_weights_change() -> None:
+    model = ours(reference("llama"))
+    first = engine_of(model)
+    assert engine_of(model) is first
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
-        expected = model(tokens[None], cache=model.new_cache(1, 20)).logits[0]
-        assert_logits_equal(second(tokens), expected)
-    loss = model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss
+    second = engine_of(model)
+    assert second is not first and second is not None
+    tokens = draw([20])
+    assert_logits_equal(
+        torch.from_numpy(whole(second, tokens, [20])[0]), expected(model, tokens[0])
+    )
+
+
+def test_a_model_with_an_engine_can_be_copied_and_pickled() -> None:
+    model = ours(reference("llama"))
+    assert engine_of(model) is not None
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert generate(same, [1, 2, 3], max_tokens=4) is not None
+        assert engine_of(same) is not engine_of(model)
+
+
+def test_training_goes_on_after_generation() -> None:
+    model = ours(reference("qwen2")).train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    generate(model, [1, 2, 3], max_tokens=3)
+    tokens = torch.randint(0, VOCABULARY, (1, 8))
+    loss = model(tokens, labels=tokens).loss
+    assert loss is not None
     loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_training_after_generation_is_seen_by_generation() -> None:
+def test_what_is_not_known_runs_through_the_modules_and_says_so() -> None:
     model = ours(reference("llama"))
-    before = generate(model, [1, 2, 3], max_tokens=8).token_ids
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss.backward()
-    optimizer.step()
-    after = generate(model, [1, 2, 3], max_tokens=8).token_ids
-    moved = copy.deepcopy(model).to(torch.float64).to(torch.float32)
-    assert generate(moved, [1, 2, 3], max_tokens=8).token_ids == after != before
+    model.planner = EveryBlock()
+    assert "EveryBlock" in str(why_no_engine(model))
+    model.planner = WindowPlanner(4, (0,))
+    assert "windows" in str(why_no_engine(model))
+    model.planner = None
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert "hooks" in str(why_no_engine(model))
+    experts = ours(reference(next(case for case in CASES if "moe" in case)))
+    assert "experts" in str(why_no_engine(experts))
+    assert "float16" in str(why_no_engine(ours(reference("llama")).half()))
 
 
-def reasons() -> dict[str, tuple[Decoder, KVCache]]:
-    from peft import LoraConfig, get_peft_model
-
-    found: dict[str, tuple[Decoder, KVCache]] = {}
-    for case in ("deepseek-v3", "qwen3-moe"):
-        model = ours(reference(case))
-        found[f"no flat step {case}"] = model, model.new_cache(1, 8)
-    planned = ours(reference("llama"))
-    planned.planner = EveryBlock()
-    found["planner EveryBlock"] = planned, planned.new_cache(1, 8)
-    named = ours(reference("llama"))
-    named.impl = "reference"
-    found["asked for by name"] = named, named.new_cache(1, 8)
-    hooked = ours(reference("llama"))
-    hooked.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    found["layers.1.mlp has forward hooks"] = hooked, hooked.new_cache(1, 8)
-    wrapped = ours(reference("llama"))
-    get_peft_model(wrapped, LoraConfig(r=2, target_modules=["q_proj"]))
-    found[""] = wrapped, wrapped.new_cache(1, 8)
-    paged = ours(reference("llama"))
-    cache = paged.new_cache(1, 8)
-    import dataclasses
-
-    cache.layers = [dataclasses.replace(layer, first_page=None) for layer in cache.layers]
-    found["do not follow one another"] = paged, cache
-    return found
+def test_a_scheme_is_never_dropped_in_silence() -> None:
+    model = ours(reference("llama"))
+    model.scheme = Scheme.named("int8")
+    assert generate(model, [1, 2, 3], max_tokens=4) is not None
+    model.impl = "reference"
+    with pytest.raises(ConfigError, match="int8"):
+        generate(model, [1, 2, 3], max_tokens=4)
 
 
-def test_it_steps_aside_and_says_why() -> None:
-    for said, (model, cache) in reasons().items():
-        reason = why_not_flat(model, cache)
-        assert reason is not None and said.split(" deepseek")[0].split(" qwen")[0] in reason
-        assert flat_step(model, cache) is None
-    window = ours(reference("mistral-window"))
-    assert isinstance(window.planner, WindowPlanner)
-    assert why_not_flat(window, window.new_cache(1, 8)) is None
-
-
-@pytest.mark.parametrize(
-    "settings,said",
-    [
-        ({"sampling": {"temperature": 1.0}}, "sampling of generate must be a Sampling"),
-        ({"stop": None}, "stop of generate must be a list of strings"),
-        ({"stop_token_ids": 2}, "stop_token_ids of generate must be a list"),
-    ],
-)
-def test_arguments_of_another_kind_are_refused(settings: dict, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        generate(ours(reference("llama")), [1, 2], max_tokens=2, **settings)
+def test_a_step_that_does_not_fit_is_refused_before_it_runs() -> None:
+    made = engine(ours(reference("llama")))
+    pages, table = made.new_pages(2), np.array([[0, 1]])
+    good = {"tokens": [1, 2], "positions": [0, 1], "rows": [0, 0], "selected": [1]}
+    for wrong in (
+        {"tokens": [1, VOCABULARY]},
+        {"tokens": [1, -1]},
+        {"positions": [0, 2]},
+        {"positions": [127, 128]},
+        {"positions": [-1, 0]},
+        {"rows": [0, 1]},
+        {"rows": [-1, -1]},
+        {"selected": [2]},
+        {"tokens": []},
+    ):
+        with pytest.raises(ConfigError):
+            made.step(pages, page_table=table, **(good | wrong))
+    with pytest.raises(ConfigError):
+        made.step(pages, page_table=np.array([[0, 2]]), **(good | {"positions": [64, 65]}))
+    assert made.step(pages, page_table=table, **good).shape == (1, VOCABULARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def random_logits(seed: int, scale: float = 3.0) -> Tensor:
     return torch.randn(ROWS, VOCABULARY, generator=generator) * scale
 
 
-def generators(seed: int, rows: int = ROWS) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed + row) for row in range(rows)]
+def generators(seed: int, rows: int = ROWS) -> list[random.Random]:
+    return [random.Random(seed + row) for row in range(rows)]
 
 
 def of_transformers(logits: Tensor, sampling: Sampling, ids: Tensor | None = None) -> Tensor:

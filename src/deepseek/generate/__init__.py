@@ -1,10 +1,14 @@
-"""The token loop of one process: prompts in, text out, whole or piece by piece."""
+"""The token loop of one process: prompts in, text out, whole or piece by piece.
+
+Importing this loads no torch: an engine runs without it.
+"""
 
 from __future__ import annotations
 
 from deepseek.generate.completion import Completion, Piece
+from deepseek.generate.engine import Engine, build_engine
 from deepseek.generate.loop import generate, stream
 from deepseek.generate.prompt import chat_prompt
-from deepseek.ops.sampling import Sampling
+from deepseek.ops.sampling.config import Sampling
 
-__all__ = ["Completion", "Piece", "Sampling", "chat_prompt", "generate", "stream"]
+__all__ = ["Completion", "Engine", "Piece", "Sampling", "build_engine", "chat_prompt", "generate", "stream"]

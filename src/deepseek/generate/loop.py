@@ -6,21 +6,23 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from deepseek.errors import ConfigError, describe
+from deepseek.generate.batch import Batch, EngineBatch
 from deepseek.generate.completion import Completion, FinishReason, Piece
-from deepseek.generate.flat import flat_step
-from deepseek.generate.prefill import prefill
-from deepseek.generate.prompt import Prompts, read_prompts
+from deepseek.generate.engine import Engine
+from deepseek.generate.prompt import read_prompts
 from deepseek.generate.stop import TextStream
-from deepseek.models import Decoder
-from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
+from deepseek.ops.sampling.config import Sampling
+
+if TYPE_CHECKING:
+    from deepseek.generate.prompt import Prompts
+    from deepseek.models import Decoder
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | Engine,
     prompts: Prompts,
     *,
     max_tokens: int = 256,
@@ -33,7 +35,7 @@ def generate(
     """Return the model's continuation of one prompt, or of each of several.
 
     Args:
-        model: a decoder; text needs its `tokenizer`, token ids do not.
+        model: a decoder or an engine; text needs its `tokenizer`, token ids do not.
         prompts: text, token ids or a 1-D tensor; or a list of these, or a 2-D tensor.
         max_tokens: most tokens to generate for a prompt; less where the context ends earlier.
         sampling: how tokens are chosen; None is greedy. Row i uses seed + i.
@@ -81,7 +83,7 @@ def generate(
 
 
 def stream(
-    model: Decoder,
+    model: Decoder | Engine,
     prompts: Prompts,
     *,
     max_tokens: int = 256,
@@ -111,7 +113,7 @@ class _Ends:
     @classmethod
     def of(
         cls,
-        model: Decoder,
+        model: Decoder | Engine,
         max_tokens: int,
         stop: str | Sequence[str],
         stop_token_ids: Sequence[int],
@@ -148,7 +150,7 @@ def _read_sampling(sampling: Sampling | None) -> Sampling:
     return sampling
 
 
-def _eos_token_ids(model: Decoder) -> tuple[int, ...]:
+def _eos_token_ids(model: Decoder | Engine) -> tuple[int, ...]:
     if model.tokenizer is not None:
         return model.tokenizer.eos_token_ids
     ids = model.config.eos_token_id
@@ -160,7 +162,7 @@ def _eos_token_ids(model: Decoder) -> tuple[int, ...]:
 class _Row:
     """One prompt's answer while it grows."""
 
-    def __init__(self, model: Decoder, number: int, prompt: list[int], ends: _Ends) -> None:
+    def __init__(self, model: Decoder | Engine, number: int, prompt: list[int], ends: _Ends) -> None:
         self.number, self.prompt, self.ends = number, prompt, ends
         self.tokens_left = min(ends.max_tokens, model.config.max_positions - len(prompt))
         self.is_finished = False
@@ -187,86 +189,29 @@ class _Row:
 
 
 def _run(
-    model: Decoder, prompts: list[list[int]], sampling: Sampling, ends: _Ends
+    model: Decoder | Engine, prompts: list[list[int]], sampling: Sampling, ends: _Ends
 ) -> Iterator[Piece]:
     # shortest first: rows of similar length become neighbours in the cache
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows = [_Row(model, number, prompts[number], ends) for number in order]
-    batch = _Batch(model, rows, sampling)
+    batch = _batch(model, rows, sampling)
     tokens = batch.start()
     while True:
-        pieces = [row.take(token) for row, token in zip(batch.rows, tokens, strict=True)]
+        pieces = [row.take(token) for row, token in zip(rows, tokens, strict=True)]
         yield from sorted(pieces, key=lambda piece: piece.row) if len(pieces) > 1 else pieces
-        if any(row.is_finished for row in batch.rows):
-            kept = [slot for slot, row in enumerate(batch.rows) if not row.is_finished]
+        if any(row.is_finished for row in rows):
+            kept = [slot for slot, row in enumerate(rows) if not row.is_finished]
             if not kept:
                 return
             tokens = [tokens[slot] for slot in kept]
+            rows = [rows[slot] for slot in kept]
             batch.keep(kept)
         tokens = batch.step(tokens)
 
 
-class _Batch:
-    """The unfinished rows with their cache; inference mode never spans a yield of the loop."""
+def _batch(model: Decoder | Engine, rows: list[_Row], sampling: Sampling) -> Batch:
+    if isinstance(model, Engine):
+        return EngineBatch(model, rows, sampling)
+    from deepseek.generate.modules import module_batch
 
-    def __init__(self, model: Decoder, rows: list[_Row], sampling: Sampling) -> None:
-        self.rows = rows
-        self._model, self._sampling = model, sampling
-        self._generators = [_generator(sampling.seed, row.number) for row in rows]
-        self._history: TokenHistory | None = None
-        if sampling.has_penalties:
-            prompts = [row.prompt for row in rows]
-            vocabulary = model.config.vocab_size
-            self._history = TokenHistory.of_prompts(prompts, vocabulary, model.device)
-        self._is_plain_greedy = sampling.is_greedy and self._history is None
-        self._tokens = torch.empty(len(rows), 1, dtype=torch.long, device=model.device)
-
-    @torch.inference_mode()
-    def start(self) -> list[int]:
-        """Read the prompts and return the first token of each row."""
-        capacity = max(len(row.prompt) + row.tokens_left for row in self.rows)
-        self._cache = self._model.new_cache(len(self.rows), capacity)
-        prompts = [row.prompt for row in self.rows]
-        logits = prefill(self._model, prompts, self._cache)
-        self._flat = flat_step(self._model, self._cache)
-        return self._choose(logits)
-
-    @torch.inference_mode()
-    def step(self, tokens: list[int]) -> list[int]:
-        """Append the newest token of each row and return the next ones."""
-        if len(tokens) == 1:
-            self._tokens.fill_(tokens[0])
-        else:
-            self._tokens.copy_(torch.tensor(tokens)[:, None])
-        if self._flat is not None:
-            return self._choose(self._flat(self._tokens[:, 0]))
-        output = self._model(self._tokens, cache=self._cache, last_only=True)
-        return self._choose(output.logits[:, -1])
-
-    @torch.inference_mode()
-    def keep(self, slots: list[int]) -> None:
-        """Let the other rows leave."""
-        self.rows = [self.rows[slot] for slot in slots]
-        self._generators = [self._generators[slot] for slot in slots]
-        self._cache = self._cache.select(slots)
-        self._flat = flat_step(self._model, self._cache)
-        self._tokens = torch.empty(len(slots), 1, dtype=torch.long, device=self._model.device)
-        if self._history is not None:
-            self._history = self._history.select(slots)
-
-    def _choose(self, logits: Tensor) -> list[int]:
-        if self._is_plain_greedy:
-            return choose_greedy(logits)
-        tokens = choose(logits, self._sampling, self._generators, self._history)
-        if self._history is not None:
-            self._history.add(torch.tensor(tokens, device=logits.device))
-        return tokens
-
-
-def _generator(seed: int | None, row: int) -> torch.Generator:
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed + row)
-    return generator
+    return module_batch(model, rows, sampling)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from deepseek.data import Tokenizer
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.models import Decoder
+from deepseek.generate.engine import Engine
 
-Prompts = str | Sequence[int] | Tensor | Sequence[str] | Sequence[Sequence[int]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deepseek.models import Decoder
+
+    Prompts = str | Sequence[int] | Tensor | Sequence[str] | Sequence[Sequence[int]]
 """One prompt (text, ids, a 1-D tensor) or several (a list of these, a 2-D tensor)."""
 
 
@@ -28,7 +32,7 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]]) 
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
 
-def read_prompts(model: Decoder, prompts: Prompts) -> tuple[list[list[int]], bool]:
+def read_prompts(model: Decoder | Engine, prompts: Prompts) -> tuple[list[list[int]], bool]:
     """Return the ids of each prompt, and whether a single prompt was given.
 
     Raises:
@@ -36,8 +40,7 @@ def read_prompts(model: Decoder, prompts: Prompts) -> tuple[list[list[int]], boo
             prompt without a token to begin with.
         CapacityError: a prompt leaves no room in the context.
     """
-    if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
+    prompts = _as_list(prompts)
     if isinstance(prompts, bytes | bytearray):
         step = "Decode it to text first"
         raise ConfigError(describe("prompts", "generate", "text or token ids", prompts, step))
@@ -57,17 +60,22 @@ def read_prompts(model: Decoder, prompts: Prompts) -> tuple[list[list[int]], boo
 
 
 def _is_prompt(value: object) -> bool:
-    return isinstance(value, str | Tensor | Sequence)
+    return isinstance(value, str | Sequence) or hasattr(value, "tolist")
 
 
-def _read(model: Decoder, prompt: object) -> list[int]:
+def _as_list(value: Any) -> Any:
+    """Return a tensor or an array as lists of numbers, all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _read(model: Decoder | Engine, prompt: object) -> list[int]:
     if isinstance(prompt, str):
         if model.tokenizer is None:
             step = "Give token ids, or load a model folder that has tokenizer.json"
             raise ConfigError(describe("prompts", "generate", "token ids", prompt, step))
         ids = model.tokenizer.encode(prompt)
     else:
-        ids = _read_ids(prompt.tolist() if isinstance(prompt, Tensor) else prompt)
+        ids = _read_ids(_as_list(prompt))
     if ids:
         return ids
     own = model.tokenizer
@@ -87,7 +95,7 @@ def _read_ids(prompt: object) -> list[int]:
     raise ConfigError(describe("prompts", "generate", "text or a list of token ids", prompt))
 
 
-def _check(model: Decoder, row: int, ids: list[int]) -> None:
+def _check(model: Decoder | Engine, row: int, ids: list[int]) -> None:
     vocabulary, context = model.config.vocab_size, model.config.max_positions
     if min(ids) < 0 or max(ids) >= vocabulary:
         wrong = next(token for token in ids if not 0 <= token < vocabulary)

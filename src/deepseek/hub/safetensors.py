@@ -82,6 +82,8 @@ class TensorEntry:
     """As in the file: `F32`, `BF16`, ..."""
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int = dataclasses.field(default=0, compare=False)
+    """Of its first byte in the file."""
 
     @property
     def num_elements(self) -> int:
@@ -171,7 +173,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         if name == "__metadata__":
             continue
         entry, begin, end = _entry(path, name, fields)
-        entries[name] = entry
+        entries[name] = dataclasses.replace(entry, offset=8 + length + begin)
         spans.append((begin, end, name))
     at = 0
     for begin, end, name in sorted(spans):

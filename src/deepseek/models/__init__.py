@@ -1,4 +1,11 @@
-"""One-device models: the decoder, the encoder, their configs, families and presets."""
+"""One-device models: the decoder, the encoder, their configs, families and presets. Importing this
+loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from deepseek.models.config import (
     DecoderConfig,
@@ -7,9 +14,11 @@ from deepseek.models.config import (
     LatentConfig,
     RopeConfig,
 )
-from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
-from deepseek.models.encoder import Encoder, EncoderOutput
-from deepseek.models.planner import Planner, WindowPlanner
+
+if TYPE_CHECKING:
+    from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
+    from deepseek.models.encoder import Encoder, EncoderOutput
+    from deepseek.models.planner import Planner, WindowPlanner
 
 __all__ = [
     "CausalOutput",
@@ -25,3 +34,23 @@ __all__ = [
     "WindowPlanner",
     "next_token_loss",
 ]
+
+_PLACES = {
+    "CausalOutput": "decoder",
+    "Decoder": "decoder",
+    "Encoder": "encoder",
+    "EncoderOutput": "encoder",
+    "Planner": "planner",
+    "WindowPlanner": "planner",
+    "next_token_loss": "decoder",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

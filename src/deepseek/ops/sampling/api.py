@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ def choose_greedy(logits_RV: Tensor) -> list[int]:
 def choose(
     logits_RV: Tensor,
     sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[random.Random],
     history: TokenHistory | None = None,
 ) -> list[int]:
     """Return the next token of each row.
@@ -47,7 +48,7 @@ def choose(
     Args:
         logits_RV: [R, V], any float dtype.
         sampling: how to choose.
-        generators: one per row, on the CPU; each gives one number. Unused when greedy.
+        generators: one per row; each gives one number. Unused when greedy.
         history: needed with penalties.
 
     Raises:

@@ -6,6 +6,7 @@ frequency and presence penalties, which it lacks, are those of the OpenAI API.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -101,7 +102,7 @@ def draw(logits_RV: Tensor, uniforms: Sequence[float]) -> Tensor:
 def choose(
     logits_RV: Tensor,
     sampling: Sampling,
-    generators: Sequence[torch.Generator],
+    generators: Sequence[random.Random],
     history: TokenHistory | None = None,
 ) -> Tensor:
     """Return the next token of each row, int64 [R].
@@ -109,7 +110,7 @@ def choose(
     Args:
         logits_RV: finite somewhere in each row.
         sampling: how to choose.
-        generators: one per row, on the CPU; each gives one number. Unused when greedy.
+        generators: one per row; each gives one number. Unused when greedy.
         history: needed with penalties.
     """
     if sampling.has_penalties:
@@ -131,6 +132,6 @@ def needed_history(history: TokenHistory | None) -> TokenHistory:
     return history
 
 
-def next_uniform(generator: torch.Generator) -> float:
+def next_uniform(generator: random.Random) -> float:
     """Return the generator's next number in [0, 1), with 53 random bits."""
-    return torch.rand((), dtype=torch.double, generator=generator).item()
+    return generator.random()

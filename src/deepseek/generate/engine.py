@@ -1,0 +1,253 @@
+"""The engine: a decoder's program with its packed weights, run by our kernels. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from deepseek.errors import BackendError, CapacityError, ConfigError, describe
+from deepseek.generate.flat import decoder_program, why_not_flat
+from deepseek.graph import Instruction, Program, plan_memory
+from deepseek.graph.program import LOGITS
+from deepseek.models.config import DecoderConfig
+from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
+from deepseek.ops.scheme import Scheme
+
+if TYPE_CHECKING:
+    from deepseek.data import Tokenizer
+
+MAX_STEP_TOKENS = 512
+"""Most tokens of one step: bounds the memory of activations."""
+PAGE_SIZE = 64
+
+
+class Rows(NamedTuple):
+    """A weight in memory, read once when it is packed."""
+
+    address: int
+    dtype: str
+    """float32, bfloat16 or float16."""
+    shape: tuple[int, ...]
+    stride_bytes: int
+    """From one row to the next."""
+    owner: object
+    """What keeps the memory alive."""
+
+
+Weights = Callable[[str], "Rows | None"]
+"""Gives a weight by the decoder's own name; None where there is none (a bias, mostly)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """A decoder ready to run without torch. Make it by `build_engine`; `generate` takes it in place
+    of a model.
+    """
+
+    config: DecoderConfig
+    scheme: Scheme
+    program: Program
+    instruction_set: str
+    native: Any
+    """The compiled program with its weights."""
+    tokenizer: Tokenizer | None = None
+    bundle: object | None = None
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute."""
+        return self.native.threads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self.native.weight_bytes
+
+    def new_pages(self, num_pages: int) -> Any:
+        """Return memory for `num_pages` pages of 64 tokens, in every layer.
+
+        Raises:
+            CapacityError: there is not enough memory.
+        """
+        try:
+            return kernels().KvPages(self.scheme.kv, self.native, num_pages)
+        except MemoryError as error:
+            must = "small enough for memory"
+            step = "Use fewer rows or a shorter context"
+            got = f"{num_pages} pages of {PAGE_SIZE} tokens"
+            raise CapacityError(describe("size", "the cache", must, got, step)) from error
+
+    def step(
+        self,
+        pages: Any,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        page_table: np.ndarray,
+        selected: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Append tokens to their rows' pages and return logits float32 [selected, vocab].
+
+        One step takes tokens of any number of rows: whole prompts, chunks of them and single tokens
+        together. A token's result depends on its own row only, bit by bit.
+
+        Args:
+            pages: of `new_pages`.
+            tokens: ids, those of a row side by side and in order; at most `MAX_STEP_TOKENS`.
+            positions: of each token; a row's pages must hold every position before it.
+            rows: row of `page_table` of each token.
+            page_table: int32 [rows, pages per row].
+            selected: places in `tokens` whose logits are wanted.
+
+        Raises:
+            ConfigError: numbers that do not fit together; nothing was computed.
+        """
+        places = _int32(selected)
+        logits = np.empty((len(places), self.config.vocab_size), np.float32)
+        table = np.ascontiguousarray(page_table, np.int32)
+        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, places)
+        try:
+            self.native.run(pages, *arrays, logits)
+        except ValueError as error:
+            raise ConfigError(describe("step", "Engine", "consistent", str(error))) from error
+        return logits
+
+
+def _int32(values: Sequence[int] | np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values, np.int32)
+
+
+def build_engine(
+    config: DecoderConfig,
+    weights: Weights,
+    scheme: Scheme,
+    *,
+    tokenizer: Tokenizer | None = None,
+    bundle: object | None = None,
+    threads: int | None = None,
+    instruction_set: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Engine:
+    """Return an engine; every weight is read once and packed.
+
+    Args:
+        config: of the decoder.
+        weights: its weights by name.
+        scheme: how they are stored.
+        tokenizer, bundle: handed on.
+        threads: None for the cores this process may use.
+        instruction_set: None for the best one here, or what `DEEPSEEK_ISA` says.
+        progress: called with the share of weights that are packed.
+
+    Raises:
+        BackendError: the kernels were not built, or a weight is missing.
+        ConfigError: the decoder has no flat program, or the scheme does not fit it.
+    """
+    reason = why_not_flat(config)
+    if reason is not None:
+        must = "one that the engine knows"
+        raise ConfigError(describe("model", "Engine", must, reason, "Run it through its modules"))
+    program = decoder_program(config)
+    isa = instruction_set or chosen_instruction_set()
+    offsets, _ = plan_memory(program.instructions, program.widths)
+    buffers = [(program.widths[name], offsets[name]) for name in offsets]
+    book = _Numbers(list(offsets), program.instructions)
+    shape = program.shape
+    native = kernels().make_program(
+        isa,
+        {
+            "heads": shape.num_heads,
+            "kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "layers": shape.num_layers,
+            "vocab": shape.vocab_size,
+            "norm_eps": shape.norm_eps,
+            "rope_factor": shape.rope_factor,
+            "score_scale": shape.head_dim**-0.5,
+            "inverse_frequencies": list(shape.inverse_frequencies),
+        },
+        buffers,
+        [book.native(item) for item in program.instructions],
+        MAX_STEP_TOKENS,
+        default_threads() if threads is None else threads,
+    )
+    for place, name in enumerate(book.matrices):
+        _add_matrix(native, name, weights, scheme)
+        if progress is not None:
+            progress((place + 1) / len(book.matrices))
+    for name in book.vectors:
+        native.add_vector(_vector(_needed(weights, name)))
+    native.start()
+    return Engine(config, scheme, program, isa, native, tokenizer, bundle)
+
+
+class _Numbers:
+    """Names of buffers and weights as the numbers that the native program knows."""
+
+    def __init__(self, buffers: list[str], instructions: Sequence[Instruction]) -> None:
+        self._buffers = {name: place for place, name in enumerate(buffers)} | {LOGITS: -1}
+        matrices = dict.fromkeys(name for item in instructions for name in item.weights)
+        norms = ((item.norm, item.q_norm, item.k_norm) for item in instructions)
+        vectors = dict.fromkeys(name for each in norms for name in each if name is not None)
+        self.matrices, self.vectors = list(matrices), list(vectors)
+        self._matrices = {name: place for place, name in enumerate(self.matrices)}
+        self._vectors: dict[str | None, int] = {name: i for i, name in enumerate(self.vectors)}
+
+    def native(self, item: Instruction) -> dict[str, object]:
+        """Return an instruction as the native program takes it."""
+        return {
+            "op": item.op,
+            "input": 0 if item.input is None else self._buffers[item.input],
+            "output": self._buffers[item.output],
+            "weights": [self._matrices[name] for name in item.weights],
+            "norm": self._vectors.get(item.norm, -1),
+            "q_norm": self._vectors.get(item.q_norm, -1),
+            "k_norm": self._vectors.get(item.k_norm, -1),
+            "adds": int(item.adds),
+            "selected": int(item.selected),
+            "layer": item.layer,
+            "window": item.window or 0,
+        }
+
+
+def _add_matrix(native: Any, name: str, weights: Weights, scheme: Scheme) -> None:
+    rows = _needed(weights, name)
+    is_head = name.startswith(("model.embed_tokens", "lm_head"))
+    kind = scheme.head_storage if is_head else scheme.weights
+    count, width = rows.shape
+    bias = weights(name.removesuffix("weight") + "bias")
+    native.add_weight(
+        kind=kind,
+        group=scheme.group,
+        rotated=kind == "int8",
+        source=rows.address,
+        dtype=rows.dtype,
+        n=count,
+        k=width,
+        stride=rows.stride_bytes,
+        bias=None if bias is None else _vector(bias),
+    )
+
+
+def _needed(weights: Weights, name: str) -> Rows:
+    rows = weights(name)
+    if rows is None:
+        raise BackendError(describe(f"weight {name!r}", "Engine", "there", "no such weight"))
+    return rows
+
+
+def _vector(rows: Rows) -> np.ndarray:
+    """Return a vector in float32."""
+    import ctypes
+
+    (count,) = rows.shape
+    if rows.dtype == "float32":
+        values = (ctypes.c_float * count).from_address(rows.address)
+        return np.frombuffer(values, np.float32).copy()
+    words = np.frombuffer((ctypes.c_uint16 * count).from_address(rows.address), np.uint16)
+    if rows.dtype == "float16":
+        return words.view(np.float16).astype(np.float32)
+    return (words.astype(np.uint32) << 16).view(np.float32)

@@ -1,0 +1,196 @@
+"""A decoder of PyTorch modules in the token loop: through an engine where it has one, or else
+through its own forward pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepseek.errors import ConfigError, describe
+from deepseek.generate import flat
+from deepseek.generate.batch import Batch, EngineBatch, RowLike, row_generator
+from deepseek.generate.engine import Engine, Rows, Weights, build_engine
+from deepseek.generate.prefill import prefill
+from deepseek.models.decoder import Decoder, DecoderLayer, DecoderStack
+from deepseek.models.layers import Attention, FeedForward, RMSNorm
+from deepseek.models.planner import WindowPlanner
+from deepseek.ops.cpu import why_missing
+from deepseek.ops.linear import Linear
+from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
+from deepseek.ops.scheme import Scheme
+
+_LOG = logging.getLogger(__name__)
+_KNOWN = frozenset(
+    {
+        Attention,
+        Decoder,
+        DecoderLayer,
+        DecoderStack,
+        FeedForward,
+        Linear,
+        RMSNorm,
+        nn.Embedding,
+        nn.ModuleList,
+    }
+)
+"""The very classes whose mathematics the program writes out; a subclass may compute another."""
+
+
+def module_batch(model: Decoder, rows: Sequence[RowLike], sampling: Sampling) -> Batch:
+    """Return the batch of a model's rows, on its engine where it has one.
+
+    Raises:
+        ConfigError: the model asks for a scheme that only the engine knows, and has none.
+    """
+    engine = engine_of(model)
+    return _ModuleBatch(model, rows, sampling) if engine is None else EngineBatch(
+        engine, rows, sampling
+    )
+
+
+class EngineSlot:
+    """Holds the engine of a model beside it; left behind when the model is copied or pickled."""
+
+    def __init__(self) -> None:
+        """Start without an engine."""
+        self.key: object = None
+        self.engine: Engine | None = None
+
+    def __reduce__(self) -> tuple[type[EngineSlot], tuple[()]]:
+        return EngineSlot, ()
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """Return the engine of a model, packed anew when a weight, the scheme or the threads changed.
+
+    A change of a weight is seen by its version, which optimizers and in-place operations raise;
+    writing through `.data` is not seen.
+
+    Returns:
+        None where `why_no_engine` gives a reason.
+
+    Raises:
+        ConfigError: the model has a scheme (`load(scheme=…)`) that nothing but the engine knows,
+            and `why_no_engine` gives a reason.
+    """
+    asked = getattr(model, "scheme", None)
+    reason = why_no_engine(model)
+    if reason is not None or not isinstance(model, Decoder):
+        if asked is not None:
+            must = "one that the engine runs"
+            step = "Load it without a scheme, or give another model"
+            raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))
+        _LOG.info("generation runs through the modules: %s", reason)
+        return None
+    scheme = asked or Scheme.named(str(model.dtype).removeprefix("torch."))
+    slot = vars(model).setdefault("engine_slot", EngineSlot())
+    threads = torch.get_num_threads()
+    versions = [(each.data_ptr(), each._version) for each in model.parameters()]
+    key = (scheme, threads, model.config, tuple(versions))
+    if slot.key != key:
+        slot.engine, slot.key = None, None
+        slot.engine = build_engine(
+            model.config,
+            _weights_of(model),
+            scheme,
+            tokenizer=model.tokenizer,
+            bundle=model.bundle,
+            threads=threads,
+        )
+        slot.key = key
+    return slot.engine
+
+
+def why_no_engine(model: nn.Module) -> str | None:
+    """Return why a model runs through its modules, or None if it runs on an engine."""
+    if type(model) is not Decoder:
+        return f"{type(model).__name__} is not a plain Decoder"
+    reason = flat.why_not_flat(model.config)
+    if reason is not None:
+        return reason
+    planner = model.planner
+    if planner is not None:
+        if type(planner) is not WindowPlanner:
+            return f"the planner {type(planner).__name__} may read queries and keys"
+        if (planner.window, tuple(planner.layers)) != (
+            model.config.window,
+            model.config.window_layers,
+        ):
+            return "its windows are not those of its config"
+    if model.impl != "auto":
+        return f"the execution {model.impl!r} of attention was asked for by name"
+    for name, module in model.named_modules():
+        if type(module) not in _KNOWN:
+            return f"{name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return f"{name or 'the model'} has forward hooks"
+    kinds = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+    if kinds not in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")}):
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        return f"the weights are {found}; the engine takes float32 or bfloat16 on the CPU"
+    return why_missing()
+
+
+def _weights_of(model: Decoder) -> Weights:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def rows(name: str) -> Rows | None:
+        tensor = parameters.get(name)
+        if tensor is None:
+            return None
+        values = tensor.detach()
+        if values.stride(-1) != 1:
+            values = values.contiguous()
+        stride = values.stride(0) * values.element_size()
+        dtype = str(values.dtype).removeprefix("torch.")
+        return Rows(values.data_ptr(), dtype, tuple(values.shape), stride, values)
+
+    return rows
+
+
+class _ModuleBatch:
+    """Rows that run through the modules; inference mode never spans a yield of the loop."""
+
+    def __init__(self, model: Decoder, rows: Sequence[RowLike], sampling: Sampling) -> None:
+        self._model, self._sampling = model, sampling
+        self._prompts = [row.prompt for row in rows]
+        self._capacity = max(len(row.prompt) + row.tokens_left for row in rows)
+        self._generators = [row_generator(sampling.seed, row.number) for row in rows]
+        self._history: TokenHistory | None = None
+        if sampling.has_penalties:
+            vocabulary = model.config.vocab_size
+            self._history = TokenHistory.of_prompts(self._prompts, vocabulary, model.device)
+        self._is_plain_greedy = sampling.is_greedy and self._history is None
+
+    @torch.inference_mode()
+    def start(self) -> list[int]:
+        """Read the prompts and return the first token of each row."""
+        self._cache = self._model.new_cache(len(self._prompts), self._capacity)
+        return self._choose(prefill(self._model, self._prompts, self._cache))
+
+    @torch.inference_mode()
+    def step(self, tokens: list[int]) -> list[int]:
+        """Append the newest token of each row and return the next ones."""
+        newest = torch.tensor(tokens, device=self._model.device)[:, None]
+        output = self._model(newest, cache=self._cache, last_only=True)
+        return self._choose(output.logits[:, -1])
+
+    @torch.inference_mode()
+    def keep(self, slots: list[int]) -> None:
+        """Let the other rows leave."""
+        self._generators = [self._generators[slot] for slot in slots]
+        self._cache = self._cache.select(slots)
+        if self._history is not None:
+            self._history = self._history.select(slots)
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        if self._is_plain_greedy:
+            return choose_greedy(logits)
+        tokens = choose(logits, self._sampling, self._generators, self._history)
+        if self._history is not None:
+            self._history.add(torch.tensor(tokens, device=logits.device))
+        return tokens

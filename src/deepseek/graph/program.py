@@ -1,0 +1,112 @@
+"""Instructions, the program they make, and the static plan of its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Op = Literal["embed", "linear", "swiglu", "attend", "experts"]
+
+LOGITS = "logits"
+"""The output that is no buffer of the plan: the caller owns it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One operation on all rows of a step. Fused around it: the norm and quantization of its input,
+    bias, residual."""
+
+    op: Op
+    output: str
+    """Buffer that is written."""
+    input: str | None = None
+    """Buffer that is read; None for tokens."""
+    weights: tuple[str, ...] = ()
+    """linear: side by side in the output; swiglu: gate and up; experts: router, then all gates,
+    ups and downs."""
+    norm: str | None = None
+    """Weight of the RMS norm of the input."""
+    adds: bool = False
+    """Add to the output in place of setting it."""
+    selected: bool = False
+    """Only rows whose logits were asked for."""
+    layer: int = 0
+    """attend: layer of the cache."""
+    q_norm: str | None = None
+    k_norm: str | None = None
+    window: int | None = None
+    """attend: slots a query sees, its own included; None for all."""
+    num_active: int = 0
+    """experts: experts of a token."""
+    normalizes: bool = False
+    """experts: the chosen weights are divided by their sum."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramShape:
+    """What all instructions share."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_layers: int
+    vocab_size: int
+    norm_eps: float
+    inverse_frequencies: tuple[float, ...]
+    """Angle per position of each channel pair of a head."""
+    rope_factor: float = 1.0
+    """Factor on cosines and sines."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A whole model, ready to be given its weights."""
+
+    shape: ProgramShape
+    widths: Mapping[str, int]
+    """Values of a row of each buffer."""
+    instructions: tuple[Instruction, ...]
+
+    def text(self) -> str:
+        """Return the program as a person reads it, one instruction a line."""
+        lines = []
+        for number, item in enumerate(self.instructions):
+            source = item.input or "tokens"
+            source = f"norm({source})" if item.norm else source
+            sign = "+=" if item.adds else "="
+            weights = ", ".join(item.weights)
+            lines.append(f"{number:4} {item.output} {sign} {item.op}({source}; {weights})")
+        return "\n".join(lines)
+
+
+def plan_memory(
+    instructions: Sequence[Instruction], widths: Mapping[str, int]
+) -> tuple[dict[str, int], int]:
+    """Return the offset of each buffer in a row of memory, and the length of the row.
+
+    A buffer is alive from the first instruction that writes it to the last that touches it; two
+    that are alive together never overlap. The widest are placed first, each as low as it fits.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    for place, item in enumerate(instructions):
+        for name in (item.input, item.output):
+            if name is not None and name != LOGITS:
+                first, _ = spans.get(name, (place, place))
+                spans[name] = (first, place)
+    offsets: dict[str, int] = {}
+    for name in sorted(spans, key=lambda name: (-widths[name], name)):
+        first, last = spans[name]
+        taken = sorted(
+            (offsets[other], offsets[other] + widths[other])
+            for other in offsets
+            if spans[other][0] <= last and first <= spans[other][1]
+        )
+        offset = 0
+        for start, stop in taken:
+            if offset + widths[name] <= start:
+                break
+            offset = max(offset, stop)
+        offsets[name] = offset
+    total = max((offsets[name] + widths[name] for name in offsets), default=0)
+    return offsets, total

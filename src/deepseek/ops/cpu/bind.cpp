@@ -1,0 +1,154 @@
+// The Python face of the kernels: arrays cross as pointers, nothing here knows torch.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "isa.h"
+#include "program.h"
+#include "../sampling/cpu/sample.h"
+
+namespace nb = nanobind;
+using namespace deepseek;
+
+namespace {
+
+template <typename T>
+using Array = nb::ndarray<T, nb::c_contig, nb::device::cpu>;
+
+Kind kind_of(const std::string& name) {
+  if (name == "float32") return Kind::f32;
+  if (name == "bfloat16") return Kind::bf16;
+  if (name == "int8") return Kind::int8;
+  if (name == "int4") return Kind::int4;
+  throw std::invalid_argument("unknown storage: " + name);
+}
+
+const Kernels& kernels_named(const std::string& isa) {
+  const Kernels* kernels = kernels_of(isa);
+  if (!kernels) throw std::invalid_argument("instruction set is not usable here: " + isa);
+  return *kernels;
+}
+
+Instruction instruction_of(const nb::dict& d) {
+  Instruction in;
+  std::string op = nb::cast<std::string>(d["op"]);
+  in.op = op == "embed"    ? Op::embed
+          : op == "linear" ? Op::linear
+          : op == "swiglu" ? Op::swiglu
+          : op == "attend" ? Op::attend
+                           : Op::experts;
+  auto number = [&](const char* name, int other) {
+    return d.contains(name) ? nb::cast<int>(d[name]) : other;
+  };
+  in.in = number("input", 0), in.out = number("output", 0), in.norm = number("norm", -1);
+  if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
+  in.adds = number("adds", 0), in.selected = number("selected", 0);
+  in.layer = number("layer", 0), in.q_norm = number("q_norm", -1), in.k_norm = number("k_norm", -1);
+  in.window = number("window", 0), in.num_active = number("num_active", 0);
+  in.normalizes = number("normalizes", 0), in.is_sigmoid = number("is_sigmoid", 0);
+  if (d.contains("scale")) in.scale = nb::cast<float>(d["scale"]);
+  return in;
+}
+
+std::unique_ptr<Program> make_program(const std::string& isa, const nb::dict& shape,
+                                      const std::vector<std::pair<int, size_t>>& buffers,
+                                      const nb::list& instructions, int max_tokens, int threads) {
+  Shape s;
+  s.heads = nb::cast<int>(shape["heads"]), s.kv_heads = nb::cast<int>(shape["kv_heads"]);
+  s.head_dim = nb::cast<int>(shape["head_dim"]), s.layers = nb::cast<int>(shape["layers"]);
+  s.vocab = nb::cast<int>(shape["vocab"]), s.norm_eps = nb::cast<float>(shape["norm_eps"]);
+  s.rope_factor = nb::cast<float>(shape["rope_factor"]);
+  s.score_scale = nb::cast<float>(shape["score_scale"]);
+  s.inverse_frequencies = nb::cast<std::vector<float>>(shape["inverse_frequencies"]);
+  std::vector<Buffer> plan;
+  for (auto [width, offset] : buffers) plan.push_back({width, offset});
+  std::vector<Instruction> listed;
+  for (nb::handle item : instructions) listed.push_back(instruction_of(nb::cast<nb::dict>(item)));
+  return std::make_unique<Program>(kernels_named(isa), s, plan, listed, max_tokens, threads);
+}
+
+// `source`: [n, k] rows of float32 or of 16-bit patterns; `dtype` says which of the two 16-bit types.
+int add_weight(Program& program, const std::string& kind, int group, bool rotated, uintptr_t source,
+               const std::string& dtype, int n, int k, ptrdiff_t stride,
+               std::optional<Array<const float>> bias) {
+  Kind from = dtype == "float32" ? Kind::f32 : dtype == "bfloat16" ? Kind::bf16 : Kind::int8;
+  nb::gil_scoped_release release;
+  return program.add_weight(kind_of(kind), group, rotated, n, k, (const void*)source, from, stride,
+                            bias ? bias->data() : nullptr);
+}
+
+void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
+         Array<const int32_t> positions, Array<const int32_t> rows, Array<const int32_t> table,
+         Array<const int32_t> selected, Array<float> logits) {
+  if (positions.size() != tokens.size() || rows.size() != tokens.size() || table.ndim() != 2)
+    throw std::invalid_argument("tokens, positions and rows must have one length");
+  if (logits.size() < selected.size() * size_t(program.shape().vocab))
+    throw std::invalid_argument("logits must hold a row for each selected token");
+  Step step;
+  step.count = int(tokens.size());
+  step.tokens = tokens.data(), step.positions = positions.data(), step.rows = rows.data();
+  step.page_table = table.data(), step.pages_per_row = int(table.shape(1));
+  for (int i = 0; i < step.count; ++i)
+    if (rows.data()[i] >= int(table.shape(0))) throw std::invalid_argument("row outside the page table");
+  step.selected = selected.data(), step.num_selected = int(selected.size());
+  step.logits = logits.data();
+  nb::gil_scoped_release release;
+  program.run(step, pages);
+}
+
+std::vector<int> largest(Array<const float> logits) {
+  std::vector<int> places;
+  int count = int(logits.shape(logits.ndim() - 1));
+  for (size_t row = 0; row < logits.size() / count; ++row)
+    places.push_back(largest_place(logits.data() + row * count, count));
+  return places;
+}
+
+int choose(Array<float> logits, double temperature, int top_k, double top_p, double min_p,
+           float repetition, float frequency, float presence,
+           std::optional<Array<const uint8_t>> seen, std::optional<Array<const float>> counts,
+           double uniform) {
+  if ((seen && seen->size() != logits.size()) || (counts && counts->size() != logits.size()))
+    throw std::invalid_argument("logits, seen and counts must have one length");
+  Choice choice{temperature, top_p, min_p, top_k, repetition, frequency, presence};
+  return choose_token(logits.data(), int(logits.size()), choice, seen ? seen->data() : nullptr,
+                      counts ? counts->data() : nullptr, uniform);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "Packed products, attention over pages, and the flat step of a decoder.";
+  m.def("usable_isas", &usable_isas);
+  nb::class_<KvPages>(m, "KvPages")
+      .def("__init__",
+           [](KvPages* self, const std::string& kind, const Program& program, int num_pages) {
+             new (self) KvPages(kind_of(kind), program.shape(), num_pages);
+           })
+      .def("copy", &KvPages::copy)
+      .def_ro("num_pages", &KvPages::num_pages)
+      .def_prop_ro("num_bytes", &KvPages::bytes);
+  nb::class_<Program>(m, "Program")
+      .def("add_weight", &add_weight, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"),
+           nb::arg("source"), nb::arg("dtype"), nb::arg("n"), nb::arg("k"), nb::arg("stride"),
+           nb::arg("bias").none())
+      .def("add_vector",
+           [](Program& p, Array<const float> v) { return p.add_vector(v.data(), int(v.size())); })
+      .def("start", &Program::start)
+      .def("run", &run)
+      .def_rw("is_timed", &Program::is_timed)
+      .def_ro("seconds", &Program::seconds)
+      .def_prop_ro("threads", &Program::threads)
+      .def_prop_ro("max_tokens", &Program::max_tokens)
+      .def_prop_ro("weight_bytes", &Program::weight_bytes)
+      .def_prop_ro("plan_bytes", &Program::plan_bytes);
+  m.def("largest", &largest);
+  m.def("choose", &choose, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
+        nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition"), nb::arg("frequency"),
+        nb::arg("presence"), nb::arg("seen").none(), nb::arg("counts").none(), nb::arg("uniform"));
+  m.def("make_program", &make_program);
+}

@@ -1,0 +1,544 @@
+#include "program.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <string>
+
+namespace deepseek {
+
+namespace {
+
+constexpr size_t kArenaBytes = size_t(64) << 20;
+constexpr int kRowBlock = 32;         // rows of a swiglu tile
+constexpr int kQueryBlock = 48;       // queries of an attention block
+constexpr int kFewTokens = 2;         // each thread prepares its own inputs: cheaper than to meet
+
+size_t aligned(size_t bytes, size_t to = 64) { return (bytes + to - 1) / to * to; }
+
+// Part `index` of `count` things in `parts` parts of nearly one size.
+std::pair<int, int> share(int count, int parts, int index) {
+  return {int(int64_t(count) * index / parts), int(int64_t(count) * (index + 1) / parts)};
+}
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), 4096)) {
+  void* got = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (got == MAP_FAILED) throw std::bad_alloc();
+  data_ = (uint8_t*)got;
+#if defined(MADV_HUGEPAGE)
+  if (bytes_ >= (size_t(8) << 20)) madvise(data_, bytes_, MADV_HUGEPAGE);
+#endif
+}
+
+Memory::~Memory() {
+  if (data_) munmap(data_, bytes_);
+}
+
+KvPages::KvPages(Kind kind, const Shape& shape, int pages) : num_pages(pages), layers_(shape.layers) {
+  layout.kind = kind;
+  layout.kv_heads = shape.kv_heads;
+  layout.dim = shape.head_dim;
+  layout.dim_padded = int(aligned(shape.head_dim, 16));
+  size_t element = kind == Kind::f32 ? 4 : kind == Kind::bf16 ? 2 : 1;
+  layout.value_offset = element * layout.dim_padded * kPage;
+  layout.key_scale_offset = 2 * layout.value_offset;
+  layout.value_scale_offset = layout.key_scale_offset + kPage * sizeof(float);
+  layout.head_bytes = kind == Kind::int8 ? layout.value_scale_offset + kPage * sizeof(float)
+                                         : layout.key_scale_offset;
+  layout.page_bytes = layout.head_bytes * layout.kv_heads;
+  memory_ = Memory(layout.page_bytes * num_pages * layers_);
+}
+
+void KvPages::copy(int target, int source) {
+  for (int i = 0; i < layers_; ++i)
+    std::memcpy(layer(i) + target * layout.page_bytes, layer(i) + source * layout.page_bytes,
+                layout.page_bytes);
+}
+
+struct Program::Pass {
+  const Step& step;
+  KvPages& pages;
+  std::vector<Run> runs;
+  std::vector<int> selected;
+  bool is_decode = true;   // every run is one token
+  int max_spans = 1;
+  std::vector<std::array<int, 3>> blocks;  // attention of longer runs: run, first query, last query
+};
+
+Program::Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
+                 std::vector<Instruction> instructions, int max_tokens, int threads)
+    : kernels_(kernels), shape_(std::move(shape)), buffers_(std::move(buffers)),
+      instructions_(std::move(instructions)), max_tokens_(max_tokens), pool_(threads) {
+  seconds.assign(instructions_.size() + 1, 0.0);
+}
+
+uint8_t* Program::allocate(size_t bytes) {
+  bytes = aligned(bytes, 256);
+  if (arenas_.empty() || arena_used_ + bytes > arenas_.back().bytes()) {
+    arenas_.emplace_back(std::max(bytes, kArenaBytes));
+    arena_used_ = 0;
+  }
+  uint8_t* data = arenas_.back().data() + arena_used_;
+  arena_used_ += bytes;
+  return data;
+}
+
+int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
+                        Kind source_kind, ptrdiff_t stride, const float* bias) {
+  Weight w;
+  w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
+  w.group = kind == Kind::int8 ? kRotation : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
+  w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
+  w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4
+                   : kind == Kind::bf16 ? size_t(w.k_padded) * 2
+                   : kind == Kind::int8 ? size_t(w.k_padded)
+                                        : size_t(w.groups()) * (w.group / 2 + 4);
+  size_t columns = size_t(w.panels() - 1) * kPanel + w.width(w.panels() - 1);
+  w.data = allocate(columns * w.column_bytes);
+  if (kind == Kind::int8) w.scale = (float*)allocate(columns * sizeof(float));
+  if (bias) {
+    float* copy = (float*)allocate(columns * sizeof(float));
+    std::memcpy(copy, bias, n * sizeof(float));
+    w.bias = copy;
+  }
+  std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(size_t(w.k_padded) * 16));
+  std::atomic<int> next{0};
+  pool_.run([&](int thread) {
+    for (int p; (p = next.fetch_add(1)) < w.panels();)
+      kernels_.pack_panel(w, source, source_kind, stride, p, scratch[thread].data());
+  });
+  weights_.push_back(w);
+  return int(weights_.size()) - 1;
+}
+
+int Program::add_vector(const float* values, int count) {
+  float* copy = (float*)allocate((count + 16) * sizeof(float));
+  std::memcpy(copy, values, count * sizeof(float));
+  vectors_.push_back(copy);
+  return int(vectors_.size()) - 1;
+}
+
+size_t Program::weight_bytes() const {
+  size_t total = 0;
+  for (const Weight& w : weights_)
+    total += size_t(w.n) * w.column_bytes + (w.scale ? size_t(w.n) * 4 : 0);
+  return total;
+}
+
+void Program::start() {
+  size_t floats = 0;
+  for (const Buffer& b : buffers_) floats = std::max(floats, b.offset + size_t(b.width));
+  states_ = Memory(floats * max_tokens_ * sizeof(float));
+  int widest = 0;
+  for (const Weight& w : weights_) {
+    input_row_bytes_ = std::max(input_row_bytes_, kernels_.row_bytes(w));
+    max_groups_ = std::max(max_groups_, w.kind == Kind::f32 || w.kind == Kind::bf16 ? 0 : w.groups());
+    widest = std::max(widest, w.k_padded);
+  }
+  // the inputs of all rows, then those that each thread prepares for itself
+  inputs_bytes_ = aligned(max_tokens_ * (input_row_bytes_ + size_t(max_groups_) * 8));
+  size_t own = aligned(kFewTokens * (input_row_bytes_ + size_t(max_groups_) * 8));
+  size_t state = aligned(size_t(kQueryBlock) * (kernels_.attend_scratch_bytes ? 2 : 1) *
+                         (aligned(shape_.head_dim, 16) + 2) * sizeof(float));
+  thread_offset_ = inputs_bytes_;
+  thread_bytes_ = own + aligned((widest + 64) * sizeof(float)) +
+                  aligned(3 * kRowBlock * kPanel * sizeof(float)) + state +
+                  aligned(kQueryBlock * (sizeof(Query) + shape_.head_dim * sizeof(float))) +
+                  aligned(kernels_.attend_scratch_bytes) + 4096;
+  scratch_ = Memory(thread_offset_ + pool_.size() * thread_bytes_);
+  cosines_.resize(size_t(max_tokens_) * shape_.head_dim / 2);
+  sines_.resize(cosines_.size());
+  counters_ = std::make_unique<std::atomic<int>[]>(instructions_.size() * 2);
+}
+
+void Program::check(const Step& s, const KvPages& pages) const {
+  auto refuse = [](const char* what) { throw std::invalid_argument(what); };
+  if (s.count < 1 || s.count > max_tokens_) refuse("tokens of a step out of range");
+  for (int i = 0; i < s.count; ++i) {
+    if (s.tokens[i] < 0 || s.tokens[i] >= shape_.vocab) refuse("token outside the vocabulary");
+    if (s.positions[i] < 0 || s.positions[i] >= s.pages_per_row * kPage)
+      refuse("position outside the pages of its row");
+    if (s.rows[i] < 0) refuse("row outside the page table");
+    bool follows = i > 0 && s.rows[i] == s.rows[i - 1];
+    if (follows && s.positions[i] != s.positions[i - 1] + 1)
+      refuse("tokens of a row must follow one another");
+    const int32_t* table = s.page_table + size_t(s.rows[i]) * s.pages_per_row;
+    bool is_last = i + 1 == s.count || s.rows[i + 1] != s.rows[i];
+    if (is_last)
+      for (int p = 0; p <= s.positions[i] / kPage; ++p)
+        if (table[p] < 0 || table[p] >= pages.num_pages) refuse("page outside the pool");
+  }
+  for (int i = 0; i < s.num_selected; ++i)
+    if (s.selected[i] < 0 || s.selected[i] >= s.count) refuse("selected token out of range");
+}
+
+void Program::run(const Step& step, KvPages& pages) {
+  check(step, pages);
+  Pass pass{step, pages, {}, {}, true, 1, {}};
+  for (int i = 0; i < step.count;) {
+    int stop = i + 1;
+    while (stop < step.count && step.rows[stop] == step.rows[i]) ++stop;
+    pass.runs.push_back({i, stop - i, step.rows[i]});
+    pass.is_decode = pass.is_decode && stop - i == 1;
+    pass.max_spans = std::max(pass.max_spans, step.positions[stop - 1] / kSpan + 1);
+    i = stop;
+  }
+  int group = shape_.heads / shape_.kv_heads;
+  for (int r = 0; r < int(pass.runs.size()); ++r)
+    for (int q = pass.runs[r].count * group; q > 0 && !pass.is_decode; q -= kQueryBlock)
+      pass.blocks.push_back({r, std::max(0, q - kQueryBlock), q});
+  // the longest first, so that no thread waits at the end
+  std::stable_sort(pass.blocks.begin(), pass.blocks.end(), [&](const auto& a, const auto& b) {
+    auto last = [&](const auto& block) {
+      const Run& run = pass.runs[block[0]];
+      return step.positions[run.start + (block[2] - 1) / group];
+    };
+    return last(a) > last(b);
+  });
+  if (pass.is_decode) {
+    size_t units = pass.runs.size() * shape_.heads * pass.max_spans;
+    size_t bytes = units * (aligned(shape_.head_dim, 16) + 2) * sizeof(float);
+    if (bytes > partials_.bytes()) partials_ = Memory(bytes + bytes / 2);
+  }
+  for (size_t i = 0; i < instructions_.size() * 2; ++i) counters_[i].store(0, std::memory_order_relaxed);
+  pool_.run([&](int thread) { work(pass, thread); });
+}
+
+void Program::work(Pass& pass, int thread) {
+  using Clock = std::chrono::steady_clock;
+  auto before = Clock::now();
+  auto note = [&](size_t place) {
+    if (!is_timed || thread != 0) return;
+    auto now = Clock::now();
+    seconds[place] += std::chrono::duration<double>(now - before).count();
+    before = now;
+  };
+  prepare_step(pass, thread);
+  note(instructions_.size());
+  for (int i = 0; i < int(instructions_.size()); ++i) {
+    const Instruction& in = instructions_[i];
+    switch (in.op) {
+      case Op::embed: embed(pass, in, thread); break;
+      case Op::linear:
+      case Op::swiglu: linear(pass, in, i, thread); break;
+      case Op::attend: attend(pass, in, i, thread); break;
+      case Op::experts: experts(pass, in, i, thread); break;
+    }
+    pool_.barrier().wait();
+    note(i);
+  }
+}
+
+void Program::prepare_step(Pass& pass, int thread) {
+  int half = shape_.head_dim / 2;
+  auto [start, stop] = share(pass.step.count, pool_.size(), thread);
+  for (int t = start; t < stop; ++t)
+    for (int i = 0; i < half; ++i) {
+      float angle = float(pass.step.positions[t]) * shape_.inverse_frequencies[i];
+      cosines_[size_t(t) * half + i] = std::cos(angle) * shape_.rope_factor;
+      sines_[size_t(t) * half + i] = std::sin(angle) * shape_.rope_factor;
+    }
+}
+
+void Program::embed_row(const Weight& w, int row, float* out) const {
+  int panel = row / kPanel, column = row % kPanel, width = w.width(panel);
+  const uint8_t* data = w.panel(panel);
+  auto half = [](uint16_t h) {
+    uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+    float value = exponent == 0 ? std::ldexp(float(mantissa), -24)
+                                : std::ldexp(float(mantissa + 1024), int(exponent) - 25);
+    return h & 0x8000 ? -value : value;
+  };
+  for (int i = 0; i < w.k_padded; ++i) {
+    float value = 0;
+    switch (w.kind) {
+      case Kind::f32: value = ((const float*)data)[size_t(i) * width + column]; break;
+      case Kind::bf16: {
+        uint32_t bits = uint32_t(((const uint16_t*)data)[(size_t(i / 2) * width + column) * 2 + i % 2]) << 16;
+        std::memcpy(&value, &bits, 4);
+        break;
+      }
+      case Kind::int8:
+        value = float(int(data[(size_t(i / 4) * width + column) * 4 + i % 4]) - 128) *
+                w.scale[panel * kPanel + column];
+        break;
+      case Kind::int4: {
+        const uint8_t* block = data + size_t(i / w.group) * width * (w.group / 2 + 4);
+        int inside = i % w.group;
+        uint8_t both = block[(size_t(inside / 8) * width + column) * 4 + inside % 4];
+        const uint16_t* halves = (const uint16_t*)(block + size_t(width) * w.group / 2);
+        int level = inside % 8 < 4 ? both & 15 : both >> 4;
+        value = float(level) * half(halves[column]) + half(halves[width + column]);
+        break;
+      }
+    }
+    out[i] = value;
+  }
+  if (!w.rotated) return;
+  for (int start = 0; start < w.k_padded; start += kRotation) {
+    float* v = out + start;
+    for (int step = 1; step < kRotation; step *= 2)
+      for (int i = 0; i < kRotation; i += 2 * step)
+        for (int j = i; j < i + step; ++j) {
+          float a = v[j], b = v[j + step];
+          v[j] = a + b, v[j + step] = a - b;
+        }
+    for (int i = 0; i < kRotation; ++i) v[i] *= 1.0f / std::sqrt(float(kRotation));
+  }
+}
+
+void Program::embed(Pass& pass, const Instruction& in, int thread) {
+  const Weight& w = weights_[in.weights[0]];
+  auto [start, stop] = share(pass.step.count, pool_.size(), thread);
+  std::vector<float> padded(w.k_padded);
+  for (int t = start; t < stop; ++t) {
+    embed_row(w, pass.step.tokens[t], padded.data());
+    std::memcpy(buffer(in.out) + size_t(t) * w.k, padded.data(), w.k * sizeof(float));
+  }
+}
+
+// Slot 0 is shared; slot 1 + i belongs to thread i.
+Inputs Program::inputs_for(const Weight& w, int slot) const {
+  Inputs x;
+  int rows = slot == 0 ? max_tokens_ : kFewTokens;
+  x.data = slot == 0 ? scratch_.data() : thread_scratch(slot - 1);
+  x.row_bytes = kernels_.row_bytes(w);
+  x.groups = w.kind == Kind::f32 || w.kind == Kind::bf16 ? 0 : w.groups();
+  x.scale = (float*)(x.data + rows * input_row_bytes_);
+  x.term = x.scale + size_t(rows) * max_groups_;
+  return x;
+}
+
+void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
+  const Weight& w = weights_[in.weights[0]];
+  int rows = in.selected ? pass.step.num_selected : pass.step.count;
+  if (rows == 0) return;
+  bool is_alone = rows <= kFewTokens;
+  Inputs x = inputs_for(w, is_alone ? 1 + thread : 0);
+  uint8_t* mine = thread_scratch(thread) + aligned(kFewTokens * (input_row_bytes_ + size_t(max_groups_) * 8));
+  float* scratch = (float*)mine;
+  float* tiles = (float*)(mine + aligned((size_t(w.k_padded) + 64) * sizeof(float)));
+  const float* norm = in.norm < 0 ? nullptr : vectors_[in.norm];
+  int in_width = buffers_[in.in].width;
+  auto [first, last] = is_alone ? std::pair{0, rows} : share(rows, pool_.size(), thread);
+  for (int r = first; r < last; ++r) {
+    int source = in.selected ? pass.step.selected[r] : r;
+    kernels_.prepare(w, buffer(in.in) + size_t(source) * in_width, norm, shape_.norm_eps, x, r, scratch);
+  }
+  if (!is_alone) pool_.barrier().wait();
+  float* out = in.out < 0 ? pass.step.logits : buffer(in.out);
+  ptrdiff_t stride = in.out < 0 ? shape_.vocab : buffers_[in.out].width;
+  Store store = in.adds ? Store::add : Store::set;
+  // the panels of all weights of the instruction, side by side in the output
+  int panels = 0;
+  for (int index : in.weights) panels += in.op == Op::swiglu ? 0 : weights_[index].panels();
+  if (in.op == Op::swiglu) panels = w.panels();
+  auto unit = [&](int p) {
+    if (in.op == Op::linear) {
+      float* target = out;
+      for (int index : in.weights) {
+        const Weight& part = weights_[index];
+        if (p < part.panels())
+          return kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
+        p -= part.panels(), target += part.n;
+      }
+      return;
+    }
+    const Weight& up = weights_[in.weights[1]];
+    int width = w.width(p), columns = std::min(w.n - p * kPanel, width);
+    for (int r = 0; r < rows; r += kRowBlock) {
+      int stop = std::min(rows, r + kRowBlock);
+      float* gates = tiles;
+      float* ups = tiles + kRowBlock * kPanel;
+      kernels_.linear(w, x, r, stop, p, gates, kPanel, Store::set);
+      kernels_.linear(up, x, r, stop, p, ups, kPanel, Store::set);
+      for (int i = r; i < stop; ++i) {
+        float* gate = gates + (i - r) * kPanel;
+        kernels_.silu_mul(gate, ups + (i - r) * kPanel, gate, width);
+        std::memcpy(out + i * stride + p * kPanel, gate, columns * sizeof(float));
+      }
+    }
+  };
+  if (rows < 16) {
+    auto [start, stop] = share(panels, pool_.size(), thread);
+    for (int p = start; p < stop; ++p) unit(p);
+  } else {
+    for (int p; (p = counters_[2 * index].fetch_add(1)) < panels;) unit(p);
+  }
+}
+
+void Program::rope_head(const Pass&, int token, float* head, int norm) const {
+  int half = shape_.head_dim / 2;
+  if (norm >= 0) kernels_.rms_norm(head, vectors_[norm], shape_.norm_eps, head, shape_.head_dim);
+  const float* cosine = &cosines_[size_t(token) * half];
+  const float* sine = &sines_[size_t(token) * half];
+  for (int i = 0; i < half; ++i) {
+    float a = head[i], b = head[i + half];
+    head[i] = a * cosine[i] - b * sine[i];
+    head[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_head) {
+  int dim = shape_.head_dim, position = pass.step.positions[token];
+  float* qkv = buffer(in.in) + size_t(token) * buffers_[in.in].width;
+  float* key = qkv + (shape_.heads + kv_head) * dim;
+  const float* value = qkv + (shape_.heads + shape_.kv_heads + kv_head) * dim;
+  rope_head(pass, token, key, in.k_norm);
+  int page = pass.step.page_table[size_t(pass.step.rows[token]) * pass.step.pages_per_row + position / kPage];
+  uint8_t* place = pass.pages.layer(in.layer) + size_t(page) * pass.pages.layout.page_bytes;
+  kernels_.store_kv(pass.pages.layout, place, kv_head, position % kPage, key, value);
+}
+
+void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
+  int group = shape_.heads / shape_.kv_heads;
+  if (pass.is_decode) {
+    int spans = pass.max_spans, units = int(pass.runs.size()) * shape_.kv_heads * spans;
+    for (int u; (u = counters_[2 * index].fetch_add(1)) < units;) {
+      const Run& run = pass.runs[u / (shape_.kv_heads * spans)];
+      attend_one(pass, in, run, u / spans % shape_.kv_heads, spans - 1 - u % spans, thread);
+    }
+    if (spans == 1) return;
+    pool_.barrier().wait();
+    for (int u; (u = counters_[2 * index + 1].fetch_add(1)) < int(pass.runs.size()) * shape_.heads;)
+      merge_spans(pass, in, pass.runs[u / shape_.heads], u % shape_.heads);
+    return;
+  }
+  auto [start, stop] = share(pass.step.count, pool_.size(), thread);
+  for (int t = start; t < stop; ++t) {
+    float* qkv = buffer(in.in) + size_t(t) * buffers_[in.in].width;
+    for (int h = 0; h < shape_.heads; ++h) rope_head(pass, t, qkv + h * shape_.head_dim, in.q_norm);
+    for (int h = 0; h < shape_.kv_heads; ++h) store_token(pass, in, t, h);
+  }
+  pool_.barrier().wait();
+  int units = int(pass.blocks.size()) * shape_.kv_heads;
+  for (int u; (u = counters_[2 * index + 1].fetch_add(1)) < units;) {
+    const auto& block = pass.blocks[u / shape_.kv_heads];
+    attend_block(pass, in, pass.runs[block[0]], u % shape_.kv_heads, block[1], block[2], thread);
+  }
+  (void)group;
+}
+
+namespace {
+
+// The thread's memory for attention: softmax states, queries, and what the kernel needs.
+struct AttendMemory {
+  float *sums, *most, *total, *next, *most_next, *total_next, *vectors;
+  Query* queries;
+  void* scratch;
+
+  AttendMemory(uint8_t* base, int dim_padded, int dim) {
+    float* floats = (float*)base;
+    sums = floats, next = sums + kQueryBlock * dim_padded;
+    most = next + kQueryBlock * dim_padded, total = most + kQueryBlock;
+    most_next = total + kQueryBlock, total_next = most_next + kQueryBlock;
+    vectors = total_next + kQueryBlock;
+    queries = (Query*)(vectors + kQueryBlock * dim);
+    scratch = (void*)aligned(size_t(queries + kQueryBlock));
+  }
+};
+
+}  // namespace
+
+void Program::attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head,
+                           int start, int stop, int thread) {
+  const PageLayout& l = pass.pages.layout;
+  AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
+  int group = shape_.heads / shape_.kv_heads, count = stop - start, width = buffers_[in.in].width;
+  int low = 1 << 30, high = 0;
+  for (int i = 0; i < count; ++i) {
+    int token = run.start + (start + i) / group, position = pass.step.positions[token];
+    const float* vector = buffer(in.in) + size_t(token) * width +
+                          (kv_head * group + (start + i) % group) * l.dim;
+    int first = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
+    m.queries[i] = {vector, first, position + 1};
+    low = std::min(low, first), high = std::max(high, position + 1);
+  }
+  Attend a{&l, pass.pages.layer(in.layer), pass.step.page_table + size_t(run.row) * pass.step.pages_per_row,
+           kv_head, shape_.score_scale};
+  bool is_first = true;
+  for (int span = low / kSpan; span * kSpan < high; ++span) {
+    int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
+    kernels_.attend_span(a, m.queries, count, from, to, is_first ? m.sums : m.next,
+                         is_first ? m.most : m.most_next, is_first ? m.total : m.total_next, m.scratch);
+    for (int i = 0; i < count && !is_first; ++i)
+      kernels_.merge(m.sums + i * l.dim_padded, m.most + i, m.total + i, m.next + i * l.dim_padded,
+                     m.most_next[i], m.total_next[i], l.dim_padded);
+    is_first = false;
+  }
+  for (int i = 0; i < count; ++i) {
+    int token = run.start + (start + i) / group;
+    float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width +
+                 (kv_head * group + (start + i) % group) * l.dim;
+    float inverse = 1.0f / m.total[i];
+    for (int d = 0; d < l.dim; ++d) out[d] = m.sums[i * l.dim_padded + d] * inverse;
+  }
+}
+
+void Program::attend_one(Pass& pass, const Instruction& in, const Run& run, int kv_head, int span,
+                         int thread) {
+  const PageLayout& l = pass.pages.layout;
+  int token = run.start, position = pass.step.positions[token];
+  int high = position + 1, low = in.window > 0 ? std::max(0, high - in.window) : 0;
+  int group = shape_.heads / shape_.kv_heads;
+  if (span > position / kSpan || (span + 1) * kSpan <= low) return;
+  // the unit of the newest slots stores them: no other reads them
+  if (span == position / kSpan) store_token(pass, in, token, kv_head);
+  AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
+  const float* qkv = buffer(in.in) + size_t(token) * buffers_[in.in].width;
+  Attend a{&l, pass.pages.layer(in.layer), pass.step.page_table + size_t(run.row) * pass.step.pages_per_row,
+           kv_head, shape_.score_scale};
+  for (int first = 0; first < group; first += kQueryBlock) {
+    int count = std::min(kQueryBlock, group - first);
+    for (int i = 0; i < count; ++i) {
+      float* vector = m.vectors + i * l.dim;
+      std::memcpy(vector, qkv + (kv_head * group + first + i) * l.dim, l.dim * sizeof(float));
+      rope_head(pass, token, vector, in.q_norm);
+      m.queries[i] = {vector, low, high};
+    }
+    int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
+    int head = kv_head * group + first;
+    size_t run_index = &run - pass.runs.data();
+    if (pass.max_spans == 1) {
+      kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
+      float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width + head * l.dim;
+      for (int i = 0; i < count; ++i)
+        for (int d = 0; d < l.dim; ++d)
+          out[i * l.dim + d] = m.sums[i * l.dim_padded + d] * (1.0f / m.total[i]);
+      continue;
+    }
+    kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
+    for (int i = 0; i < count; ++i) {
+      float* part = (float*)partials_.data() +
+                    ((run_index * shape_.heads + head + i) * pass.max_spans + span) * (l.dim_padded + 2);
+      std::memcpy(part, m.sums + i * l.dim_padded, l.dim_padded * sizeof(float));
+      part[l.dim_padded] = m.most[i], part[l.dim_padded + 1] = m.total[i];
+    }
+  }
+}
+
+void Program::merge_spans(Pass& pass, const Instruction& in, const Run& run, int head) {
+  int dim = pass.pages.layout.dim_padded, position = pass.step.positions[run.start];
+  int low = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
+  size_t run_index = &run - pass.runs.data();
+  float* parts = (float*)partials_.data() +
+                 (run_index * shape_.heads + head) * pass.max_spans * (dim + 2);
+  float* state = parts + size_t(low / kSpan) * (dim + 2);
+  for (int span = low / kSpan + 1; span <= position / kSpan; ++span) {
+    const float* next = parts + size_t(span) * (dim + 2);
+    kernels_.merge(state, state + dim, state + dim + 1, next, next[dim], next[dim + 1], dim);
+  }
+  float* out = buffer(in.out) + size_t(run.start) * buffers_[in.out].width + head * shape_.head_dim;
+  float inverse = 1.0f / state[dim + 1];
+  for (int d = 0; d < shape_.head_dim; ++d) out[d] = state[d] * inverse;
+}
+
+void Program::experts(Pass&, const Instruction&, int, int) {}
+
+}  // namespace deepseek

@@ -1,0 +1,153 @@
+// A model as a flat list of instructions over a static memory plan, run in one call per step.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "pool.h"
+#include "types.h"
+
+namespace deepseek {
+
+// Memory of one allocation, aligned for vectors and huge pages where the system gives them.
+class Memory {
+ public:
+  Memory() = default;
+  explicit Memory(size_t bytes);
+  ~Memory();
+  Memory(Memory&& other) noexcept { swap(other); }
+  Memory& operator=(Memory&& other) noexcept { swap(other); return *this; }
+  uint8_t* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void swap(Memory& other) { std::swap(data_, other.data_); std::swap(bytes_, other.bytes_); }
+  uint8_t* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4 };
+
+// `in` and `out` are buffers of the plan; -1 for `out` means the step's logits.
+struct Instruction {
+  Op op = Op::linear;
+  int in = 0, out = 0;
+  int norm = -1;                   // RMS norm of the input: index of a vector, -1 for none
+  std::vector<int> weights;        // linear: one; swiglu: gate, up; experts: router, gates, ups, downs
+  bool adds = false;               // add to `out` in place of setting it
+  bool selected = false;           // only the rows whose logits were asked for
+  // attend
+  int layer = 0, q_norm = -1, k_norm = -1, window = 0;  // window in slots, 0 for none
+  // experts
+  int num_active = 0;
+  bool normalizes = false, is_sigmoid = false;
+  float scale = 1.0f;
+};
+
+struct Buffer {
+  int width = 0;         // floats of a row
+  size_t offset = 0;     // floats of a row before this buffer in the plan
+};
+
+struct Shape {
+  int heads = 0, kv_heads = 0, head_dim = 0, layers = 0, vocab = 0;
+  float norm_eps = 1e-6f, rope_factor = 1.0f, score_scale = 0.0f;
+  std::vector<float> inverse_frequencies;  // [head_dim / 2]
+};
+
+// One step: tokens of one or several sequences, those of a sequence side by side and in order.
+struct Step {
+  int count = 0;
+  const int32_t* tokens = nullptr;
+  const int32_t* positions = nullptr;
+  const int32_t* rows = nullptr;         // sequence of each token: a row of the page table
+  const int32_t* page_table = nullptr;   // [rows][pages_per_row]
+  int pages_per_row = 0;
+  const int32_t* selected = nullptr;     // tokens whose logits are wanted
+  int num_selected = 0;
+  float* logits = nullptr;               // [num_selected][vocab]
+};
+
+class KvPages {
+ public:
+  KvPages(Kind kind, const Shape& shape, int num_pages);
+  PageLayout layout;
+  int num_pages;
+  size_t bytes() const { return memory_.bytes(); }
+  uint8_t* layer(int index) const { return memory_.data() + size_t(index) * num_pages * layout.page_bytes; }
+  void copy(int target, int source);
+
+ private:
+  int layers_;
+  Memory memory_;
+};
+
+class Program {
+ public:
+  Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
+          std::vector<Instruction> instructions, int max_tokens, int threads);
+
+  // Weights are packed as they are added; `source` is not needed afterwards.
+  int add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
+                 Kind source_kind, ptrdiff_t stride, const float* bias);
+  int add_vector(const float* values, int count);
+  void start();  // after the last weight
+
+  void run(const Step& step, KvPages& pages);
+
+  int threads() const { return pool_.size(); }
+  int max_tokens() const { return max_tokens_; }
+  size_t weight_bytes() const;
+  size_t plan_bytes() const { return states_.bytes() + scratch_.bytes(); }
+  const Shape& shape() const { return shape_; }
+  const Kernels& kernels() const { return kernels_; }
+  void embed_row(const Weight& w, int row, float* out) const;
+  const std::vector<Weight>& weights() const { return weights_; }
+  // Seconds spent in each instruction, on thread 0, since the program was made.
+  std::vector<double> seconds;
+  bool is_timed = false;
+
+ private:
+  struct Run { int start, count, row; };  // tokens of one sequence
+  struct Pass;
+
+  float* buffer(int index) const { return (float*)states_.data() + buffers_[index].offset * max_tokens_; }
+  void check(const Step& step, const KvPages& pages) const;
+  void work(Pass& pass, int thread);
+  void prepare_step(Pass& pass, int thread);
+  void embed(Pass& pass, const Instruction& in, int thread);
+  void linear(Pass& pass, const Instruction& in, int index, int thread);
+  void experts(Pass& pass, const Instruction& in, int index, int thread);
+  void attend(Pass& pass, const Instruction& in, int index, int thread);
+  void attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
+                    int stop, int thread);
+  void attend_one(Pass& pass, const Instruction& in, const Run& run, int kv_head, int span,
+                  int thread);
+  void merge_spans(Pass& pass, const Instruction& in, const Run& run, int head);
+  void rope_head(const Pass& pass, int token, float* head, int norm) const;
+  void store_token(Pass& pass, const Instruction& in, int token, int kv_head);
+  Inputs inputs_for(const Weight& w, int slot) const;
+  uint8_t* thread_scratch(int thread) const { return scratch_.data() + thread_offset_ + thread * thread_bytes_; }
+
+  const Kernels& kernels_;
+  Shape shape_;
+  std::vector<Buffer> buffers_;
+  std::vector<Instruction> instructions_;
+  int max_tokens_;
+  Pool pool_;
+  std::vector<Memory> arenas_;
+  size_t arena_used_ = 0;
+  std::vector<Weight> weights_;
+  std::vector<const float*> vectors_;
+  Memory states_, scratch_, partials_;
+  size_t inputs_bytes_ = 0, thread_offset_ = 0, thread_bytes_ = 0, input_row_bytes_ = 0;
+  int max_groups_ = 0;
+  std::vector<float> cosines_, sines_;  // [max_tokens][head_dim / 2]
+  std::unique_ptr<std::atomic<int>[]> counters_;
+
+  uint8_t* allocate(size_t bytes);
+};
+
+}  // namespace deepseek

@@ -1,0 +1,118 @@
+// The nouns that kernels, packing and the program share. No instruction set is assumed here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace deepseek {
+
+// Output columns of a panel of packed weights: three 512-bit vectors of float32.
+constexpr int kPanel = 48;
+// Slots of a KV page, as in deepseek.ops.attention.PAGE_SIZE.
+constexpr int kPage = 64;
+// Slots whose attention is computed on its own and then merged, in order: the unit of parallel
+// decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
+constexpr int kSpan = 256;
+// Channels that are rotated together before int8 quantization.
+constexpr int kRotation = 64;
+
+enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
+
+// A weight [n, k], packed once. Panel p holds columns 48 p ... of the output; its width is 48, or
+// what is left rounded up to 16. Inside a panel of width w:
+//   f32   float      [k][w]
+//   bf16  uint16     [k / 2][w][2]
+//   int8  uint8      [k / 4][w][4]              value + 128; one scale per output column
+//   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
+//                    half  scale [w], half least [w]      weight = scale * nibble + least
+// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: 64) with weights that are zero.
+struct Weight {
+  Kind kind = Kind::f32;
+  int n = 0, k = 0, k_padded = 0, group = 1;
+  bool rotated = false;
+  uint8_t* data = nullptr;
+  float* scale = nullptr;       // int8: [columns padded to panels]
+  const float* bias = nullptr;  // [columns padded to panels] or null
+  size_t column_bytes = 0;      // bytes of one column of a panel, scales included
+
+  int panels() const { return (n + kPanel - 1) / kPanel; }
+  int width(int panel) const {
+    int left = n - panel * kPanel;
+    return left >= kPanel ? kPanel : (left + 15) / 16 * 16;
+  }
+  uint8_t* panel(int index) const { return data + size_t(index) * kPanel * column_bytes; }
+  int groups() const { return k_padded / group; }
+};
+
+// Rows of inputs in the form a weight's kernel reads.
+//   f32   float  [k]
+//   bf16  uint16 [k]
+//   int8  int8   [k]   (two int16 halves of each quad where there is no VNNI), a scale per group of
+//                      64 and the term -128 * sum, int32
+//   int4  int8   [k]   a scale per group and the term scale * sum, float
+struct Inputs {
+  uint8_t* data = nullptr;
+  float* scale = nullptr;
+  void* term = nullptr;
+  size_t row_bytes = 0;
+  int groups = 0;
+};
+
+enum class Store : int { set = 0, add = 1 };
+
+// Keys and values of one KV head in one page, by the type they are stored in:
+//   f32   keys float  [dim][64],           values float  [64][dim]
+//   bf16  keys uint16 [dim / 2][64][2],    values uint16 [32][dim][2]
+//   int8  keys int8   [dim / 2][64][2],    values int8   [32][dim][2], float key scale [64],
+//         float value scale [64]
+// dim is padded to a multiple of 16.
+struct PageLayout {
+  Kind kind = Kind::bf16;
+  int kv_heads = 0, dim = 0, dim_padded = 0;
+  size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
+  size_t head_bytes = 0, page_bytes = 0;
+};
+
+// Queries of one KV head over the pages of one row.
+struct Attend {
+  const PageLayout* layout = nullptr;
+  const uint8_t* pages = nullptr;  // of the layer
+  const int32_t* table = nullptr;  // pages of the row
+  int kv_head = 0;
+  float scale = 1.0f;
+};
+
+// One query vector with what it may see: slots low ... high - 1.
+struct Query {
+  const float* vector;
+  int low, high;
+};
+
+struct Kernels {
+  const char* name;
+  // Inputs ------------------------------------------------------------------------------------
+  size_t (*row_bytes)(const Weight& w);
+  // Norm (skipped when `norm` is null), rotation and quantization of one row into `row` of `to`.
+  void (*prepare)(const Weight& w, const float* x, const float* norm, float eps, const Inputs& to,
+                  int row, float* scratch);
+  // Products ----------------------------------------------------------------------------------
+  void (*linear)(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
+                 float* out, ptrdiff_t stride, Store store);
+  void (*silu_mul)(const float* gate, const float* up, float* out, int count);
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int count);
+  // Attention ---------------------------------------------------------------------------------
+  void (*store_kv)(const PageLayout& layout, uint8_t* page, int kv_head, int slot,
+                   const float* key, const float* value);
+  // Softmax-weighted values of `count` queries over the slots start ... stop - 1 (within one span
+  // each) into sums [count][dim_padded], largest scores and denominators [count].
+  void (*attend_span)(const Attend& a, const Query* queries, int count, int start, int stop,
+                      float* sums, float* largest, float* total, void* scratch);
+  size_t attend_scratch_bytes;
+  void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
+                float largest_next, float total_next, int dim);
+  // Packing -----------------------------------------------------------------------------------
+  void (*pack_panel)(Weight& w, const void* source, Kind source_kind, ptrdiff_t source_stride,
+                     int panel, float* scratch);
+};
+
+}  // namespace deepseek

@@ -1,0 +1,358 @@
+// Vectors of float32 and of packed small integers, for the instruction set that this file is
+// compiled for. Everything is in an anonymous namespace: the same kernels are compiled several times.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+inline float half_to_float(uint16_t h) {
+  uint32_t sign = uint32_t(h & 0x8000) << 16, mantissa = h & 0x3ff, exponent = (h >> 10) & 31;
+  float value;
+  uint32_t bits;
+  if (exponent == 0) {
+    value = float(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
+  }
+  bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | (mantissa << 13);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline float bf16_to_float(uint16_t b) {
+  uint32_t bits = uint32_t(b) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline uint16_t float_to_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x47800000) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // subnormal: steps of 2^-24
+    float size;
+    std::memcpy(&size, &magnitude, 4);
+    return uint16_t(sign | uint32_t(std::lrintf(size * 16777216.0f)));
+  }
+  uint32_t rounded = magnitude - 0x38000000;
+  rounded += 0xfff + ((rounded >> 13) & 1);
+  return uint16_t(sign | (rounded >> 13));
+}
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+using vf = __m512;
+using vi = __m512i;
+inline vf zero() { return _mm512_setzero_ps(); }
+inline vi zero_i() { return _mm512_setzero_si512(); }
+inline vf load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, vf v) { _mm512_storeu_ps(p, v); }
+inline vf all(float x) { return _mm512_set1_ps(x); }
+inline vi all_i(int32_t x) { return _mm512_set1_epi32(x); }
+inline vi load_i(const void* p) { return _mm512_loadu_si512(p); }
+inline vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+inline vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }
+inline vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+inline vf absolute(vf a) { return _mm512_abs_ps(a); }
+inline vf nearest(vf a) { return _mm512_roundscale_ps(a, 0x08); }
+inline vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+inline vi to_int(vf a) { return _mm512_cvtps_epi32(a); }
+inline vf as_float(vi a) { return _mm512_castsi512_ps(a); }
+inline vi as_int(vf a) { return _mm512_castps_si512(a); }
+inline vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+inline vi and_i(vi a, vi b) { return _mm512_and_si512(a, b); }
+inline vi left_16(vi a) { return _mm512_slli_epi32(a, 16); }
+inline vi left_23(vi a) { return _mm512_slli_epi32(a, 23); }
+inline vi nibbles_high(vi a) {
+  return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
+}
+inline vi nibbles_low(vi a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
+inline float sum(vf a) { return _mm512_reduce_add_ps(a); }
+inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
+inline vf load_half(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+}
+inline vf where_between(vf a, int first, int low, int high, float other) {
+  __m512i place = _mm512_add_epi32(_mm512_set1_epi32(first),
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  __mmask16 kept = _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(low)) &
+                   _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(high));
+  return _mm512_mask_blend_ps(kept, _mm512_set1_ps(other), a);
+}
+inline void store_s8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+inline void store_bf16(uint16_t* p, vf a) {
+#if defined(__AVX512BF16__)
+  __m256bh narrow = _mm512_cvtneps_pbh(a);
+  _mm256_storeu_si256((__m256i*)p, (__m256i)narrow);
+#else
+  __m512i bits = _mm512_castps_si512(a);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+#endif
+}
+// Eight-bit integers to bfloat16, 32 of them (exact).
+inline vi s8_to_bf16(const int8_t* p) {
+  __m256i bytes = _mm256_loadu_si256((const __m256i*)p);
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+  __m256i a = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(low), 16));
+  __m256i b = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(high), 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+// One stage of a Walsh-Hadamard transform inside a vector: pairs at distance `half`.
+template <int half>
+inline vf butterfly(vf x) {
+  const __mmask16 upper = half == 8 ? 0xff00 : half == 4 ? 0xf0f0 : half == 2 ? 0xcccc : 0xaaaa;
+  vf other;
+  if constexpr (half == 8) other = _mm512_shuffle_f32x4(x, x, 0x4e);
+  else if constexpr (half == 4) other = _mm512_shuffle_f32x4(x, x, 0xb1);
+  else if constexpr (half == 2) other = _mm512_permute_ps(x, 0x4e);
+  else other = _mm512_permute_ps(x, 0xb1);
+  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+}
+inline void store_i(void* p, vi a) { _mm512_storeu_si512(p, a); }
+inline vi or_i(vi a, vi b) { return _mm512_or_si512(a, b); }
+inline vi left(vi a, int bits) { return _mm512_slli_epi32(a, bits); }
+inline vi right(vi a, int bits) { return _mm512_srli_epi32(a, bits); }
+inline void store_half(uint16_t* p, vf a) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, 0));
+}
+inline vf where_less(vf a, vf b, vf yes, vf no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+#if defined(__AVX512VNNI__)
+#define DEEPSEEK_VNNI 1
+inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
+}
+#endif
+inline vi madd_ub(vi w, vi x) { return _mm512_maddubs_epi16(w, x); }
+inline vi madd_16(vi a, vi b) { return _mm512_madd_epi16(a, b); }
+inline vi add_16(vi a, vi b) { return _mm512_add_epi16(a, b); }
+inline vi all_16(int16_t x) { return _mm512_set1_epi16(x); }
+inline vi even_bytes(vi a) { return _mm512_and_si512(a, _mm512_set1_epi16(255)); }
+inline vi odd_bytes(vi a) { return _mm512_srli_epi16(a, 8); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+using vf = __m256;
+using vi = __m256i;
+inline vf zero() { return _mm256_setzero_ps(); }
+inline vi zero_i() { return _mm256_setzero_si256(); }
+inline vf load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, vf v) { _mm256_storeu_ps(p, v); }
+inline vf all(float x) { return _mm256_set1_ps(x); }
+inline vi all_i(int32_t x) { return _mm256_set1_epi32(x); }
+inline vi load_i(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+inline vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+inline vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+inline vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+inline vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+inline vf div(vf a, vf b) { return _mm256_div_ps(a, b); }
+inline vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+inline vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+inline vf absolute(vf a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline vf nearest(vf a) { return _mm256_round_ps(a, 0x08); }
+inline vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+inline vi to_int(vf a) { return _mm256_cvtps_epi32(a); }
+inline vf as_float(vi a) { return _mm256_castsi256_ps(a); }
+inline vi as_int(vf a) { return _mm256_castps_si256(a); }
+inline vi add_i(vi a, vi b) { return _mm256_add_epi32(a, b); }
+inline vi and_i(vi a, vi b) { return _mm256_and_si256(a, b); }
+inline vi left_16(vi a) { return _mm256_slli_epi32(a, 16); }
+inline vi left_23(vi a) { return _mm256_slli_epi32(a, 23); }
+inline vi nibbles_high(vi a) {
+  return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
+}
+inline vi nibbles_low(vi a) { return _mm256_and_si256(a, _mm256_set1_epi8(15)); }
+inline float sum(vf a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(vf a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline vf load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline vf where_between(vf a, int first, int low, int high, float other) {
+  __m256i place = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), place);
+  __m256i kept = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), place));
+  return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(kept));
+}
+inline void store_s8(int8_t* p, vi a) {
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+inline void store_bf16(uint16_t* p, vf a) {
+  __m256i bits = _mm256_castps_si256(a);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  _mm_storeu_si128((__m128i*)p, words);
+}
+inline vi s8_to_bf16(const int8_t* p) {
+  __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  __m256 low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+  __m256 high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+  __m256i a = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
+  __m256i b = _mm256_srli_epi32(_mm256_castps_si256(high), 16);
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+}
+template <int half>
+inline vf butterfly(vf x) {
+  vf other;
+  if constexpr (half == 4) other = _mm256_permute2f128_ps(x, x, 1);
+  else if constexpr (half == 2) other = _mm256_permute_ps(x, 0x4e);
+  else other = _mm256_permute_ps(x, 0xb1);
+  return _mm256_blend_ps(_mm256_add_ps(x, other), _mm256_sub_ps(other, x),
+                         half == 4 ? 0xf0 : half == 2 ? 0xcc : 0xaa);
+}
+inline void store_i(void* p, vi a) { _mm256_storeu_si256((__m256i*)p, a); }
+inline vi or_i(vi a, vi b) { return _mm256_or_si256(a, b); }
+inline vi left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
+inline vi right(vi a, int bits) { return _mm256_srli_epi32(a, bits); }
+inline void store_half(uint16_t* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, 0)); }
+inline vf where_less(vf a, vf b, vf yes, vf no) {
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
+#if defined(__AVXVNNI__)
+#define DEEPSEEK_VNNI 1
+inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
+  int32_t quad;
+  std::memcpy(&quad, x, 4);
+  return _mm256_dpbusd_avx_epi32(acc, w, _mm256_set1_epi32(quad));
+}
+#endif
+inline vi madd_ub(vi w, vi x) { return _mm256_maddubs_epi16(w, x); }
+inline vi madd_16(vi a, vi b) { return _mm256_madd_epi16(a, b); }
+inline vi add_16(vi a, vi b) { return _mm256_add_epi16(a, b); }
+inline vi all_16(int16_t x) { return _mm256_set1_epi16(x); }
+inline vi even_bytes(vi a) { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+inline vi odd_bytes(vi a) { return _mm256_srli_epi16(a, 8); }
+
+#else  // no instruction set assumed: the compiler's own vectors
+
+constexpr int kLanes = 4;
+typedef float vf __attribute__((vector_size(16), aligned(4)));
+typedef int32_t vi __attribute__((vector_size(16), aligned(4)));
+inline vf zero() { return vf{}; }
+inline vi zero_i() { return vi{}; }
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, 16); return v; }
+inline void store(float* p, vf v) { std::memcpy(p, &v, 16); }
+inline vf all(float x) { return vf{} + x; }
+inline vi all_i(int32_t x) { return vi{} + x; }
+inline vi load_i(const void* p) { vi v; std::memcpy(&v, p, 16); return v; }
+inline vf fma(vf a, vf b, vf c) { return a * b + c; }
+inline vf add(vf a, vf b) { return a + b; }
+inline vf sub(vf a, vf b) { return a - b; }
+inline vf mul(vf a, vf b) { return a * b; }
+inline vf div(vf a, vf b) { return a / b; }
+inline vf vmax(vf a, vf b) { return a > b ? a : b; }
+inline vf vmin(vf a, vf b) { return a < b ? a : b; }
+inline vf absolute(vf a) { return a < 0 ? -a : a; }
+inline vf nearest(vf a) { for (int i = 0; i < 4; ++i) a[i] = nearbyintf(a[i]); return a; }
+inline vf to_float(vi a) { return __builtin_convertvector(a, vf); }
+inline vi to_int(vf a) { return __builtin_convertvector(nearest(a), vi); }
+inline vf as_float(vi a) { vf v; std::memcpy(&v, &a, 16); return v; }
+inline vi as_int(vf a) { vi v; std::memcpy(&v, &a, 16); return v; }
+inline vi add_i(vi a, vi b) { return a + b; }
+inline vi and_i(vi a, vi b) { return a & b; }
+inline vi left_16(vi a) { return a << 16; }
+inline vi left_23(vi a) { return a << 23; }
+inline vi nibbles_high(vi a) { return (a >> 4) & 0x0f0f0f0f; }
+inline vi nibbles_low(vi a) { return a & 0x0f0f0f0f; }
+inline float sum(vf a) { float s = 0; for (int i = 0; i < 4; ++i) s += a[i]; return s; }
+inline float largest(vf a) { float s = a[0]; for (int i = 1; i < 4; ++i) s = s > a[i] ? s : a[i]; return s; }
+inline vf load_half(const uint16_t* p) { vf v; for (int i = 0; i < 4; ++i) v[i] = half_to_float(p[i]); return v; }
+inline vf where_between(vf a, int first, int low, int high, float other) {
+  for (int i = 0; i < 4; ++i) if (first + i < low || first + i >= high) a[i] = other;
+  return a;
+}
+inline void store_s8(int8_t* p, vi a) { for (int i = 0; i < 4; ++i) p[i] = int8_t(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]); }
+inline void store_bf16(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]); }
+inline vi s8_to_bf16(const int8_t* p) {
+  uint16_t out[8];
+  for (int i = 0; i < 8; ++i) out[i] = float_to_bf16(float(p[i]));
+  return load_i(out);
+}
+template <int half>
+inline vf butterfly(vf x) {
+  vf out;
+  for (int i = 0; i < 4; ++i) out[i] = i & half ? x[i ^ half] - x[i] : x[i] + x[i ^ half];
+  return out;
+}
+inline void store_i(void* p, vi a) { std::memcpy(p, &a, 16); }
+inline vi or_i(vi a, vi b) { return a | b; }
+inline vi left(vi a, int bits) { return a << bits; }
+typedef uint32_t vu __attribute__((vector_size(16), aligned(4)));
+inline vi right(vi a, int bits) { return (vi)((vu)a >> bits); }
+inline void store_half(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_half(a[i]); }
+inline vf where_less(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
+#define DEEPSEEK_VNNI 1
+inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
+  uint8_t bytes[16];
+  std::memcpy(bytes, &w, 16);
+  for (int i = 0; i < 4; ++i)
+    acc[i] += bytes[4 * i] * x[0] + bytes[4 * i + 1] * x[1] + bytes[4 * i + 2] * x[2] + bytes[4 * i + 3] * x[3];
+  return acc;
+}
+
+#endif
+
+// acc + the product of pairs of bfloat16, `w` holding a pair in each 32-bit lane.
+inline vf dot_bf16(vf acc, vi w, const uint16_t* x) {
+#if defined(__AVX512BF16__)
+  int32_t pair;
+  std::memcpy(&pair, x, 4);
+  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
+#else
+  acc = fma(as_float(left_16(w)), all(bf16_to_float(x[0])), acc);
+  return fma(as_float(and_i(w, all_i(int32_t(0xffff0000u)))), all(bf16_to_float(x[1])), acc);
+#endif
+}
+
+// e^x, to 2 units in the last place; 0 below -87.
+inline vf exponential(vf x) {
+  vf bounded = vmax(vmin(x, all(88.0f)), all(-87.3f));
+  vf turns = nearest(mul(bounded, all(1.44269504088896341f)));
+  vf rest = fma(turns, all(-0.693145751953125f), bounded);
+  rest = fma(turns, all(-1.42860682030941723212e-6f), rest);
+  vf p = all(1.9875691500e-4f);
+  p = fma(p, rest, all(1.3981999507e-3f));
+  p = fma(p, rest, all(8.3334519073e-3f));
+  p = fma(p, rest, all(4.1665795894e-2f));
+  p = fma(p, rest, all(1.6666665459e-1f));
+  p = fma(p, rest, all(5.0000001201e-1f));
+  p = add(fma(p, mul(rest, rest), rest), all(1.0f));
+  vf power = as_float(left_23(add_i(to_int(turns), all_i(127))));
+  return mul(p, power);
+}
+
+}  // namespace

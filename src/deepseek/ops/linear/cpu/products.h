@@ -1,0 +1,278 @@
+// Products of rows of inputs with one panel of a weight, in every storage.
+//
+// All of them sum over k in ascending order with one accumulator per output, whatever the number of
+// rows: a row's result does not depend on its companions, bit by bit.
+#pragma once
+
+#include "inputs.h"
+
+namespace {
+
+inline void put(float* out, vf value, Store mode) {
+  deepseek::Store s = mode;
+  ::store(out, s == deepseek::Store::add ? add(load(out), value) : value);
+}
+
+inline vf bias_of(const Weight& w, int panel, int vector) {
+  return w.bias ? load(w.bias + panel * kPanel + vector * kLanes) : zero();
+}
+
+// Stores the first `columns` values of a panel's row: the padded columns belong to nobody.
+template <int V>
+inline void put_row(float* out, const vf* values, int columns, Store mode) {
+  if (columns == V * kLanes) {
+    for (int v = 0; v < V; ++v) put(out + v * kLanes, values[v], mode);
+    return;
+  }
+  float tail[V * kLanes];
+  for (int v = 0; v < V; ++v) ::store(tail + v * kLanes, values[v]);
+  for (int i = 0; i < columns; ++i) out[i] = mode == Store::add ? out[i] + tail[i] : tail[i];
+}
+
+struct Tile {
+  const Weight& w;
+  const uint8_t* data;  // of the panel
+  int panel, width, offset;  // `offset`: first column inside the panel
+  int columns;               // real columns from `offset` on, at most V * kLanes
+};
+
+template <int M, int V>
+void tile_f32(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  vf acc[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = zero();
+  const float* w = (const float*)t.data + t.offset;
+  const float* in[M];
+  for (int m = 0; m < M; ++m) in[m] = (const float*)(x.data + (row + m) * x.row_bytes);
+  for (int k = 0; k < t.w.k_padded; ++k, w += t.width) {
+    vf b[V];
+    for (int v = 0; v < V; ++v) b[v] = load(w + v * kLanes);
+    for (int m = 0; m < M; ++m) {
+      vf a = all(in[m][k]);
+      for (int v = 0; v < V; ++v) acc[m][v] = fma(a, b[v], acc[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = add(acc[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
+    put_row<V>(out + m * stride, acc[m], t.columns, mode);
+  }
+}
+
+template <int M, int V>
+void tile_bf16(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  vf acc[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = zero();
+  const uint8_t* w = t.data + size_t(t.offset) * 4;
+  const uint16_t* in[M];
+  for (int m = 0; m < M; ++m) in[m] = (const uint16_t*)(x.data + (row + m) * x.row_bytes);
+  for (int k = 0; k < t.w.k_padded; k += 2, w += size_t(t.width) * 4) {
+    vi b[V];
+    for (int v = 0; v < V; ++v) b[v] = load_i(w + v * kLanes * 4);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_bf16(acc[m][v], b[v], in[m] + k);
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = add(acc[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
+    put_row<V>(out + m * stride, acc[m], t.columns, mode);
+  }
+}
+
+// acc += the product of a quad of unsigned weights with a quad of `inputs`, exactly.
+#if defined(DEEPSEEK_VNNI)
+template <int M, int V>
+inline void dot_quads(vi (&acc)[M][V], const vi (&b)[V], const int8_t* const (&in)[M], int quad) {
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], b[v], in[m] + quad * 4);
+}
+#else
+template <int M, int V>
+inline void dot_quads(vi (&acc)[M][V], const vi (&b)[V], const int8_t* const (&in)[M], int quad) {
+  vi even[V], odd[V];
+  for (int v = 0; v < V; ++v) even[v] = even_bytes(b[v]), odd[v] = odd_bytes(b[v]);
+  for (int m = 0; m < M; ++m) {
+    int32_t halves[2];
+    std::memcpy(halves, in[m] + quad * 8, 8);
+    vi first = all_i(halves[0]), second = all_i(halves[1]);
+    for (int v = 0; v < V; ++v)
+      acc[m][v] = add_i(add_i(acc[m][v], madd_16(even[v], first)), madd_16(odd[v], second));
+  }
+}
+#endif
+
+template <int M, int V>
+void tile_int8(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  vf sums[M][V];
+  const int8_t* in[M];
+  const float* scales[M];
+  const int32_t* terms[M];
+  for (int m = 0; m < M; ++m) {
+    in[m] = (const int8_t*)(x.data + (row + m) * x.row_bytes);
+    scales[m] = x.scale + size_t(row + m) * x.groups;
+    terms[m] = (const int32_t*)x.term + size_t(row + m) * x.groups;
+    for (int v = 0; v < V; ++v) sums[m][v] = zero();
+  }
+  const uint8_t* w = t.data + size_t(t.offset) * 4;
+  int quads = t.w.group / 4;
+  for (int g = 0; g < x.groups; ++g) {
+    vi acc[M][V];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = all_i(terms[m][g]);
+    for (int q = 0; q < quads; ++q, w += size_t(t.width) * 4) {
+      vi b[V];
+      for (int v = 0; v < V; ++v) b[v] = load_i(w + v * kLanes * 4);
+      dot_quads<M, V>(acc, b, in, g * quads + q);
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v)
+        sums[m][v] = fma(to_float(acc[m][v]), all(scales[m][g]), sums[m][v]);
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) {
+      int vector = t.offset / kLanes + v;
+      vf scale = load(t.w.scale + t.panel * kPanel + vector * kLanes);
+      sums[m][v] = fma(sums[m][v], scale, bias_of(t.w, t.panel, vector));
+    }
+    put_row<V>(out + m * stride, sums[m], t.columns, mode);
+  }
+}
+
+// The integer products of a group of 32 with nibbles.
+#if defined(DEEPSEEK_VNNI)
+template <int M, int V>
+inline void dot_nibbles(vi (&acc)[M][V], const uint8_t* w, int width, const int8_t* const (&in)[M]) {
+  for (int pair = 0; pair < 4; ++pair, w += size_t(width) * 4) {
+    vi low[V], high[V];
+    for (int v = 0; v < V; ++v) {
+      vi both = load_i(w + v * kLanes * 4);
+      low[v] = nibbles_low(both), high[v] = nibbles_high(both);
+    }
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], low[v], in[m] + pair * 8);
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], high[v], in[m] + pair * 8 + 4);
+  }
+}
+#else
+// Eight products of a nibble and an int8 fit 16 bits: 8 * 2 * 15 * 127 < 2^15.
+template <int M, int V>
+inline void dot_nibbles(vi (&acc)[M][V], const uint8_t* w, int width, const int8_t* const (&in)[M]) {
+  vi words[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) words[m][v] = zero_i();
+  for (int pair = 0; pair < 4; ++pair, w += size_t(width) * 4) {
+    vi low[V], high[V];
+    for (int v = 0; v < V; ++v) {
+      vi both = load_i(w + v * kLanes * 4);
+      low[v] = nibbles_low(both), high[v] = nibbles_high(both);
+    }
+    for (int m = 0; m < M; ++m) {
+      int32_t quads[2];
+      std::memcpy(quads, in[m] + pair * 8, 8);
+      vi first = all_i(quads[0]), second = all_i(quads[1]);
+      for (int v = 0; v < V; ++v)
+        words[m][v] = add_16(words[m][v], add_16(madd_ub(low[v], first), madd_ub(high[v], second)));
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) acc[m][v] = add_i(acc[m][v], madd_16(words[m][v], all_16(1)));
+}
+#endif
+
+template <int M, int V>
+void tile_int4(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  vf sums[M][V];
+  const int8_t* in[M];
+  const float* scales[M];
+  const float* terms[M];
+  for (int m = 0; m < M; ++m) {
+    in[m] = (const int8_t*)(x.data + (row + m) * x.row_bytes);
+    scales[m] = x.scale + size_t(row + m) * x.groups;
+    terms[m] = (const float*)x.term + size_t(row + m) * x.groups;
+    for (int v = 0; v < V; ++v) sums[m][v] = zero();
+  }
+  const uint8_t* w = t.data;
+  for (int g = 0; g < x.groups; ++g) {
+    vi acc[M][V];
+    for (int m = 0; m < M; ++m)
+      for (int v = 0; v < V; ++v) acc[m][v] = zero_i();
+    for (int part = 0; part < t.w.group; part += 32) {
+      dot_nibbles<M, V>(acc, w + size_t(t.offset) * 4, t.width, in);
+      w += size_t(t.width) * 16;
+      for (int m = 0; m < M; ++m) in[m] += 32;
+    }
+    const uint16_t* half = (const uint16_t*)w + t.offset;
+    vf scale[V], least[V];
+    for (int v = 0; v < V; ++v) {
+      scale[v] = load_half(half + v * kLanes);
+      least[v] = load_half(half + t.width + v * kLanes);
+    }
+    w += size_t(t.width) * 4;
+    for (int m = 0; m < M; ++m) {
+      vf a = all(scales[m][g]), b = all(terms[m][g]);
+      for (int v = 0; v < V; ++v) {
+        sums[m][v] = fma(mul(to_float(acc[m][v]), a), scale[v], sums[m][v]);
+        sums[m][v] = fma(b, least[v], sums[m][v]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v)
+      sums[m][v] = add(sums[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
+    put_row<V>(out + m * stride, sums[m], t.columns, mode);
+  }
+}
+
+#if defined(__AVX512F__)
+constexpr int kTileVectors = 3, kTileRows = 4, kTileRowsFloat = 8;
+#else
+constexpr int kTileVectors = 2, kTileRows = 2, kTileRowsFloat = 4;
+#endif
+
+template <int M, int V>
+void tile(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  switch (t.w.kind) {
+    case Kind::f32: return tile_f32<M, V>(t, x, row, out, stride, mode);
+    case Kind::bf16: return tile_bf16<M, V>(t, x, row, out, stride, mode);
+    case Kind::int8: return tile_int8<M, V>(t, x, row, out, stride, mode);
+    case Kind::int4: return tile_int4<M, V>(t, x, row, out, stride, mode);
+  }
+}
+
+template <int V>
+void tiles(const Tile& t, const Inputs& x, int start, int stop, float* out, ptrdiff_t stride,
+           Store mode) {
+  bool is_float = t.w.kind == Kind::f32 || t.w.kind == Kind::bf16;
+  int row = start;
+  if (is_float)
+    for (; row + kTileRowsFloat <= stop; row += kTileRowsFloat, out += kTileRowsFloat * stride)
+      t.w.kind == Kind::f32 ? tile_f32<kTileRowsFloat, V>(t, x, row, out, stride, mode)
+                            : tile_bf16<kTileRowsFloat, V>(t, x, row, out, stride, mode);
+  for (; row + kTileRows <= stop; row += kTileRows, out += kTileRows * stride)
+    tile<kTileRows, V>(t, x, row, out, stride, mode);
+  if constexpr (kTileRows > 2)
+    for (; row + 2 <= stop; row += 2, out += 2 * stride) tile<2, V>(t, x, row, out, stride, mode);
+  for (; row < stop; ++row, out += stride) tile<1, V>(t, x, row, out, stride, mode);
+}
+
+void linear(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel, float* out,
+            ptrdiff_t stride, Store mode) {
+  int width = w.width(panel), left = w.n - panel * kPanel;
+  for (int offset = 0; offset < width;) {
+    int vectors = (width - offset) / kLanes;
+    vectors = vectors < kTileVectors ? vectors : kTileVectors;
+    int columns = left - offset < vectors * kLanes ? left - offset : vectors * kLanes;
+    Tile t{w, w.panel(panel), panel, width, offset, columns};
+    if (columns > 0) {
+      if (vectors == 1) tiles<1>(t, x, row_start, row_stop, out + offset, stride, mode);
+      if (vectors == 2) tiles<2>(t, x, row_start, row_stop, out + offset, stride, mode);
+      if constexpr (kTileVectors > 2)
+        if (vectors == 3) tiles<3>(t, x, row_start, row_stop, out + offset, stride, mode);
+    }
+    offset += vectors * kLanes;
+  }
+}
+
+}  // namespace
