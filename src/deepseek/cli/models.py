@@ -9,6 +9,7 @@ from deepseek.cli.output import Output
 from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
+    from deepseek.generate import Engine
     from deepseek.hub import Bundle
     from deepseek.models import Decoder, Encoder
 
@@ -22,6 +23,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (as stored)")
     parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
+
+
+def add_scheme_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--scheme`."""
+    from deepseek.ops.scheme import SCHEMES
+
+    parser.add_argument(
+        "--scheme",
+        choices=SCHEMES,
+        metavar="NAME",
+        help=f"how generation stores and computes the weights: {', '.join(SCHEMES)} (as stored)",
+    )
 
 
 def positive(word: str) -> int:
@@ -59,7 +72,36 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return load(name, dtype=args.dtype)
+    return load(name, dtype=args.dtype, scheme=getattr(args, "scheme", None))
+
+
+def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
+    """Return what generates: an engine, which starts without torch, where `--dtype` does not ask
+    for the modules' own weights; or else the decoder, with a word on why.
+
+    Raises:
+        ConfigError: the model is an encoder, or `--scheme` asks for what it has not.
+    """
+    name = ready(args.model, out)
+    if args.dtype is None:
+        from deepseek.face import load_engine
+
+        with out.progress() as progress:
+            engine = load_engine(
+                name,
+                scheme=args.scheme,
+                threads=args.threads,
+                progress=lambda share: progress("packing weights", share),
+            )
+        if engine is not None:
+            return engine
+    model = load_decoder(args, out)
+    from deepseek.generate.modules import why_no_engine
+
+    reason = why_no_engine(model)
+    if reason is not None:
+        out.note(f"(runs through PyTorch: {reason})")
+    return model
 
 
 def bundle_of(model: Decoder, verb: str) -> Bundle:

@@ -9,13 +9,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepseek.cli.models import add_model_arguments, load_decoder
+from deepseek.cli.models import add_model_arguments, add_scheme_argument, load_generator
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
 from deepseek.errors import CapacityError, ConfigError, describe
 
 if TYPE_CHECKING:
-    from deepseek.generate import Sampling
+    from deepseek.generate import Engine, Sampling
     from deepseek.models import Decoder
 
 EXAMPLE = "deepseek chat smollm2-135m --temperature 0.6"
@@ -24,6 +24,7 @@ EXAMPLE = "deepseek chat smollm2-135m --temperature 0.6"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek chat`."""
     add_model_arguments(parser)
+    add_scheme_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser, temperature=0.6)
     parser.set_defaults(verb="chat")
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Read questions from standard input until it ends, and answer each."""
     sampling = read_sampling(args)
-    model = load_decoder(args, out)
+    model = load_generator(args, out)
     if model.tokenizer is None:
         step = "Use a model folder that has tokenizer.json"
         raise ConfigError(
@@ -69,7 +70,7 @@ def _ask(out: Output) -> str | None:
 
 
 def _answer(
-    model: Decoder,
+    model: Decoder | Engine,
     history: list[dict[str, str]],
     sampling: Sampling,
     args: argparse.Namespace,

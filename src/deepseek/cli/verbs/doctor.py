@@ -11,6 +11,9 @@ import shutil
 from pathlib import Path
 
 from deepseek.cli.output import Output, size
+from deepseek.errors import BackendError
+from deepseek.ops.choice import Case, Kernel, choose
+from deepseek.ops.cpu import cgroup_cores
 
 EXAMPLE = "deepseek doctor --json"
 
@@ -20,6 +23,19 @@ EXTRAS = {
     "matplotlib": "plots in reports",
     "lm_eval": "scores checked against lm-eval",
 }
+CASES = (
+    *(
+        Case(operation="linear", storage=storage, rows=rows)
+        for storage in ("float32", "bfloat16", "int8", "int4")
+        for rows in (1, 512)
+    ),
+    Case(operation="attention", storage="bfloat16", rows=1),
+    Case(operation="attention", storage="int8", rows=1),
+    Case(operation="attention", storage="bfloat16", rows=512),
+    Case(operation="attention", storage="bfloat16", rows=512, has_gradients=True),
+    Case(operation="sampling", storage="float32", rows=1),
+)
+"""What `doctor` asks about."""
 CPU_FLAGS = (
     "avx2",
     "f16c",
@@ -46,8 +62,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     out.say()
     out.table("software", ("", ""), [(name, shown(value)) for name, value in software.items()])
     out.say()
-    rows = [(row["operation"], row["case"], row["execution"], row["why"]) for row in choices]
-    out.table("execution", ("operation", "case", "uses", "why"), rows)
+    rows = [tuple(row.values()) for row in choices]
+    out.table("execution", ("operation", "case", "uses", "cost of a row", "why"), rows)
     return out.finish({"machine": machine, "software": software, "execution": choices})
 
 
@@ -102,9 +118,8 @@ def _memory() -> str:
 
 
 def _cgroup_cores() -> str:
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    words = limit.read_text().split() if limit.is_file() else ["max"]
-    return "no limit" if words[0] == "max" else f"{int(words[0]) / int(words[1]):g}"
+    cores = cgroup_cores()
+    return "no limit" if cores is None else f"{cores:g}"
 
 
 def _cgroup_memory() -> str:
@@ -129,25 +144,19 @@ def software_facts() -> dict[str, object]:
 
 def choice_facts() -> list[dict[str, str]]:
     """Return, for each operation and case, the execution that is used here and the reason."""
-    import torch
-
-    from deepseek.ops import attention, linear
-
-    cpu = torch.device("cpu")
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for num_rows, what in ((1, "one row"), (512, "many rows")):
-            chosen = linear.choose(cpu, dtype, num_rows)
-            case = f"{str(dtype).removeprefix('torch.')}, {what}"
-            why = linear.REASONS[chosen]
-            rows.append({"operation": "linear", "case": case, "execution": chosen, "why": why})
-    chosen = attention.choose()
-    why = "PyTorch's fused kernel; block tables run as masks"
-    rows.append({"operation": "attention", "case": "every", "execution": chosen, "why": why})
-    step = "decoding step"
-    for case, chosen, why in (
-        ("grouped-query attention with rope", "flat", "written out, without the modules' overhead"),
-        ("experts, latent attention, ALiBi, LoRA", "modules", "no flat step for these yet"),
-    ):
-        rows.append({"operation": step, "case": case, "execution": chosen, "why": why})
+    for case in CASES:
+        try:
+            chosen = choose(case)
+        except BackendError as error:
+            chosen = Kernel(name="none", why=str(error))
+        rows.append(
+            {
+                "operation": case.operation,
+                "case": case.text,
+                "execution": chosen.name,
+                "cost": chosen.cost_text,
+                "why": chosen.why,
+            }
+        )
     return rows

@@ -6,13 +6,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepseek.cli.models import add_model_arguments, load_decoder
+from deepseek.cli.models import add_model_arguments, add_scheme_argument, load_generator
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
 from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
-    from deepseek.generate import Completion
+    from deepseek.generate import Completion, Engine
     from deepseek.models import Decoder
 
 EXAMPLE = "deepseek generate smollm2-135m --chat --prompt 'What is the capital of France?'"
@@ -21,6 +21,7 @@ EXAMPLE = "deepseek generate smollm2-135m --chat --prompt 'What is the capital o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek generate`."""
     add_model_arguments(parser)
+    add_scheme_argument(parser)
     parser.add_argument("--prompt", help="the text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Generate, streaming the text to standard output."""
     sampling = read_sampling(args)
     prompt = _prompt(args)
-    model = load_decoder(args, out)
+    model = load_generator(args, out)
     from deepseek.generate import Completion, generate
 
     completion = generate(
@@ -45,7 +46,27 @@ def run(args: argparse.Namespace, out: Output) -> int:
     )
     assert isinstance(completion, Completion)
     out.say()
-    return out.finish({"model": args.model, **completion.to_dict()}, _speed(completion, args))
+    result = {"model": args.model, "runs_on": _runs_on(model), **completion.to_dict()}
+    return out.finish(result, _speed(completion, args))
+
+
+def _runs_on(model: Decoder | Engine) -> dict[str, object]:
+    """Return what computed: the engine with its scheme and instruction set, or the modules."""
+    from deepseek.generate import Engine
+
+    if not isinstance(model, Engine):
+        from deepseek.generate.modules import engine_of
+
+        engine = engine_of(model)
+        if engine is None:
+            return {"engine": False, "dtype": str(model.dtype).removeprefix("torch.")}
+        model = engine
+    return {
+        "engine": True,
+        "scheme": model.scheme.name,
+        "instruction_set": model.instruction_set,
+        "threads": model.threads,
+    }
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -69,7 +90,7 @@ def _prompt(args: argparse.Namespace) -> str:
         ) from error
 
 
-def _ids(model: Decoder, prompt: str, args: argparse.Namespace) -> list[int]:
+def _ids(model: Decoder | Engine, prompt: str, args: argparse.Namespace) -> list[int]:
     from deepseek.generate import chat_prompt
 
     if model.tokenizer is None:

@@ -14,8 +14,17 @@ namespace deepseek {
 
 extern const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA);
 const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
-    DEEPSEEK_QUOTE(DEEPSEEK_ISA), row_bytes,    prepare,  linear,         silu_mul, ::rms_norm,
-    store_kv,                     attend_span,  kAttendScratch, ::merge,  pack_panel,
+    .name = DEEPSEEK_QUOTE(DEEPSEEK_ISA),
+    .row_bytes = row_bytes,
+    .prepare = prepare,
+    .linear = linear,
+    .silu_mul = silu_mul,
+    .store_kv = store_kv,
+    .rope = ::rope,
+    .attend_span = attend_span,
+    .attend_scratch_bytes = kAttendScratch,
+    .merge = ::merge,
+    .pack_panel = pack_panel,
 };
 
 }  // namespace deepseek

@@ -374,15 +374,9 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
 }
 
 void Program::rope_head(const Pass&, int token, float* head, int norm) const {
-  int half = shape_.head_dim / 2;
-  if (norm >= 0) kernels_.rms_norm(head, vectors_[norm], shape_.norm_eps, head, shape_.head_dim);
-  const float* cosine = &cosines_[size_t(token) * half];
-  const float* sine = &sines_[size_t(token) * half];
-  for (int i = 0; i < half; ++i) {
-    float a = head[i], b = head[i + half];
-    head[i] = a * cosine[i] - b * sine[i];
-    head[i + half] = b * cosine[i] + a * sine[i];
-  }
+  size_t angles = size_t(token) * (shape_.head_dim / 2);
+  kernels_.rope(head, shape_.head_dim, &cosines_[angles], &sines_[angles],
+                norm < 0 ? nullptr : vectors_[norm], shape_.norm_eps);
 }
 
 void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_head) {

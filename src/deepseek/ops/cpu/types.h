@@ -63,8 +63,9 @@ enum class Store : int { set = 0, add = 1 };
 // Keys and values of one KV head in one page, by the type they are stored in:
 //   f32   keys float  [dim][64],           values float  [64][dim]
 //   bf16  keys uint16 [dim / 2][64][2],    values uint16 [32][dim][2]
-//   int8  keys int8   [dim / 2][64][2],    values int8   [32][dim][2], float key scale [64],
-//         float value scale [64]
+//   int8  keys uint8  [dim / 4][64][4],    values int8   [16][dim][4], float key scale [64],
+//         float value scale [64]; keys are rotated and hold value + 128
+//   int8 where there is no integer product of quads: [dim / 2][64][2] and [32][dim][2], int8
 // dim is padded to a multiple of 16.
 struct PageLayout {
   Kind kind = Kind::bf16;
@@ -99,10 +100,13 @@ struct Kernels {
   void (*linear)(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
                  float* out, ptrdiff_t stride, Store store);
   void (*silu_mul)(const float* gate, const float* up, float* out, int count);
-  void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int count);
   // Attention ---------------------------------------------------------------------------------
   void (*store_kv)(const PageLayout& layout, uint8_t* page, int kv_head, int slot,
                    const float* key, const float* value);
+  // Rotation of queries and keys by their angles, half-split; the head is normed first where
+  // `norm` is not null.
+  void (*rope)(float* head, int dim, const float* cosines, const float* sines, const float* norm,
+               float eps);
   // Softmax-weighted values of `count` queries over the slots start ... stop - 1 (within one span
   // each) into sums [count][dim_padded], largest scores and denominators [count].
   void (*attend_span)(const Attend& a, const Query* queries, int count, int start, int stop,

@@ -54,6 +54,9 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | (rounded >> 13));
 }
 
+// Four bytes of any type, for operands that instructions broadcast from memory.
+typedef int32_t __attribute__((may_alias, aligned(1))) Quad;
+
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
@@ -100,6 +103,7 @@ inline vf where_between(vf a, int first, int low, int high, float other) {
   return _mm512_mask_blend_ps(kept, _mm512_set1_ps(other), a);
 }
 inline void store_s8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
+inline void store_u8(uint8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(a)); }
 inline void store_bf16(uint16_t* p, vf a) {
 #if defined(__AVX512BF16__)
   __m256bh narrow = _mm512_cvtneps_pbh(a);
@@ -143,11 +147,12 @@ inline vf where_less(vf a, vf b, vf yes, vf no) {
 }
 #if defined(__AVX512VNNI__)
 #define DEEPSEEK_VNNI 1
-inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, 4);
-  return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(quad));
+// Written out: from the intrinsic g++ copies the sum before and after every product.
+inline vi dot_u8s8(vi acc, vi w, vi x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
 }
+
 #endif
 inline vi madd_ub(vi w, vi x) { return _mm512_maddubs_epi16(w, x); }
 inline vi madd_16(vi a, vi b) { return _mm512_madd_epi16(a, b); }
@@ -210,6 +215,10 @@ inline void store_s8(int8_t* p, vi a) {
   __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
 }
+inline void store_u8(uint8_t* p, vi a) {
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(words, words));
+}
 inline void store_bf16(uint16_t* p, vf a) {
   __m256i bits = _mm256_castps_si256(a);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -244,10 +253,9 @@ inline vf where_less(vf a, vf b, vf yes, vf no) {
 }
 #if defined(__AVXVNNI__)
 #define DEEPSEEK_VNNI 1
-inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
-  int32_t quad;
-  std::memcpy(&quad, x, 4);
-  return _mm256_dpbusd_avx_epi32(acc, w, _mm256_set1_epi32(quad));
+inline vi dot_u8s8(vi acc, vi w, vi x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  return acc;
 }
 #endif
 inline vi madd_ub(vi w, vi x) { return _mm256_maddubs_epi16(w, x); }
@@ -296,6 +304,7 @@ inline vf where_between(vf a, int first, int low, int high, float other) {
   return a;
 }
 inline void store_s8(int8_t* p, vi a) { for (int i = 0; i < 4; ++i) p[i] = int8_t(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]); }
+inline void store_u8(uint8_t* p, vi a) { for (int i = 0; i < 4; ++i) p[i] = uint8_t(a[i] > 255 ? 255 : a[i] < 0 ? 0 : a[i]); }
 inline void store_bf16(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]); }
 inline vi s8_to_bf16(const int8_t* p) {
   uint16_t out[8];
@@ -316,9 +325,11 @@ inline vi right(vi a, int bits) { return (vi)((vu)a >> bits); }
 inline void store_half(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_half(a[i]); }
 inline vf where_less(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
 #define DEEPSEEK_VNNI 1
-inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
+inline vi dot_u8s8(vi acc, vi w, vi inputs) {
   uint8_t bytes[16];
+  int8_t x[16];
   std::memcpy(bytes, &w, 16);
+  std::memcpy(x, &inputs, 16);
   for (int i = 0; i < 4; ++i)
     acc[i] += bytes[4 * i] * x[0] + bytes[4 * i + 1] * x[1] + bytes[4 * i + 2] * x[2] + bytes[4 * i + 3] * x[3];
   return acc;
@@ -326,17 +337,27 @@ inline vi dot_u8s8(vi acc, vi w, const int8_t* x) {
 
 #endif
 
-// acc + the product of pairs of bfloat16, `w` holding a pair in each 32-bit lane.
-inline vf dot_bf16(vf acc, vi w, const uint16_t* x) {
+// A pair of bfloat16 inputs for `dot_bf16`, in every lane.
 #if defined(__AVX512BF16__)
-  int32_t pair;
-  std::memcpy(&pair, x, 4);
-  return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
-#else
-  acc = fma(as_float(left_16(w)), all(bf16_to_float(x[0])), acc);
-  return fma(as_float(and_i(w, all_i(int32_t(0xffff0000u)))), all(bf16_to_float(x[1])), acc);
-#endif
+using Pair = vi;
+inline Pair pair_of(const uint16_t* x) { return all_i(*(const Quad*)x); }
+// acc + the products of pairs of bfloat16, `w` holding a pair in each 32-bit lane.
+inline vf dot_bf16(vf acc, vi w, Pair x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(x));
+  return acc;
 }
+#else
+struct Pair {
+  vf first, second;
+};
+inline Pair pair_of(const uint16_t* x) {
+  return {all(bf16_to_float(x[0])), all(bf16_to_float(x[1]))};
+}
+inline vf dot_bf16(vf acc, vi w, Pair x) {
+  acc = fma(as_float(left_16(w)), x.first, acc);
+  return fma(as_float(and_i(w, all_i(int32_t(0xffff0000u)))), x.second, acc);
+}
+#endif
 
 // e^x, to 2 units in the last place; 0 below -87.
 inline vf exponential(vf x) {

@@ -1,51 +1,94 @@
 // Attention of query vectors over pages of keys and values, by one softmax, a span at a time.
 #pragma once
 
-#include "../../cpu/types.h"
-#include "../../cpu/vec.h"
+#include <type_traits>
+
+#include "../../linear/cpu/inputs.h"
 
 namespace {
 
 using namespace deepseek;
 
 constexpr int kPageVectors = kPage / kLanes;
+constexpr int kMaxQueries = 48, kMaxDim = 256;
 #if defined(__AVX512F__)
 constexpr int kQueryTile = 6, kColumnTile = 4;
 #else
 constexpr int kQueryTile = 3, kColumnTile = 2;
 #endif
 
+// Bytes of cached int8 that one instruction multiplies: quads, or pairs widened to bfloat16.
+#if defined(DEEPSEEK_VNNI)
+constexpr int kStep = 4;
+#else
+constexpr int kStep = 2;
+#endif
+
+void rope(float* head, int dim, const float* cosines, const float* sines, const float* norm,
+          float eps) {
+  if (norm) rms_norm(head, norm, eps, head, dim);
+  int half = dim / 2, i = 0;
+  for (; i + kLanes <= half; i += kLanes) {
+    vf a = load(head + i), b = load(head + half + i), c = load(cosines + i), s = load(sines + i);
+    store(head + i, sub(mul(a, c), mul(b, s)));
+    store(head + half + i, add(mul(b, c), mul(a, s)));
+  }
+  for (; i < half; ++i) {
+    float a = head[i], b = head[half + i];
+    head[i] = a * cosines[i] - b * sines[i];
+    head[half + i] = b * cosines[i] + a * sines[i];
+  }
+}
+
+// One vector in int8 with its scale; `sum` is that of the integers.
+inline float quantize_vector(const float* x, int dim, int8_t* out, int* sum) {
+  vf most = zero();
+  for (int d = 0; d < dim; d += kLanes) most = vmax(most, absolute(load(x + d)));
+  float bound = largest(most), inverse = bound > 0 ? 127.0f / bound : 0.0f;
+  *sum = 0;
+  for (int d = 0; d < dim; d += kLanes) store_s8(out + d, to_int(mul(load(x + d), all(inverse))));
+  for (int d = 0; d < dim; ++d) *sum += out[d];
+  return bound / 127.0f;
+}
+
+inline void rotate_if_whole(float* x, int dim) {
+  if (dim % kRotation == 0) rotate(x, dim);
+}
+
 void store_kv(const PageLayout& l, uint8_t* page, int kv_head, int slot, const float* key,
               const float* value) {
   uint8_t* head = page + kv_head * l.head_bytes;
   uint8_t* values = head + l.value_offset;
+  int dim = l.dim_padded;
+  alignas(64) float k[kMaxDim], v[kMaxDim];
+  std::memcpy(k, key, size_t(l.dim) * 4), std::memcpy(v, value, size_t(l.dim) * 4);
+  for (int d = l.dim; d < dim; ++d) k[d] = v[d] = 0.0f;
   if (l.kind == Kind::f32) {
-    for (int d = 0; d < l.dim; ++d) ((float*)head)[d * kPage + slot] = key[d];
-    std::memcpy((float*)values + size_t(slot) * l.dim_padded, value, size_t(l.dim) * 4);
+    for (int d = 0; d < dim; ++d) ((float*)head)[d * kPage + slot] = k[d];
+    std::memcpy((float*)values + size_t(slot) * dim, v, size_t(dim) * 4);
     return;
   }
-  auto place_key = [&](int d) { return size_t(d / 2 * kPage + slot) * 2 + d % 2; };
-  auto place_value = [&](int d) { return (size_t(slot / 2) * l.dim_padded + d) * 2 + slot % 2; };
   if (l.kind == Kind::bf16) {
-    for (int d = 0; d < l.dim; ++d) {
-      ((uint16_t*)head)[place_key(d)] = float_to_bf16(key[d]);
-      ((uint16_t*)values)[place_value(d)] = float_to_bf16(value[d]);
-    }
+    alignas(64) uint16_t narrow[kMaxDim];
+    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(k + d));
+    for (int d = 0; d < dim; d += 2)
+      std::memcpy(head + size_t(d / 2 * kPage + slot) * 4, narrow + d, 4);
+    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(v + d));
+    uint16_t* to = (uint16_t*)values + size_t(slot / 2) * dim * 2 + slot % 2;
+    for (int d = 0; d < dim; ++d) to[d * 2] = narrow[d];
     return;
   }
-  float key_bound = 0, value_bound = 0;
-  for (int d = 0; d < l.dim; ++d) {
-    key_bound = std::fmax(key_bound, std::fabs(key[d]));
-    value_bound = std::fmax(value_bound, std::fabs(value[d]));
-  }
-  ((float*)(head + l.key_scale_offset))[slot] = key_bound / 127.0f;
-  ((float*)(head + l.value_scale_offset))[slot] = value_bound / 127.0f;
-  float key_inverse = key_bound > 0 ? 127.0f / key_bound : 0.0f;
-  float value_inverse = value_bound > 0 ? 127.0f / value_bound : 0.0f;
-  for (int d = 0; d < l.dim; ++d) {
-    ((int8_t*)head)[place_key(d)] = int8_t(std::nearbyint(key[d] * key_inverse));
-    ((int8_t*)values)[place_value(d)] = int8_t(std::nearbyint(value[d] * value_inverse));
-  }
+  rotate_if_whole(k, dim);
+  alignas(64) int8_t small[kMaxDim];
+  int sum;
+  ((float*)(head + l.key_scale_offset))[slot] = quantize_vector(k, dim, small, &sum);
+  if (kStep == 4)
+    for (int d = 0; d < dim; ++d) small[d] = int8_t(uint8_t(small[d]) ^ 0x80);
+  for (int d = 0; d < dim; d += kStep)
+    std::memcpy(head + size_t(d / kStep * kPage + slot) * kStep, small + d, kStep);
+  ((float*)(head + l.value_scale_offset))[slot] = quantize_vector(v, dim, small, &sum);
+  int8_t* to = (int8_t*)values + size_t(slot / kStep) * dim * kStep + slot % kStep;
+  for (int d = 0; d < dim; ++d) to[d * kStep] = small[d];
 }
 
 // Scores [R][64] of R queries with a page's keys.
@@ -59,8 +102,10 @@ void scores_bf16(const uint16_t* const* q, const uint16_t* keys, int dim, float*
     for (int d = 0; d < dim; d += 2, k += kPage * 2) {
       vi b[kColumnTile];
       for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 2);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_bf16(acc[r][v], b[v], q[r] + d);
+      for (int r = 0; r < R; ++r) {
+        Pair a = pair_of(q[r] + d);
+        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_bf16(acc[r][v], b[v], a);
+      }
     }
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < kColumnTile; ++v)
@@ -99,8 +144,10 @@ void values_bf16(const uint16_t* p, const uint16_t* values, int dim, const float
   for (int s = 0; s < kPage; s += 2, b += dim * 2) {
     vi w[C];
     for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 2);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < C; ++v) acc[r][v] = dot_bf16(acc[r][v], w[v], p + r * kPage + s);
+    for (int r = 0; r < R; ++r) {
+      Pair a = pair_of(p + r * kPage + s);
+      for (int v = 0; v < C; ++v) acc[r][v] = dot_bf16(acc[r][v], w[v], a);
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
@@ -124,19 +171,72 @@ void values_f32(const float* p, const float* values, int dim, const float* corre
     for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
 }
 
+#if defined(DEEPSEEK_VNNI)
+// Integer scores of R queries, -128 times whose sum stands in `terms`.
+template <int R>
+void scores_int8(const int8_t* const* q, const int* terms, const uint8_t* keys, int dim, float* out) {
+  for (int c = 0; c < kPageVectors; c += kColumnTile) {
+    vi acc[R][kColumnTile];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = all_i(terms[r]);
+    const uint8_t* k = keys + c * kLanes * 4;
+    for (int d = 0; d < dim; d += 4, k += kPage * 4) {
+      vi b[kColumnTile];
+      for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 4);
+      for (int r = 0; r < R; ++r) {
+        vi a = all_i(*(const Quad*)(q[r] + d));
+        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_u8s8(acc[r][v], b[v], a);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v)
+        store(out + r * kPage + (c + v) * kLanes, to_float(acc[r][v]));
+  }
+}
+
+// sums = sums * correction + scale * (weights uint8 [R][64] times values).
+template <int R, int C>
+void values_int8(const uint8_t* p, const float* scale, const int8_t* values, int dim,
+                 const float* correction, float* sums, int column) {
+  vi acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) acc[r][v] = zero_i();
+  const int8_t* b = values + column * 4;
+  for (int s = 0; s < kPage; s += 4, b += dim * 4) {
+    vi w[C];
+    for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 4);
+    for (int r = 0; r < R; ++r) {
+      vi a = all_i(*(const Quad*)(p + r * kPage + s));
+      for (int v = 0; v < C; ++v) acc[r][v] = dot_u8s8(acc[r][v], a, w[v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) {
+      float* to = sums + r * dim + column + v * kLanes;
+      store(to, fma(to_float(acc[r][v]), all(scale[r]), mul(load(to), all(correction[r]))));
+    }
+}
+#endif
+
 template <int R, typename T>
-void weighted_values(const T* p, const T* values, int dim, const float* correction, float* sums) {
+void weighted_values(const T* p, const float* scale, const T* values, int dim,
+                     const float* correction, float* sums) {
   int column = 0;
   auto run = [&](auto width) {
     constexpr int C = decltype(width)::value;
     for (; column + C * kLanes <= dim; column += C * kLanes) {
+      if constexpr (sizeof(T) == 4) values_f32<R, C>(p, values, dim, correction, sums, column);
       if constexpr (sizeof(T) == 2) values_bf16<R, C>(p, values, dim, correction, sums, column);
-      else values_f32<R, C>(p, values, dim, correction, sums, column);
+#if defined(DEEPSEEK_VNNI)
+      if constexpr (sizeof(T) == 1)
+        values_int8<R, C>((const uint8_t*)p, scale, values, dim, correction, sums, column);
+#endif
     }
   };
   run(std::integral_constant<int, kColumnTile>{});
   if constexpr (kColumnTile > 2) run(std::integral_constant<int, 2>{});
   run(std::integral_constant<int, 1>{});
+  (void)scale;
 }
 
 // A page's keys and values as the kernels read them; int8 pages become bfloat16 in `wide`.
@@ -163,21 +263,25 @@ inline PageView<uint16_t> view_bf16(const PageLayout& l, const uint8_t* head, ui
 
 // The softmax state of R queries moves on by one page.
 template <int R, typename T>
-void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, const Query* queries,
-                 int first_slot, float* sums, float* most, float* total) {
+void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, const float* scales,
+                 const int* terms, const Query* queries, int first_slot, float* sums, float* most,
+                 float* total) {
   int dim = a.layout->dim_padded;
   alignas(64) float s[R * kPage];
   alignas(64) T p[R * kPage];
-  float correction[R];
+  float correction[R], weight_scale[R];
+  if constexpr (sizeof(T) == 4) scores_f32<R>(q, page.keys, dim, s);
   if constexpr (sizeof(T) == 2) scores_bf16<R>(q, page.keys, dim, s);
-  else scores_f32<R>(q, page.keys, dim, s);
+#if defined(DEEPSEEK_VNNI)
+  if constexpr (sizeof(T) == 1) scores_int8<R>(q, terms, (const uint8_t*)page.keys, dim, s);
+#endif
   for (int r = 0; r < R; ++r) {
     float* row = s + r * kPage;
     int low = queries[r].low - first_slot, high = queries[r].high - first_slot;
     bool is_cut = low > 0 || high < kPage;
     vf peak = all(most[r]);
     for (int v = 0; v < kPageVectors; ++v) {
-      vf x = mul(load(row + v * kLanes), all(a.scale));
+      vf x = mul(load(row + v * kLanes), all(a.scale * scales[r]));
       if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
       if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
       store(row + v * kLanes, x);
@@ -186,25 +290,35 @@ void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, co
     float bound = largest(peak);
     if (bound == -INFINITY) bound = 0.0f;  // nothing is seen yet
     correction[r] = most[r] == -INFINITY ? 0.0f : std::exp(most[r] - bound);
-    vf mass = zero();
+    vf mass = zero(), peak_weight = zero();
     for (int v = 0; v < kPageVectors; ++v) {
       vf x = exponential(sub(load(row + v * kLanes), all(bound)));
       if (is_cut) x = where_between(x, v * kLanes, low, high, 0.0f);
       mass = add(mass, x);
       if (page.value_scale) x = mul(x, load(page.value_scale + v * kLanes));
+      if constexpr (sizeof(T) == 4) store(p + r * kPage + v * kLanes, x);
       if constexpr (sizeof(T) == 2) store_bf16(p + r * kPage + v * kLanes, x);
-      else store(p + r * kPage + v * kLanes, x);
+      if constexpr (sizeof(T) == 1) store(row + v * kLanes, x), peak_weight = vmax(peak_weight, x);
+    }
+    if constexpr (sizeof(T) == 1) {
+      // unsigned levels of 0 … 255, of the page's largest weight
+      float top = largest(peak_weight), inverse = top > 0 ? 255.0f / top : 0.0f;
+      weight_scale[r] = top / 255.0f;
+      for (int v = 0; v < kPageVectors; ++v)
+        store_u8((uint8_t*)p + r * kPage + v * kLanes, to_int(mul(load(row + v * kLanes), all(inverse))));
     }
     bool sees = high > 0 && low < kPage;
     most[r] = sees || most[r] != -INFINITY ? bound : -INFINITY;
     total[r] = total[r] * correction[r] + sum(mass);
   }
-  weighted_values<R, T>(p, page.values, dim, correction, sums);
+  weighted_values<R, T>(p, weight_scale, page.values, dim, correction, sums);
+  (void)terms;
 }
 
 template <typename T>
-void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const Query* queries,
-                  int count, int slot, float* sums, float* most, float* total) {
+void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const float* scales,
+                  const int* terms, const Query* queries, int count, int slot, float* sums,
+                  float* most, float* total) {
   int dim = a.layout->dim_padded;
   auto run = [&](auto rows, int start) {
     constexpr int R = decltype(rows)::value;
@@ -216,7 +330,7 @@ void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const Qu
     if (!any) return;
     const T* vectors[R];
     for (int r = 0; r < R; ++r) vectors[r] = q + size_t(start + r) * dim;
-    attend_page<R, T>(a, page, vectors, queries + start, slot, sums + size_t(start) * dim,
+    attend_page<R, T>(a, page, vectors, scales + start, terms + start, queries + start, slot, sums + size_t(start) * dim,
                       most + start, total + start);
   };
   int i = 0;
@@ -227,21 +341,28 @@ void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const Qu
   for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i);
 }
 
-constexpr int kMaxQueries = 48, kMaxDim = 256;
-
 template <typename T>
 void attend_typed(const Attend& a, const Query* queries, int count, int start, int stop,
                   float* sums, float* most, float* total, T* scratch) {
   const PageLayout& l = *a.layout;
+  int dim = l.dim_padded;
   T* q = scratch;
-  T* wide = scratch + size_t(kMaxQueries) * l.dim_padded;
+  T* wide = scratch + size_t(kMaxQueries) * dim;
+  float scales[kMaxQueries];
+  int terms[kMaxQueries];
+  alignas(64) float vector[kMaxDim];
   for (int i = 0; i < count; ++i) {
-    most[i] = -INFINITY, total[i] = 0.0f;
-    for (int d = 0; d < l.dim_padded; ++d) {
-      float value = d < l.dim ? queries[i].vector[d] : 0.0f;
-      if constexpr (sizeof(T) == 2) q[i * l.dim_padded + d] = float_to_bf16(value);
-      else q[i * l.dim_padded + d] = value;
-      sums[i * l.dim_padded + d] = 0.0f;
+    most[i] = -INFINITY, total[i] = 0.0f, scales[i] = 1.0f, terms[i] = 0;
+    std::memset(sums + size_t(i) * dim, 0, size_t(dim) * sizeof(float));
+    std::memcpy(vector, queries[i].vector, size_t(l.dim) * sizeof(float));
+    for (int d = l.dim; d < dim; ++d) vector[d] = 0.0f;
+    if (l.kind == Kind::int8) rotate_if_whole(vector, dim);
+    if constexpr (sizeof(T) == 4) std::memcpy(q + size_t(i) * dim, vector, size_t(dim) * 4);
+    if constexpr (sizeof(T) == 2)
+      for (int d = 0; d < dim; d += kLanes) store_bf16(q + size_t(i) * dim + d, load(vector + d));
+    if constexpr (sizeof(T) == 1) {
+      scales[i] = quantize_vector(vector, dim, q + size_t(i) * dim, &terms[i]);
+      terms[i] *= -128;
     }
   }
   for (int slot = start / kPage * kPage; slot < stop; slot += kPage) {
@@ -249,17 +370,26 @@ void attend_typed(const Attend& a, const Query* queries, int count, int start, i
                           a.kv_head * l.head_bytes;
     PageView<T> page;
     if constexpr (sizeof(T) == 2) page = view_bf16(l, head, wide);
-    else page = {(const float*)head, (const float*)(head + l.value_offset)};
-    attend_tiles<T>(a, page, q, queries, count, slot, sums, most, total);
+    else page = {(const T*)head, (const T*)(head + l.value_offset)};
+    if constexpr (sizeof(T) == 1) {
+      page.key_scale = (const float*)(head + l.key_scale_offset);
+      page.value_scale = (const float*)(head + l.value_scale_offset);
+    }
+    attend_tiles<T>(a, page, q, scales, terms, queries, count, slot, sums, most, total);
   }
+  (void)wide;
 }
 
 void attend_span(const Attend& a, const Query* queries, int count, int start, int stop, float* sums,
                  float* most, float* total, void* scratch) {
-  if (a.layout->kind == Kind::f32)
-    attend_typed<float>(a, queries, count, start, stop, sums, most, total, (float*)scratch);
-  else
-    attend_typed<uint16_t>(a, queries, count, start, stop, sums, most, total, (uint16_t*)scratch);
+  auto run = [&](auto* typed) {
+    attend_typed(a, queries, count, start, stop, sums, most, total, typed);
+  };
+  if (a.layout->kind == Kind::f32) return run((float*)scratch);
+#if defined(DEEPSEEK_VNNI)
+  if (a.layout->kind == Kind::int8) return run((int8_t*)scratch);
+#endif
+  run((uint16_t*)scratch);
 }
 
 constexpr size_t kAttendScratch = size_t(4) * (kMaxQueries + 2 * kPage) * kMaxDim;

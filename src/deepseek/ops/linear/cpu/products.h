@@ -4,6 +4,8 @@
 // rows: a row's result does not depend on its companions, bit by bit.
 #pragma once
 
+#include <type_traits>
+
 #include "inputs.h"
 
 namespace {
@@ -70,8 +72,10 @@ void tile_bf16(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
   for (int k = 0; k < t.w.k_padded; k += 2, w += size_t(t.width) * 4) {
     vi b[V];
     for (int v = 0; v < V; ++v) b[v] = load_i(w + v * kLanes * 4);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = dot_bf16(acc[m][v], b[v], in[m] + k);
+    for (int m = 0; m < M; ++m) {
+      Pair a = pair_of(in[m] + k);
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_bf16(acc[m][v], b[v], a);
+    }
   }
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v)
@@ -84,8 +88,10 @@ void tile_bf16(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
 #if defined(DEEPSEEK_VNNI)
 template <int M, int V>
 inline void dot_quads(vi (&acc)[M][V], const vi (&b)[V], const int8_t* const (&in)[M], int quad) {
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], b[v], in[m] + quad * 4);
+  for (int m = 0; m < M; ++m) {
+    vi a = all_i(*(const Quad*)(in[m] + quad * 4));
+    for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], b[v], a);
+  }
 }
 #else
 template <int M, int V>
@@ -149,10 +155,14 @@ inline void dot_nibbles(vi (&acc)[M][V], const uint8_t* w, int width, const int8
       vi both = load_i(w + v * kLanes * 4);
       low[v] = nibbles_low(both), high[v] = nibbles_high(both);
     }
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], low[v], in[m] + pair * 8);
-    for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], high[v], in[m] + pair * 8 + 4);
+    for (int m = 0; m < M; ++m) {
+      vi a = all_i(*(const Quad*)(in[m] + pair * 8));
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], low[v], a);
+    }
+    for (int m = 0; m < M; ++m) {
+      vi a = all_i(*(const Quad*)(in[m] + pair * 8 + 4));
+      for (int v = 0; v < V; ++v) acc[m][v] = dot_u8s8(acc[m][v], high[v], a);
+    }
   }
 }
 #else
@@ -225,10 +235,11 @@ void tile_int4(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
   }
 }
 
+// Rows of a tile: as many sums as registers hold. int4 needs two for each, one of integers.
 #if defined(__AVX512F__)
-constexpr int kTileVectors = 3, kTileRows = 4, kTileRowsFloat = 8;
+constexpr int kTileVectors = 3, kMostRows = 8, kMostRowsInt4 = 4;
 #else
-constexpr int kTileVectors = 2, kTileRows = 2, kTileRowsFloat = 4;
+constexpr int kTileVectors = 2, kMostRows = 4, kMostRowsInt4 = 2;
 #endif
 
 template <int M, int V>
@@ -237,24 +248,24 @@ void tile(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride,
     case Kind::f32: return tile_f32<M, V>(t, x, row, out, stride, mode);
     case Kind::bf16: return tile_bf16<M, V>(t, x, row, out, stride, mode);
     case Kind::int8: return tile_int8<M, V>(t, x, row, out, stride, mode);
-    case Kind::int4: return tile_int4<M, V>(t, x, row, out, stride, mode);
+    case Kind::int4:
+      if constexpr (M <= kMostRowsInt4) tile_int4<M, V>(t, x, row, out, stride, mode);
   }
 }
 
 template <int V>
 void tiles(const Tile& t, const Inputs& x, int start, int stop, float* out, ptrdiff_t stride,
            Store mode) {
-  bool is_float = t.w.kind == Kind::f32 || t.w.kind == Kind::bf16;
-  int row = start;
-  if (is_float)
-    for (; row + kTileRowsFloat <= stop; row += kTileRowsFloat, out += kTileRowsFloat * stride)
-      t.w.kind == Kind::f32 ? tile_f32<kTileRowsFloat, V>(t, x, row, out, stride, mode)
-                            : tile_bf16<kTileRowsFloat, V>(t, x, row, out, stride, mode);
-  for (; row + kTileRows <= stop; row += kTileRows, out += kTileRows * stride)
-    tile<kTileRows, V>(t, x, row, out, stride, mode);
-  if constexpr (kTileRows > 2)
-    for (; row + 2 <= stop; row += 2, out += 2 * stride) tile<2, V>(t, x, row, out, stride, mode);
-  for (; row < stop; ++row, out += stride) tile<1, V>(t, x, row, out, stride, mode);
+  int row = start, most = t.w.kind == Kind::int4 ? kMostRowsInt4 : kMostRows;
+  auto run = [&](auto rows) {
+    constexpr int M = decltype(rows)::value;
+    for (; M <= most && row + M <= stop; row += M, out += M * stride)
+      tile<M, V>(t, x, row, out, stride, mode);
+  };
+  if constexpr (kMostRows > 4) run(std::integral_constant<int, 8>{});
+  run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 void linear(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel, float* out,

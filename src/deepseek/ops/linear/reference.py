@@ -1,0 +1,94 @@
+"""The specification of the linear product in every storage, in plain PyTorch.
+
+What the compiled kernels compute, up to the order of float32 sums and the rounding of a level that
+lies in the middle between two.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepseek.ops.scheme import Storage
+
+ROTATED = 64
+"""Channels that int8 rotates together, and that share a scale of the inputs."""
+_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+def linear_reference(
+    inputs: Tensor, weight: Tensor, storage: Storage, *, group: int = 32, bias: Tensor | None = None
+) -> Tensor:
+    """Return `inputs @ weight.T + bias` as computed with weights of a storage, float32 [M, N].
+
+    Args:
+        inputs: float32 [M, K].
+        weight: float32 [N, K].
+        storage: how the weight is stored, and with it how the inputs are.
+        group: weights and inputs of one scale, int4 only.
+        bias: float32 [N] or None.
+    """
+    if storage == "float32":
+        return F.linear(inputs, weight, bias)
+    if storage == "bfloat16":
+        return F.linear(inputs.bfloat16().float(), weight.bfloat16().float(), bias)
+    width = ROTATED if storage == "int8" else group
+    inputs, weight = _padded(inputs, width), _padded(weight, width)
+    if storage == "int8":
+        inputs = round_inputs(rotate(inputs), ROTATED)
+        return F.linear(inputs, round_int8(rotate(weight)), bias)
+    return F.linear(round_inputs(inputs, group), round_int4(weight, group), bias)
+
+
+def rotate(states: Tensor) -> Tensor:
+    """Return every 64 channels after an orthogonal Walsh-Hadamard transform: its own inverse.
+
+    Outliers spread over the block, so that one scale serves it. Source: QuaRot (2404.00456),
+    section 3, online transform; deviation: blocks of 64, no random signs.
+    """
+    hadamard = torch.ones(1, 1)
+    while hadamard.shape[0] < ROTATED:
+        rows = torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)
+        hadamard = torch.cat(rows)
+    blocks = states.unflatten(-1, (-1, ROTATED)) @ (hadamard / ROTATED**0.5).to(states.dtype)
+    return blocks.flatten(-2)
+
+
+def round_inputs(states: Tensor, group: int) -> Tensor:
+    """Return states as int8 with a scale per row and group holds them."""
+    blocks = states.unflatten(-1, (-1, group))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (_levels(blocks, scale).round() * scale).flatten(-2)
+
+
+def round_int8(weight: Tensor) -> Tensor:
+    """Return a weight [N, K] as int8 with a scale per row holds it."""
+    scale = weight.abs().amax(-1, keepdim=True) / 127
+    return _levels(weight, scale).round() * scale
+
+
+def round_int4(weight: Tensor, group: int) -> Tensor:
+    """Return a weight [N, K] on 16 levels a group, of the range with the least squared error.
+
+    Scale and least value are float16. The range is the group's own, or narrowed by up to 20 %.
+    """
+    blocks = weight.unflatten(-1, (-1, group))
+    low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+    best, best_error = blocks, torch.full_like(low, float("inf"))
+    for shrink in _SHRINKS:
+        least = ((high + low) / 2 - (high - low) / 2 * shrink).half().float()
+        scale = ((high - low) * shrink / 15).half().float()
+        rounded = _levels(blocks - least, scale).round().clamp(0, 15) * scale + least
+        error = (rounded - blocks).square().sum(-1, keepdim=True)
+        best = torch.where(error < best_error, rounded, best)
+        best_error = torch.minimum(error, best_error)
+    return best.flatten(-2)
+
+
+def _levels(values: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, values / scale, torch.zeros_like(values))
+
+
+def _padded(states: Tensor, multiple: int) -> Tensor:
+    return F.pad(states, (0, -states.shape[-1] % multiple))
