@@ -70,7 +70,7 @@ class Backend(Protocol):
 class CompiledBackend:
     """Our own C++ kernels."""
 
-    _BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.0, "int4": 5.0}
+    _BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}
     _PRODUCTS = {
         "plain": {"float32": 4, "bfloat16": 4, "int8": 4, "int4": 4},
         "avx2": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
@@ -82,7 +82,7 @@ class CompiledBackend:
     _HOW = {
         "float32": "exact, weights packed once",
         "bfloat16": "products in bfloat16, sums in float32, weights packed once",
-        "int8": "integer products, inputs int8 per row and group of 64",
+        "int8": "integer products, a scale per group of 64, rotated",
         "int4": "integer products, a scale and a least value per group of 32",
     }
 

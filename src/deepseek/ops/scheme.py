@@ -28,9 +28,9 @@ SCHEMES: tuple[str, ...] = (*_NAMES, *(f"{name}{_KV8}" for name in _NAMES if nam
 class Scheme(Config):
     """How the engine stores weights, embedding and cache, and so how it computes.
 
-    int8: weights symmetric, a scale per output channel; inputs symmetric per row and group of 64,
-    both after a Walsh-Hadamard rotation of every 64 channels, which spreads outliers. int4: weights
-    on 16 levels between the least and the largest of a group; inputs int8 per row and group.
+    int8: weights and inputs symmetric, a scale for every channel or row and group of 64, both after
+    a Walsh-Hadamard rotation of every 64 channels, which spreads outliers. int4: weights on 16
+    levels between the least and the largest of a group; inputs int8 per row and group.
     """
 
     weights: Storage = "bfloat16"

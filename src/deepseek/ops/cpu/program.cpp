@@ -97,11 +97,10 @@ int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const 
   w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
   w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4
                    : kind == Kind::bf16 ? size_t(w.k_padded) * 2
-                   : kind == Kind::int8 ? size_t(w.k_padded)
+                   : kind == Kind::int8 ? size_t(w.groups()) * (w.group + 2)
                                         : size_t(w.groups()) * (w.group / 2 + 4);
   size_t columns = size_t(w.panels() - 1) * kPanel + w.width(w.panels() - 1);
   w.data = allocate(columns * w.column_bytes);
-  if (kind == Kind::int8) w.scale = (float*)allocate(columns * sizeof(float));
   if (bias) {
     float* copy = (float*)allocate(columns * sizeof(float));
     std::memcpy(copy, bias, n * sizeof(float));
@@ -126,8 +125,7 @@ int Program::add_vector(const float* values, int count) {
 
 size_t Program::weight_bytes() const {
   size_t total = 0;
-  for (const Weight& w : weights_)
-    total += size_t(w.n) * w.column_bytes + (w.scale ? size_t(w.n) * 4 : 0);
+  for (const Weight& w : weights_) total += size_t(w.n) * w.column_bytes;
   return total;
 }
 
@@ -264,10 +262,14 @@ void Program::embed_row(const Weight& w, int row, float* out) const {
         std::memcpy(&value, &bits, 4);
         break;
       }
-      case Kind::int8:
-        value = float(int(data[(size_t(i / 4) * width + column) * 4 + i % 4]) - 128) *
-                w.scale[panel * kPanel + column];
+      case Kind::int8: {
+        const uint8_t* block = data + size_t(i / w.group) * width * (w.group + 2);
+        int inside = i % w.group;
+        const uint16_t* scales = (const uint16_t*)(block + size_t(width) * w.group);
+        int level = block[(size_t(inside / 4) * width + column) * 4 + inside % 4];
+        value = float(level - 128) * half(scales[column]);
         break;
+      }
       case Kind::int4: {
         const uint8_t* block = data + size_t(i / w.group) * width * (w.group / 2 + 4);
         int inside = i % w.group;

@@ -22,7 +22,8 @@ enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 // what is left rounded up to 16. Inside a panel of width w:
 //   f32   float      [k][w]
 //   bf16  uint16     [k / 2][w][2]
-//   int8  uint8      [k / 4][w][4]              value + 128; one scale per output column
+//   int8  per group: uint8 [group / 4][w][4]    value + 128
+//                    half  scale [w]
 //   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
 //                    half  scale [w], half least [w]      weight = scale * nibble + least
 // k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: 64) with weights that are zero.
@@ -31,7 +32,6 @@ struct Weight {
   int n = 0, k = 0, k_padded = 0, group = 1;
   bool rotated = false;
   uint8_t* data = nullptr;
-  float* scale = nullptr;       // int8: [columns padded to panels]
   const float* bias = nullptr;  // [columns padded to panels] or null
   size_t column_bytes = 0;      // bytes of one column of a panel, scales included
 

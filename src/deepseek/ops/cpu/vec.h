@@ -85,7 +85,6 @@ inline vi as_int(vf a) { return _mm512_castps_si512(a); }
 inline vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
 inline vi and_i(vi a, vi b) { return _mm512_and_si512(a, b); }
 inline vi left_16(vi a) { return _mm512_slli_epi32(a, 16); }
-inline vi left_23(vi a) { return _mm512_slli_epi32(a, 23); }
 inline vi nibbles_high(vi a) {
   return _mm512_and_si512(_mm512_srli_epi16(a, 4), _mm512_set1_epi8(15));
 }
@@ -125,6 +124,7 @@ inline vi s8_to_bf16(const int8_t* p) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
 }
 // One stage of a Walsh-Hadamard transform inside a vector: pairs at distance `half`.
+inline vf times_power(vf a, vf whole) { return _mm512_scalef_ps(a, whole); }
 template <int half>
 inline vf butterfly(vf x) {
   const __mmask16 upper = half == 8 ? 0xff00 : half == 4 ? 0xf0f0 : half == 2 ? 0xcccc : 0xaaaa;
@@ -189,7 +189,6 @@ inline vi as_int(vf a) { return _mm256_castps_si256(a); }
 inline vi add_i(vi a, vi b) { return _mm256_add_epi32(a, b); }
 inline vi and_i(vi a, vi b) { return _mm256_and_si256(a, b); }
 inline vi left_16(vi a) { return _mm256_slli_epi32(a, 16); }
-inline vi left_23(vi a) { return _mm256_slli_epi32(a, 23); }
 inline vi nibbles_high(vi a) {
   return _mm256_and_si256(_mm256_srli_epi16(a, 4), _mm256_set1_epi8(15));
 }
@@ -233,6 +232,11 @@ inline vi s8_to_bf16(const int8_t* p) {
   __m256i a = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
   __m256i b = _mm256_srli_epi32(_mm256_castps_si256(high), 16);
   return _mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8);
+}
+inline vf times_power(vf a, vf whole) {
+  __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+  __m256 kept = _mm256_cmp_ps(whole, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);
+  return _mm256_and_ps(_mm256_mul_ps(a, _mm256_castsi256_ps(bits)), kept);
 }
 template <int half>
 inline vf butterfly(vf x) {
@@ -293,7 +297,6 @@ inline vi as_int(vf a) { vi v; std::memcpy(&v, &a, 16); return v; }
 inline vi add_i(vi a, vi b) { return a + b; }
 inline vi and_i(vi a, vi b) { return a & b; }
 inline vi left_16(vi a) { return a << 16; }
-inline vi left_23(vi a) { return a << 23; }
 inline vi nibbles_high(vi a) { return (a >> 4) & 0x0f0f0f0f; }
 inline vi nibbles_low(vi a) { return a & 0x0f0f0f0f; }
 inline float sum(vf a) { float s = 0; for (int i = 0; i < 4; ++i) s += a[i]; return s; }
@@ -310,6 +313,10 @@ inline vi s8_to_bf16(const int8_t* p) {
   uint16_t out[8];
   for (int i = 0; i < 8; ++i) out[i] = float_to_bf16(float(p[i]));
   return load_i(out);
+}
+inline vf times_power(vf a, vf whole) {
+  for (int i = 0; i < 4; ++i) a[i] = whole[i] < -126.0f ? 0.0f : ldexpf(a[i], int(whole[i]));
+  return a;
 }
 template <int half>
 inline vf butterfly(vf x) {
@@ -359,21 +366,27 @@ inline vf dot_bf16(vf acc, vi w, Pair x) {
 }
 #endif
 
-// e^x, to 2 units in the last place; 0 below -87.
-inline vf exponential(vf x) {
-  vf bounded = vmax(vmin(x, all(88.0f)), all(-87.3f));
-  vf turns = nearest(mul(bounded, all(1.44269504088896341f)));
-  vf rest = fma(turns, all(-0.693145751953125f), bounded);
-  rest = fma(turns, all(-1.42860682030941723212e-6f), rest);
-  vf p = all(1.9875691500e-4f);
-  p = fma(p, rest, all(1.3981999507e-3f));
-  p = fma(p, rest, all(8.3334519073e-3f));
-  p = fma(p, rest, all(4.1665795894e-2f));
-  p = fma(p, rest, all(1.6666665459e-1f));
-  p = fma(p, rest, all(5.0000001201e-1f));
-  p = add(fma(p, mul(rest, rest), rest), all(1.0f));
-  vf power = as_float(left_23(add_i(to_int(turns), all_i(127))));
-  return mul(p, power);
+// 2^x of values up to 120; 0 far below. `Terms` of the series: 7 for float32, 4 where what comes of
+// it is rounded to 8 bits anyway (4e-5).
+template <int Terms>
+inline vf power_of_two(vf x) {
+  x = vmax(x, all(-140.0f));
+  vf whole = nearest(x), f = sub(x, whole);
+  vf p = all(Terms > 4 ? 1.5252733804e-5f : 9.6181291076e-3f);
+  if constexpr (Terms > 4) {
+    p = fma(p, f, all(1.5403530393e-4f));
+    p = fma(p, f, all(1.3333558146e-3f));
+    p = fma(p, f, all(9.6181291076e-3f));
+  }
+  p = fma(p, f, all(5.5504108665e-2f));
+  p = fma(p, f, all(2.4022650696e-1f));
+  p = fma(p, f, all(6.9314718056e-1f));
+  p = fma(p, f, all(1.0f));
+  return times_power(p, whole);
 }
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+inline vf exponential(vf x) { return power_of_two<7>(mul(vmin(x, all(80.0f)), all(kLog2E))); }
 
 }  // namespace

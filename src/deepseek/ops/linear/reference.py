@@ -63,9 +63,10 @@ def round_inputs(states: Tensor, group: int) -> Tensor:
 
 
 def round_int8(weight: Tensor) -> Tensor:
-    """Return a weight [N, K] as int8 with a scale per row holds it."""
-    scale = weight.abs().amax(-1, keepdim=True) / 127
-    return _levels(weight, scale).round() * scale
+    """Return a weight [N, K] as int8 with a float16 scale per row and group of 64 holds it."""
+    blocks = weight.unflatten(-1, (-1, ROTATED))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
+    return (_levels(blocks, scale).round().clamp(-127, 127) * scale).flatten(-2)
 
 
 def round_int4(weight: Tensor, group: int) -> Tensor:

@@ -261,7 +261,7 @@ inline PageView<uint16_t> view_bf16(const PageLayout& l, const uint8_t* head, ui
           (const float*)(head + l.value_scale_offset)};
 }
 
-// The softmax state of R queries moves on by one page.
+// The softmax state of R queries, in powers of two, moves on by one page.
 template <int R, typename T>
 void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, const float* scales,
                  const int* terms, const Query* queries, int first_slot, float* sums, float* most,
@@ -275,42 +275,54 @@ void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, co
 #if defined(DEEPSEEK_VNNI)
   if constexpr (sizeof(T) == 1) scores_int8<R>(q, terms, (const uint8_t*)page.keys, dim, s);
 #endif
+  constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
+  // in rounds over all rows: their chains of operations overlap
+  bool is_cut[R];
+  alignas(64) float before[16] = {}, bounds[16] = {}, factors[16];
   for (int r = 0; r < R; ++r) {
     float* row = s + r * kPage;
     int low = queries[r].low - first_slot, high = queries[r].high - first_slot;
-    bool is_cut = low > 0 || high < kPage;
-    vf peak = all(most[r]);
+    is_cut[r] = low > 0 || high < kPage;
+    vf peak = all(most[r]), factor = all(a.scale * kLog2E * scales[r]);
     for (int v = 0; v < kPageVectors; ++v) {
-      vf x = mul(load(row + v * kLanes), all(a.scale * scales[r]));
+      vf x = mul(load(row + v * kLanes), factor);
       if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
-      if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
+      if (is_cut[r]) x = where_between(x, v * kLanes, low, high, -INFINITY);
       store(row + v * kLanes, x);
       peak = vmax(peak, x);
     }
-    float bound = largest(peak);
-    if (bound == -INFINITY) bound = 0.0f;  // nothing is seen yet
-    correction[r] = most[r] == -INFINITY ? 0.0f : std::exp(most[r] - bound);
-    vf mass = zero(), peak_weight = zero();
+    bounds[r] = largest(peak);
+  }
+  for (int r = 0; r < R; ++r) {
+    bool sees = bounds[r] != -INFINITY;  // this page or one before
+    before[r] = most[r] == -INFINITY ? -1000.0f : most[r] - bounds[r];
+    most[r] = bounds[r];
+    bounds[r] = sees ? bounds[r] : 0.0f;
+  }
+  for (int i = 0; i < 16; i += kLanes)
+    store(factors + i, power_of_two<terms_of_power>(load(before + i)));
+  for (int r = 0; r < R; ++r) {
+    float* row = s + r * kPage;
+    vf mass = zero(), peak = zero(), bound = all(bounds[r]);
     for (int v = 0; v < kPageVectors; ++v) {
-      vf x = exponential(sub(load(row + v * kLanes), all(bound)));
-      if (is_cut) x = where_between(x, v * kLanes, low, high, 0.0f);
+      vf x = power_of_two<terms_of_power>(sub(load(row + v * kLanes), bound));
       mass = add(mass, x);
       if (page.value_scale) x = mul(x, load(page.value_scale + v * kLanes));
       if constexpr (sizeof(T) == 4) store(p + r * kPage + v * kLanes, x);
       if constexpr (sizeof(T) == 2) store_bf16(p + r * kPage + v * kLanes, x);
-      if constexpr (sizeof(T) == 1) store(row + v * kLanes, x), peak_weight = vmax(peak_weight, x);
+      if constexpr (sizeof(T) == 1) store(row + v * kLanes, x), peak = vmax(peak, x);
     }
-    if constexpr (sizeof(T) == 1) {
-      // unsigned levels of 0 … 255, of the page's largest weight
-      float top = largest(peak_weight), inverse = top > 0 ? 255.0f / top : 0.0f;
-      weight_scale[r] = top / 255.0f;
-      for (int v = 0; v < kPageVectors; ++v)
-        store_u8((uint8_t*)p + r * kPage + v * kLanes, to_int(mul(load(row + v * kLanes), all(inverse))));
-    }
-    bool sees = high > 0 && low < kPage;
-    most[r] = sees || most[r] != -INFINITY ? bound : -INFINITY;
+    correction[r] = factors[r];
     total[r] = total[r] * correction[r] + sum(mass);
+    if constexpr (sizeof(T) == 1) weight_scale[r] = largest(peak) * (1.0f / 255.0f);
   }
+  if constexpr (sizeof(T) == 1)
+    for (int r = 0; r < R; ++r) {  // unsigned levels of 0 … 255, of the row's largest weight
+      vf inverse = all(weight_scale[r] > 0 ? 1.0f / weight_scale[r] : 0.0f);
+      for (int v = 0; v < kPageVectors; ++v)
+        store_u8((uint8_t*)p + r * kPage + v * kLanes,
+                 to_int(mul(load(s + r * kPage + v * kLanes), inverse)));
+    }
   weighted_values<R, T>(p, weight_scale, page.values, dim, correction, sums);
   (void)terms;
 }
@@ -399,8 +411,8 @@ void merge(float* sums, float* most, float* total, const float* next, float most
            float total_next, int dim) {
   float bound = *most > most_next ? *most : most_next;
   if (bound == -INFINITY) return;
-  float before = *most == -INFINITY ? 0.0f : std::exp(*most - bound);
-  float after = most_next == -INFINITY ? 0.0f : std::exp(most_next - bound);
+  float before = *most == -INFINITY ? 0.0f : std::exp2(*most - bound);
+  float after = most_next == -INFINITY ? 0.0f : std::exp2(most_next - bound);
   for (int d = 0; d < dim; d += kLanes)
     store(sums + d, fma(load(next + d), all(after), mul(load(sums + d), all(before))));
   *total = *total * before + total_next * after;

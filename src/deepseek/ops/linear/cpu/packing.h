@@ -92,19 +92,23 @@ void pack_int4(const Weight& w, uint8_t* panel, int width, int column, const flo
   }
 }
 
-void pack_int8(Weight& w, uint8_t* panel, int width, int column, int index, const float* x) {
-  vf most = zero();
-  for (int i = 0; i < w.k_padded; ++i) most = vmax(most, absolute(load(x + i * kLanes)));
-  vf scale = mul(most, all(1.0f / 127.0f)), inverse = inverse_of(scale);
-  store(w.scale + index, scale);
-  for (int i = 0; i < w.k_padded; i += 4) {
-    vi quad = zero_i();
-    for (int j = 0; j < 4; ++j) {
-      vf level = nearest(mul(load(x + (i + j) * kLanes), inverse));
-      level = vmin(vmax(level, all(-127.0f)), all(127.0f));
-      quad = or_i(quad, left(add_i(to_int(level), all_i(128)), 8 * j));
+void pack_int8(const Weight& w, uint8_t* panel, int width, int column, const float* x) {
+  for (int g = 0; g < w.groups(); ++g, x += w.group * kLanes) {
+    uint8_t* block = panel + size_t(g) * width * (w.group + 2);
+    vf most = zero();
+    for (int i = 0; i < w.group; ++i) most = vmax(most, absolute(load(x + i * kLanes)));
+    uint16_t* halves = (uint16_t*)(block + size_t(width) * w.group) + column;
+    store_half(halves, mul(most, all(1.0f / 127.0f)));
+    vf inverse = inverse_of(load_half(halves));
+    for (int i = 0; i < w.group; i += 4) {
+      vi quad = zero_i();
+      for (int j = 0; j < 4; ++j) {
+        vf level = nearest(mul(load(x + (i + j) * kLanes), inverse));
+        level = vmin(vmax(level, all(-127.0f)), all(127.0f));
+        quad = or_i(quad, left(add_i(to_int(level), all_i(128)), 8 * j));
+      }
+      store_i(block + (size_t(i / 4) * width + column) * 4, quad);
     }
-    store_i(panel + (size_t(i / 4) * width + column) * 4, quad);
   }
 }
 
@@ -136,7 +140,7 @@ void pack_panel(Weight& w, const void* source, Kind kind, ptrdiff_t stride, int 
           store_i(data + (size_t(i / 2) * width + column) * 4, or_i(low, left(high, 16)));
         }
         break;
-      case Kind::int8: pack_int8(w, data, width, column, index, x); break;
+      case Kind::int8: pack_int8(w, data, width, column, x); break;
       case Kind::int4: pack_int4(w, data, width, column, x); break;
     }
   }
