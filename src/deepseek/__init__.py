@@ -10,7 +10,6 @@ use.
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 from deepseek.autoclasses import register_when_imported
@@ -29,6 +28,8 @@ from deepseek.records import Measurement
 if TYPE_CHECKING:
     from deepseek.face import load, pull, save
 
+    __version__: str
+
 __all__ = [
     "BackendError",
     "CapacityError",
@@ -45,11 +46,6 @@ __all__ = [
     "save",
 ]
 
-try:
-    __version__ = version("deepseek-stack")
-except PackageNotFoundError:  # run from a source tree that was not installed
-    __version__ = "0+unknown"
-
 _FROM_FACE = frozenset({"load", "pull", "save"})
 
 # The one act at import: `AutoModelForCausalLM` must know our models once both packages are
@@ -60,7 +56,19 @@ register_when_imported()
 def __getattr__(name: str) -> object:
     if name in _FROM_FACE:
         return getattr(importlib.import_module("deepseek.face"), name)
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    # looked up when asked for: reading installed packages' metadata takes longer than all the rest
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("deepseek-stack")
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "0+unknown"
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -214,6 +213,8 @@ def card_bytes(card: BundleCard) -> bytes:
 
 def versions() -> dict[str, str]:
     """Return the versions of what writes a bundle, without importing any of it."""
+    import importlib.metadata
+
     found = {"python": platform.python_version()}
     for package in ("deepseek-stack", "torch"):
         try:

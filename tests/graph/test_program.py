@@ -1,0 +1,70 @@
+"""The static memory plan: buffers that are needed together never overlap, and room is not wasted."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deepseek.generate.flat import decoder_program
+from deepseek.graph import Instruction, plan_memory
+from deepseek.models import DecoderConfig
+
+NAMES = [f"b{place}" for place in range(6)]
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[Instruction], dict[str, int]]:
+    """Return instructions that read what was written, and widths."""
+    instructions = [Instruction(op="embed", output="b0")]
+    for _ in range(draw(st.integers(1, 15))):
+        written = [item.output for item in instructions]
+        instructions.append(
+            Instruction(
+                op="linear",
+                input=draw(st.sampled_from(written)),
+                output=draw(st.sampled_from(NAMES)),
+            )
+        )
+    return instructions, {name: draw(st.integers(1, 100)) for name in NAMES}
+
+
+@given(programs())
+def test_buffers_that_live_together_are_apart(
+    drawn: tuple[list[Instruction], dict[str, int]],
+) -> None:
+    instructions, widths = drawn
+    offsets, total = plan_memory(instructions, widths)
+    alive: dict[str, tuple[int, int]] = {}
+    for place, item in enumerate(instructions):
+        for name in (item.input, item.output):
+            if name is not None:
+                alive[name] = (alive.get(name, (place, place))[0], place)
+    assert set(offsets) == set(alive)
+    assert total == max(offsets[name] + widths[name] for name in offsets)
+    assert total <= sum(widths[name] for name in alive)
+    for one in alive:
+        for other in alive:
+            together = alive[one][0] <= alive[other][1] and alive[other][0] <= alive[one][1]
+            if one < other and together:
+                before = offsets[one] + widths[one] <= offsets[other]
+                assert before or offsets[other] + widths[other] <= offsets[one]
+
+
+def test_a_decoder_shares_the_memory_of_attention_and_feed_forward() -> None:
+    config = DecoderConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        intermediate_size=256,
+        tie_embeddings=True,
+    )
+    program = decoder_program(config)
+    _, total = plan_memory(program.instructions, program.widths)
+    assert total == 64 + 256
+    lines = program.text().splitlines()
+    assert len(lines) == 2 + 5 * 3
+    assert lines[3].endswith("states += linear(attended; model.layers.0.self_attn.o_proj.weight)")
+    assert "norm(states)" in lines[-1]
