@@ -22,9 +22,7 @@ model = ctranslate2.Generator(
 words = json.loads((Path(asked["model"]) / "vocabulary.json").read_text())
 
 
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """One batch; its callback tells when tokens are there."""
     times: list[float] = []
     seen: set[int] = set()

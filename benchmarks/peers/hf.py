@@ -17,9 +17,7 @@ model = transformers.AutoModelForCausalLM.from_pretrained(asked["model"], dtype=
 
 
 @torch.inference_mode()
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """`forward` with its cache, the logits of the last token only."""
     ids, cache = torch.tensor(prompts), None
     tokens, times = [], []

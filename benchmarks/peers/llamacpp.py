@@ -15,9 +15,7 @@ import numpy as np  # noqa: E402
 quiet = api.llama_log_callback(lambda level, text, data: None)
 api.llama_log_set(quiet, ctypes.c_void_p(0))
 api.llama_backend_init()
-model = api.llama_model_load_from_file(
-    asked["model"].encode(), api.llama_model_default_params()
-)
+model = api.llama_model_load_from_file(asked["model"].encode(), api.llama_model_default_params())
 assert model
 settings = api.llama_context_default_params()
 longest = -(-(asked["prompt_tokens"] + asked["new_tokens"]) // 256) * 256
@@ -48,9 +46,7 @@ def pick(place: int) -> int:
     return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
 
 
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """Prompts in batches of at most 2048 tokens, then a token of every sequence a step."""
     api.llama_memory_clear(memory, True)
     out: list[list[int]] = [[] for _ in prompts]

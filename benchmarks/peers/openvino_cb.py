@@ -30,9 +30,7 @@ def settings(new: int) -> genai.GenerationConfig:
     return config
 
 
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """Requests are added together and stepped until all are done."""
     global number
     handles = []

@@ -18,9 +18,7 @@ config.overlay(json.dumps({"model": {"decoder": {"session_options": threads}}}))
 model = genai.Model(config)
 
 
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """One generator for the batch; the end of a sequence is masked by its least length."""
     count, length = len(prompts), len(prompts[0])
     params = genai.GeneratorParams(model)

@@ -18,9 +18,7 @@ engine = load_engine(asked["model"], scheme=asked["scheme"], threads=asked["thre
 assert engine is not None
 
 
-def once(
-    prompts: list[list[int]], new: int
-) -> tuple[list[list[int]], clock.Event, clock.Event]:
+def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Event, clock.Event]:
     """As a user calls it: the token loop with text, all rows together."""
     out: list[list[int]] = [[] for _ in prompts]
     first, total = None, 0

@@ -61,7 +61,7 @@ def load(
     model = hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
     if asked is not None:
         model.scheme = asked
-        if (reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model)):
+        if reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model):
             step = "Load it without a scheme"
             must = "one that the engine runs"
             raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))

@@ -47,6 +47,7 @@ class Native:
             isa, shape, buffers, instructions, max_tokens, threads
         )
         self.vocab = vocab
+        self.width = vocab
 
     def weight(
         self,

@@ -1,4 +1,4 @@
-"""The packed products against their specification: every storage and instruction set, odd shapes."""
+"""The packed products against their specification: every storage, odd shapes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def product(
     ]
     # the vocabulary bounds both the tokens and the width of the logits
     rows, columns = len(inputs), len(weight)
-    native = Native(
-        isa, [inputs.shape[1]], instructions, vocab=max(rows, columns), threads=threads
-    )
+    native = Native(isa, [inputs.shape[1]], instructions, vocab=max(rows, columns), threads=threads)
     native.weight(inputs)
     native.weight(weight, storage, group=group, bias=bias)
     if norm is not None:
@@ -78,7 +76,14 @@ def draw(rows: int, columns: int, width: int, seed: int) -> tuple[np.ndarray, np
     has_bias=st.booleans(),
 )
 def test_products_are_the_specification(
-    isa: str, storage: str, group: int, rows: int, columns: int, width: int, seed: int, has_bias: bool
+    isa: str,
+    storage: str,
+    group: int,
+    rows: int,
+    columns: int,
+    width: int,
+    seed: int,
+    has_bias: bool,
 ) -> None:
     inputs, weight = draw(rows, columns, width, seed)
     bias = np.random.default_rng(seed).standard_normal(columns).astype(np.float32)

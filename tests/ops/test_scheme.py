@@ -45,7 +45,7 @@ def test_every_product_has_a_compiled_kernel(
 @NEEDS_KERNELS
 def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu.ISA_VARIABLE, "sse")
-    with pytest.raises(ConfigError, match="avx2|plain"):
+    with pytest.raises(ConfigError, match="plain"):
         cpu.chosen_instruction_set()
 
 

@@ -11,4 +11,13 @@ from deepseek.generate.loop import generate, stream
 from deepseek.generate.prompt import chat_prompt
 from deepseek.ops.sampling.config import Sampling
 
-__all__ = ["Completion", "Engine", "Piece", "Sampling", "build_engine", "chat_prompt", "generate", "stream"]
+__all__ = [
+    "Completion",
+    "Engine",
+    "Piece",
+    "Sampling",
+    "build_engine",
+    "chat_prompt",
+    "generate",
+    "stream",
+]

@@ -106,9 +106,7 @@ class EngineBatch:
             _check_finite(logits[np.arange(len(tokens)), tokens])
             return tokens
         _check_finite(logits.max(axis=1))
-        return [
-            chooser.choose(row) for chooser, row in zip(self._choosers, logits, strict=True)
-        ]
+        return [chooser.choose(row) for chooser, row in zip(self._choosers, logits, strict=True)]
 
 
 class _Chooser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-
 from typing import TYPE_CHECKING
 
 from deepseek.errors import ConfigError, describe
@@ -162,7 +161,9 @@ def _eos_token_ids(model: Decoder | Engine) -> tuple[int, ...]:
 class _Row:
     """One prompt's answer while it grows."""
 
-    def __init__(self, model: Decoder | Engine, number: int, prompt: list[int], ends: _Ends) -> None:
+    def __init__(
+        self, model: Decoder | Engine, number: int, prompt: list[int], ends: _Ends
+    ) -> None:
         self.number, self.prompt, self.ends = number, prompt, ends
         self.tokens_left = min(ends.max_tokens, model.config.max_positions - len(prompt))
         self.is_finished = False

@@ -47,8 +47,10 @@ def module_batch(model: Decoder, rows: Sequence[RowLike], sampling: Sampling) ->
         ConfigError: the model asks for a scheme that only the engine knows, and has none.
     """
     engine = engine_of(model)
-    return _ModuleBatch(model, rows, sampling) if engine is None else EngineBatch(
-        engine, rows, sampling
+    return (
+        _ModuleBatch(model, rows, sampling)
+        if engine is None
+        else EngineBatch(engine, rows, sampling)
     )
 
 

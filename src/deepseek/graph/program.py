@@ -85,22 +85,26 @@ def plan_memory(
 ) -> tuple[dict[str, int], int]:
     """Return the offset of each buffer in a row of memory, and the length of the row.
 
-    A buffer is alive from the first instruction that writes it to the last that touches it; two
-    that are alive together never overlap. The widest are placed first, each as low as it fits.
+    A value is alive from the instruction that sets its buffer to the last that touches it before the
+    buffer is set again; buffers whose values are ever alive together never overlap. The widest are
+    placed first, each as low as it fits.
     """
-    spans: dict[str, tuple[int, int]] = {}
+    lives: dict[str, list[tuple[int, int]]] = {}
     for place, item in enumerate(instructions):
-        for name in (item.input, item.output):
-            if name is not None and name != LOGITS:
-                first, _ = spans.get(name, (place, place))
-                spans[name] = (first, place)
+        for name, begins in ((item.input, False), (item.output, not item.adds)):
+            if name is None or name == LOGITS:
+                continue
+            spans = lives.setdefault(name, [])
+            if begins or not spans:
+                spans.append((place, place))
+            else:
+                spans[-1] = (spans[-1][0], place)
     offsets: dict[str, int] = {}
-    for name in sorted(spans, key=lambda name: (-widths[name], name)):
-        first, last = spans[name]
+    for name in sorted(lives, key=lambda name: (-widths[name], name)):
         taken = sorted(
             (offsets[other], offsets[other] + widths[other])
             for other in offsets
-            if spans[other][0] <= last and first <= spans[other][1]
+            if _meet(lives[name], lives[other])
         )
         offset = 0
         for start, stop in taken:
@@ -110,3 +114,7 @@ def plan_memory(
         offsets[name] = offset
     total = max((offsets[name] + widths[name] for name in offsets), default=0)
     return offsets, total
+
+
+def _meet(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
+    return any(a[0] <= b[1] and b[0] <= a[1] for a in one for b in other)

@@ -92,7 +92,9 @@ class CompiledBackend:
             return None
         isa = chosen_instruction_set()
         if case.operation == "sampling":
-            return Kernel(name=f"deepseek {isa}", why="a row at a time, from the logits of the step")
+            return Kernel(
+                name=f"deepseek {isa}", why="a row at a time, from the logits of the step"
+            )
         if case.operation == "attention":
             how = "pages in place, one softmax over spans of 256 slots merged in order"
             return Kernel(name=f"deepseek {isa}", why=how)
@@ -108,7 +110,7 @@ class TorchBackend:
     """PyTorch: everything that has gradients, and every machine without compiled kernels."""
 
     def kernel(self, case: Case) -> Kernel | None:
-        """Return PyTorch's execution; None for integer weights, which it packs for few rows only."""
+        """Return PyTorch's execution; None for integer weights."""
         if case.storage in ("int8", "int4") and case.operation == "linear":
             return None
         if case.has_gradients:

@@ -338,7 +338,7 @@ inline vi dot_u8s8(vi acc, vi w, vi inputs) {
   std::memcpy(bytes, &w, 16);
   std::memcpy(x, &inputs, 16);
   for (int i = 0; i < 4; ++i)
-    acc[i] += bytes[4 * i] * x[0] + bytes[4 * i + 1] * x[1] + bytes[4 * i + 2] * x[2] + bytes[4 * i + 3] * x[3];
+    for (int j = 4 * i; j < 4 * i + 4; ++j) acc[i] += bytes[j] * x[j];
   return acc;
 }
 
