@@ -60,7 +60,7 @@ def load(
     _fetch(source)
     model = hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
     if asked is not None:
-        model.scheme = asked
+        vars(model)["scheme"] = asked
         if reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model):
             step = "Load it without a scheme"
             must = "one that the engine runs"

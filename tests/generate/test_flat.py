@@ -148,7 +148,7 @@ def test_what_is_not_known_runs_through_the_modules_and_says_so() -> None:
 
 def test_a_scheme_is_never_dropped_in_silence() -> None:
     model = ours(reference("llama"))
-    model.scheme = Scheme.named("int8")
+    vars(model)["scheme"] = Scheme.named("int8")
     assert generate(model, [1, 2, 3], max_tokens=4) is not None
     model.impl = "reference"
     with pytest.raises(ConfigError, match="int8"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -241,13 +242,10 @@ def _needed(weights: Weights, name: str) -> Rows:
 
 def _vector(rows: Rows) -> np.ndarray:
     """Return a vector in float32."""
-    import ctypes
-
     (count,) = rows.shape
-    if rows.dtype == "float32":
-        values = (ctypes.c_float * count).from_address(rows.address)
-        return np.frombuffer(values, np.float32).copy()
-    words = np.frombuffer((ctypes.c_uint16 * count).from_address(rows.address), np.uint16)
-    if rows.dtype == "float16":
-        return words.view(np.float16).astype(np.float32)
-    return (words.astype(np.uint32) << 16).view(np.float32)
+    width = 4 if rows.dtype == "float32" else 2
+    values = ctypes.string_at(rows.address, count * width)
+    if rows.dtype == "bfloat16":
+        return (np.frombuffer(values, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    kind = np.float32 if rows.dtype == "float32" else np.float16
+    return np.frombuffer(values, kind).astype(np.float32)

@@ -79,7 +79,7 @@ def engine_of(model: nn.Module) -> Engine | None:
         ConfigError: the model has a scheme (`load(scheme=…)`) that nothing but the engine knows,
             and `why_no_engine` gives a reason.
     """
-    asked = getattr(model, "scheme", None)
+    asked: Scheme | None = vars(model).get("scheme")
     reason = why_no_engine(model)
     if reason is not None or not isinstance(model, Decoder):
         if asked is not None:

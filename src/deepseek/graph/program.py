@@ -85,9 +85,9 @@ def plan_memory(
 ) -> tuple[dict[str, int], int]:
     """Return the offset of each buffer in a row of memory, and the length of the row.
 
-    A value is alive from the instruction that sets its buffer to the last that touches it before the
-    buffer is set again; buffers whose values are ever alive together never overlap. The widest are
-    placed first, each as low as it fits.
+    A value is alive from the instruction that sets its buffer to the last that touches it before
+    the buffer is set again; buffers whose values are ever alive together never overlap. The widest
+    are placed first, each as low as it fits.
     """
     lives: dict[str, list[tuple[int, int]]] = {}
     for place, item in enumerate(instructions):

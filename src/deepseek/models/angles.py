@@ -1,4 +1,4 @@
-"""The angles of rotary embedding under every scaling rule, in numpy: known before torch is loaded."""
+"""The angles of rotary embedding under every scaling rule, in numpy: no torch is loaded."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ an NPU) is one more `Backend` handed to `choose`, and proves itself by
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol
 
 from deepseek.config import Config
@@ -67,24 +67,25 @@ class Backend(Protocol):
         ...
 
 
+_BITS: Mapping[str, float] = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}
+_PRODUCTS: Mapping[str, Mapping[str, int]] = {
+    "plain": {"float32": 4, "bfloat16": 4, "int8": 4, "int4": 4},
+    "avx2": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
+    "avxvnni": {"float32": 16, "bfloat16": 16, "int8": 64, "int4": 64},
+    "avx512": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
+    "vnni": {"float32": 16, "bfloat16": 16, "int8": 64, "int4": 64},
+    "bf16": {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64},
+}
+_HOW: Mapping[str, str] = {
+    "float32": "exact, weights packed once",
+    "bfloat16": "products in bfloat16, sums in float32, weights packed once",
+    "int8": "integer products, a scale per group of 64, rotated",
+    "int4": "integer products, a scale and a least value per group of 32",
+}
+
+
 class CompiledBackend:
     """Our own C++ kernels."""
-
-    _BITS = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}
-    _PRODUCTS = {
-        "plain": {"float32": 4, "bfloat16": 4, "int8": 4, "int4": 4},
-        "avx2": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
-        "avxvnni": {"float32": 16, "bfloat16": 16, "int8": 64, "int4": 64},
-        "avx512": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
-        "vnni": {"float32": 16, "bfloat16": 16, "int8": 64, "int4": 64},
-        "bf16": {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64},
-    }
-    _HOW = {
-        "float32": "exact, weights packed once",
-        "bfloat16": "products in bfloat16, sums in float32, weights packed once",
-        "int8": "integer products, a scale per group of 64, rotated",
-        "int4": "integer products, a scale and a least value per group of 32",
-    }
 
     def kernel(self, case: Case) -> Kernel | None:
         """Return the compiled kernel of a case; None with gradients, off the CPU, or not built."""
@@ -100,9 +101,9 @@ class CompiledBackend:
             return Kernel(name=f"deepseek {isa}", why=how)
         return Kernel(
             name=f"deepseek {isa}",
-            why=self._HOW[case.storage],
-            weight_bits=self._BITS[case.storage],
-            products_per_cycle=self._PRODUCTS[isa][case.storage],
+            why=_HOW[case.storage],
+            weight_bits=_BITS[case.storage],
+            products_per_cycle=_PRODUCTS[isa][case.storage],
         )
 
 
