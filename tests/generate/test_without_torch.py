@@ -46,7 +46,7 @@ def test_tokens_are_those_of_the_model(tmp_path: Path, case: str, scheme: str) -
 
 def test_experts_have_no_engine_and_a_scheme_for_them_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    face.hub.save(ours(reference("qwen3_moe")), folder)
+    face.hub.save(ours(reference("qwen3-moe")), folder)
     assert face.load_engine(folder) is None
     with pytest.raises(face.ConfigError, match="experts"):
         face.load(folder, scheme="int8")
