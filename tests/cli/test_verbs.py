@@ -94,7 +94,7 @@ def test_doctor_says_what_runs_and_why(run: Run) -> None:
     found = run("doctor", "--json").object
     assert found["machine"]["cores"] >= 1
     operations = {row["operation"] for row in found["execution"]}
-    assert operations == {"linear", "attention", "decoding step"}
+    assert operations == {"linear", "attention", "sampling"}
     assert all(row["why"] for row in found["execution"])
     assert "torch" in run("doctor").out
 
