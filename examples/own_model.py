@@ -12,7 +12,7 @@ print(f"{count_params(config):,} parameters: {config.num_layers} layers of {conf
 
 text = torch.tensor([list(b"She sells sea shells by the sea shore. ")])
 model = Decoder(config)
-optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(150):
     loss = model(text, labels=text).loss
     loss.backward()
