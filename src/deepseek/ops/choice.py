@@ -1,8 +1,7 @@
 """Which kernel runs an operation, with what it costs and why: one table that can be asked.
 
-A backend is a list of kernels. Ours are the compiled CPU kernels and PyTorch; another (CUDA, ROCm,
-an NPU) is one more `Backend` handed to `choose`, and proves itself by
-`deepseek.testing.check_backend`. Loads no torch.
+A backend names its kernel for a case. Ours are the compiled CPU kernels and PyTorch; another (CUDA,
+ROCm, an NPU) is one more `Backend` handed to `choose`, and comes first. Loads no torch.
 """
 
 from __future__ import annotations
