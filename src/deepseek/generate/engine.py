@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_STEP_TOKENS = 512
 """Most tokens of one step: bounds the memory of activations."""
 PAGE_SIZE = 64
+MAX_THREADS = 256
+"""Threads wait for one another hundreds of times a step: more would only spin."""
 
 
 class Rows(NamedTuple):
@@ -151,6 +153,9 @@ def build_engine(
     if reason is not None:
         must = "one that the engine knows"
         raise ConfigError(describe("model", "Engine", must, reason, "Run it through its modules"))
+    threads = default_threads() if threads is None else threads
+    if not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(describe("threads", "Engine", f"from 1 to {MAX_THREADS}", threads))
     program = decoder_program(config)
     isa = instruction_set or chosen_instruction_set()
     offsets, _ = plan_memory(program.instructions, program.widths)
@@ -173,7 +178,7 @@ def build_engine(
         buffers,
         [book.native(item) for item in program.instructions],
         MAX_STEP_TOKENS,
-        default_threads() if threads is None else threads,
+        threads,
     )
     for place, name in enumerate(book.matrices):
         _add_matrix(native, name, weights, scheme)
