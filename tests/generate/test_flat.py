@@ -13,10 +13,11 @@ from deepseek.errors import ConfigError
 from deepseek.generate import Engine, build_engine, generate
 from deepseek.generate.modules import engine_of, why_no_engine
 from deepseek.models import Decoder, WindowPlanner
-from deepseek.ops.cpu import instruction_sets, why_missing
+from deepseek.ops.cpu import why_missing
 from deepseek.ops.scheme import Scheme
 from tests.models.test_planners import EveryBlock
 from tests.models.zoo import CASES, ours, reference
+from tests.ops.native import ISAS
 from tests.tolerances import assert_logits_equal
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
@@ -73,7 +74,7 @@ def whole(engine: Engine, sequences: list[list[int]], splits: list[int]) -> list
     return [np.array(each) for each in found]
 
 
-@pytest.mark.parametrize("isa", instruction_sets() if why_missing() is None else [])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", FLAT)
 def test_logits_equal_the_modules(case: str, isa: str) -> None:
     model = ours(reference(case))
@@ -83,7 +84,7 @@ def test_logits_equal_the_modules(case: str, isa: str) -> None:
         assert_logits_equal(torch.from_numpy(logits), expected(model, tokens))
 
 
-@pytest.mark.parametrize("isa", instruction_sets() if why_missing() is None else [])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4-g64", "int8-kv8"])
 def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
     """Bit by bit: alone or in a batch, whole or in chunks, on one thread or three."""

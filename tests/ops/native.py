@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deepseek.ops.cpu import instruction_sets, kernels, why_missing
+from deepseek.ops.cpu import (
+    emulated_instruction_sets,
+    instruction_sets,
+    kernels,
+    why_missing,
+)
 
 NEEDS_KERNELS = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
-ISAS = instruction_sets() if why_missing() is None else []
+ISAS = [] if why_missing() is not None else instruction_sets() + emulated_instruction_sets()
+BEST = instruction_sets()[-1] if why_missing() is None else ""
 PAGE = 64
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.ops.native import ISAS, NEEDS_KERNELS, PAGE, Native
+from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, PAGE, Native
 
 pytestmark = NEEDS_KERNELS
 
@@ -113,7 +113,7 @@ def test_steps_chunks_and_threads_give_the_same_bits(isa: str, kind: str, window
 def test_what_an_earlier_row_left_in_a_page_is_not_seen(kind: str) -> None:
     heads = (2, 1, 16)
     table = draw(heads, 200, 3)
-    native = program(ISAS[-1], heads, table, 0)
+    native = program(BEST, heads, table, 0)
     pages = native.pages(kind, 7)
     attend(native, kind, 200, [200], pages)
     again = attend(native, kind, 70, [33], pages)
@@ -124,7 +124,7 @@ def test_what_an_earlier_row_left_in_a_page_is_not_seen(kind: str) -> None:
 def test_a_copied_page_holds_the_same(kind: str) -> None:
     heads = (2, 1, 16)
     table = draw(heads, 64, 3)
-    native = program(ISAS[-1], heads, table, 0)
+    native = program(BEST, heads, table, 0)
     pages = native.pages(kind, 2)
     places = list(range(63))
     native.run(places, places, [0] * 63, np.array([[0]]), pages)

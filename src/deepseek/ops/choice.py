@@ -74,6 +74,8 @@ _PRODUCTS: Mapping[str, Mapping[str, int]] = {
     "avx512": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
     "vnni": {"float32": 16, "bfloat16": 16, "int8": 64, "int4": 64},
     "bf16": {"float32": 16, "bfloat16": 32, "int8": 64, "int4": 64},
+    "amx": {"float32": 16, "bfloat16": 512, "int8": 1024, "int4": 1024},
+    "amx_emulated": {"float32": 16, "bfloat16": 1, "int8": 1, "int4": 1},
 }
 _HOW: Mapping[str, str] = {
     "float32": "exact, weights packed once",

@@ -4,6 +4,12 @@
 #include "../attention/cpu/pages.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+#include "../linear/cpu/tile_products.h"
+#define DEEPSEEK_LINEAR tile_linear
+#else
+#define DEEPSEEK_LINEAR linear
+#endif
 
 #define DEEPSEEK_JOIN(a, b) a##b
 #define DEEPSEEK_NAME(isa) DEEPSEEK_JOIN(kernels_, isa)
@@ -17,7 +23,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .name = DEEPSEEK_QUOTE(DEEPSEEK_ISA),
     .row_bytes = row_bytes,
     .prepare = prepare,
-    .linear = linear,
+    .linear = DEEPSEEK_LINEAR,
     .silu_mul = silu_mul,
     .store_kv = store_kv,
     .rope = ::rope,
