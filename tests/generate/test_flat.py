@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import deepseek
 from deepseek.errors import ConfigError
+from deepseek.face import load_engine
 from deepseek.generate import Engine, build_engine, generate
 from deepseek.generate.modules import engine_of, why_no_engine
 from deepseek.models import Decoder, WindowPlanner
+from deepseek.models.config import DecoderConfig, ExpertsConfig
+from deepseek.models.families import build_model
 from deepseek.ops.cpu import why_missing
 from deepseek.ops.scheme import Scheme
 from tests.models.test_planners import EveryBlock
-from tests.models.zoo import CASES, ours, reference
+from tests.models.zoo import CASES, ours, randomize, reference
 from tests.ops.native import ISAS
 from tests.tolerances import assert_logits_equal
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-SKIPPED = ("moe", "deepseek", "dynamic")
+SKIPPED = ("deepseek", "dynamic")
 FLAT = [case for case in CASES if not any(word in case for word in SKIPPED)]
 VOCABULARY = 97
 
@@ -99,6 +104,72 @@ def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
             assert np.array_equal(alone[0], logits)
 
 
+def grouped_experts() -> Decoder:
+    """Sigmoid scores with a balancing bias, groups, shared experts, a dense layer, a scale."""
+    experts = ExpertsConfig(
+        num_experts=12,
+        num_active=3,
+        width=20,
+        num_shared=2,
+        score="sigmoid",
+        scale=1.7,
+        num_groups=4,
+        num_active_groups=2,
+        dense_layers=(0,),
+    )
+    config = DecoderConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        intermediate_size=100,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        experts=experts,
+    )
+    model = build_model(config).eval()
+    randomize(model)
+    assert isinstance(model, Decoder)
+    return model
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_experts_in_groups_with_shared_ones(isa: str) -> None:
+    model = grouped_experts()
+    sequences = draw([3, 90, 130])
+    found = whole(engine(model, instruction_set=isa), sequences, [70, 1, 200])
+    for tokens, logits in zip(sequences, found, strict=True):
+        assert_logits_equal(torch.from_numpy(logits), expected(model, tokens))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["bfloat16", "int8", "int4"])
+def test_experts_of_a_row_do_not_depend_on_its_companions(scheme: str, isa: str) -> None:
+    model = ours(reference("qwen3-moe"))
+    sequences = draw([5, 61, 300])
+    settings = {"scheme": Scheme.named(scheme), "instruction_set": isa}
+    together = whole(engine(model, threads=3, **settings), sequences, [64, 1, 1, 130, 7])
+    one = engine(model, threads=1, **settings)
+    for tokens, logits in zip(sequences, together, strict=True):
+        assert np.array_equal(whole(one, [tokens], [1])[0], logits)
+
+
+def test_a_change_of_the_balancing_bias_packs_anew() -> None:
+    model = grouped_experts()
+    first = engine_of(model)
+    model.model.layers[1].mlp.gate.e_score_correction_bias.add_(1.0)
+    assert engine_of(model) is not first
+
+
+def test_experts_are_read_from_a_folder_without_modules(tmp_path: Path) -> None:
+    model = ours(reference("qwen3-moe"))
+    deepseek.save(model, tmp_path / "moe")
+    found = load_engine(tmp_path / "moe")
+    assert found is not None
+    tokens = draw([40])
+    assert np.array_equal(whole(found, tokens, [40])[0], whole(engine(model), tokens, [40])[0])
+
+
 def test_it_is_packed_once_and_anew_when_weights_change() -> None:
     model = ours(reference("llama"))
     first = engine_of(model)
@@ -142,8 +213,7 @@ def test_what_is_not_known_runs_through_the_modules_and_says_so() -> None:
     model.planner = None
     model.model.layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in str(why_no_engine(model))
-    experts = ours(reference(next(case for case in CASES if "moe" in case)))
-    assert "experts" in str(why_no_engine(experts))
+    assert "latent" in str(why_no_engine(ours(reference("deepseek-v3"))))
     assert "float16" in str(why_no_engine(ours(reference("llama")).half()))
 
 

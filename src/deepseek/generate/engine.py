@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from deepseek.errors import BackendError, CapacityError, ConfigError, describe
 from deepseek.generate.flat import decoder_program, why_not_flat
-from deepseek.graph import Instruction, Program, plan_memory
+from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
@@ -161,27 +162,16 @@ def build_engine(
     offsets, _ = plan_memory(program.instructions, program.widths)
     buffers = [(program.widths[name], offsets[name]) for name in offsets]
     book = _Numbers(list(offsets), program.instructions)
-    shape = program.shape
     native = kernels().make_program(
         isa,
-        {
-            "heads": shape.num_heads,
-            "kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
-            "layers": shape.num_layers,
-            "vocab": shape.vocab_size,
-            "norm_eps": shape.norm_eps,
-            "rope_factor": shape.rope_factor,
-            "score_scale": shape.head_dim**-0.5,
-            "inverse_frequencies": list(shape.inverse_frequencies),
-        },
+        _native_shape(program.shape),
         buffers,
         [book.native(item) for item in program.instructions],
         MAX_STEP_TOKENS,
         threads,
     )
     for place, name in enumerate(book.matrices):
-        _add_matrix(native, name, weights, scheme)
+        _add_matrix(native, name, weights, scheme, name in book.exact)
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:
@@ -190,14 +180,29 @@ def build_engine(
     return Engine(config, scheme, program, isa, native, tokenizer, bundle)
 
 
+def _native_shape(shape: ProgramShape) -> dict[str, object]:
+    return {
+        "heads": shape.num_heads,
+        "kv_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "layers": shape.num_layers,
+        "vocab": shape.vocab_size,
+        "norm_eps": shape.norm_eps,
+        "rope_factor": shape.rope_factor,
+        "score_scale": shape.head_dim**-0.5,
+        "inverse_frequencies": list(shape.inverse_frequencies),
+    }
+
+
 class _Numbers:
     """Names of buffers and weights as the numbers that the native program knows."""
 
     def __init__(self, buffers: list[str], instructions: Sequence[Instruction]) -> None:
         self._buffers = {name: place for place, name in enumerate(buffers)} | {LOGITS: -1}
         matrices = dict.fromkeys(name for item in instructions for name in item.weights)
-        norms = ((item.norm, item.q_norm, item.k_norm) for item in instructions)
-        vectors = dict.fromkeys(name for each in norms for name in each if name is not None)
+        self.exact = {name for item in instructions if item.is_exact for name in item.weights}
+        named = ((item.norm, item.q_norm, item.k_norm, item.balance) for item in instructions)
+        vectors = dict.fromkeys(name for each in named for name in each if name is not None)
         self.matrices, self.vectors = list(matrices), list(vectors)
         self._matrices = {name: place for place, name in enumerate(self.matrices)}
         self._vectors: dict[str | None, int] = {name: i for i, name in enumerate(self.vectors)}
@@ -216,13 +221,20 @@ class _Numbers:
             "selected": int(item.selected),
             "layer": item.layer,
             "window": item.window or 0,
+            "routes": self._buffers[item.routes] if item.routes else 0,
+            "balance": self._vectors.get(item.balance, -1),
+            "num_active": item.num_active,
+            "num_groups": item.num_groups,
+            "num_active_groups": item.num_active_groups,
+            "normalizes": int(item.normalizes),
+            "scale": item.scale,
         }
 
 
-def _add_matrix(native: Any, name: str, weights: Weights, scheme: Scheme) -> None:
+def _add_matrix(native: Any, name: str, weights: Weights, scheme: Scheme, is_exact: bool) -> None:
     rows = _needed(weights, name)
     is_head = name.startswith(("model.embed_tokens", "lm_head"))
-    kind = scheme.head_storage if is_head else scheme.weights
+    kind = "float32" if is_exact else scheme.head_storage if is_head else scheme.weights
     count, width = rows.shape
     bias = weights(name.removesuffix("weight") + "bias")
     native.add_weight(
@@ -239,10 +251,32 @@ def _add_matrix(native: Any, name: str, weights: Weights, scheme: Scheme) -> Non
 
 
 def _needed(weights: Weights, name: str) -> Rows:
-    rows = weights(name)
+    rows = weights(name) or _of_stack(weights, name)
     if rows is None:
         raise BackendError(describe(f"weight {name!r}", "Engine", "there", "no such weight"))
     return rows
+
+
+_EXPERT = re.compile(r"^(?P<experts>.*)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight$")
+
+
+def _of_stack(weights: Weights, name: str) -> Rows | None:
+    """Return the weight of one expert out of those of all, or None where there are none."""
+    match = _EXPERT.match(name)
+    if match is None:
+        return None
+    part = match["part"]
+    stacked = weights(f"{match['experts']}.{'down' if part == 'down' else 'gate_up'}_proj")
+    if stacked is None:
+        return None
+    _, height, width = stacked.shape
+    stride = stacked.stride_bytes // height
+    address = stacked.address + int(match["index"]) * stacked.stride_bytes
+    if part != "down":
+        height //= 2
+    if part == "up":
+        address += height * stride
+    return Rows(address, stacked.dtype, (height, width), stride, stacked.owner)
 
 
 def _vector(rows: Rows) -> np.ndarray:

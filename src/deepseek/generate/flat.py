@@ -10,7 +10,7 @@ from __future__ import annotations
 from deepseek.graph import Instruction, Program, ProgramShape
 from deepseek.graph.program import LOGITS
 from deepseek.models.angles import cosine_factor, rope_angles
-from deepseek.models.config import DecoderConfig
+from deepseek.models.config import DecoderConfig, ExpertsConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -21,8 +21,6 @@ def why_not_flat(config: DecoderConfig) -> str | None:
         return "latent attention has no flat instruction"
     if config.positions != "rope":
         return "ALiBi has no flat instruction"
-    if config.experts is not None:
-        return "experts have no flat instruction"
     if config.rope.scaling == "dynamic":
         return "the dynamic rope rule changes its angles while it generates"
     return None
@@ -61,15 +59,30 @@ def decoder_program(config: DecoderConfig) -> Program:
             "states": config.hidden_size,
             "qkv": (heads + 2 * kv_heads) * dim,
             "attended": heads * dim,
-            "hidden": config.intermediate_size,
+            "hidden": max(config.intermediate_size, _shared_width(config.experts)),
+            "routes": 0 if config.experts is None else config.experts.num_experts,
         },
         instructions=tuple(instructions),
     )
 
 
+def _shared_width(experts: ExpertsConfig | None) -> int:
+    return 0 if experts is None else experts.num_shared * experts.width
+
+
 def _layer(config: DecoderConfig, layer: int) -> list[Instruction]:
     prefix = f"model.layers.{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    norm = f"{prefix}.post_attention_layernorm.weight"
+    experts = config.experts
+    if experts is None or layer in experts.dense_layers:
+        after = _feed_forward(f"{prefix}.mlp", norm)
+    else:
+        after = _experts(f"{prefix}.mlp", norm, experts)
+    return _attention(config, layer, prefix) + after
+
+
+def _attention(config: DecoderConfig, layer: int, prefix: str) -> list[Instruction]:
+    attention = f"{prefix}.self_attn"
     slides = config.window is not None and layer in config.window_layers
     return [
         Instruction(
@@ -95,12 +108,17 @@ def _layer(config: DecoderConfig, layer: int) -> list[Instruction]:
             weights=(f"{attention}.o_proj.weight",),
             adds=True,
         ),
+    ]
+
+
+def _feed_forward(mlp: str, norm: str) -> list[Instruction]:
+    return [
         Instruction(
             op="swiglu",
             input="states",
             output="hidden",
             weights=(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-            norm=f"{prefix}.post_attention_layernorm.weight",
+            norm=norm,
         ),
         Instruction(
             op="linear",
@@ -110,3 +128,37 @@ def _layer(config: DecoderConfig, layer: int) -> list[Instruction]:
             adds=True,
         ),
     ]
+
+
+def _experts(mlp: str, norm: str, experts: ExpertsConfig) -> list[Instruction]:
+    """The routed experts change the states after the shared ones have read them."""
+    router = f"{mlp}.gate"
+    routing = Instruction(
+        op="linear",
+        input="states",
+        output="routes",
+        weights=(f"{router}.weight",),
+        norm=norm,
+        is_exact=True,
+    )
+    routed = Instruction(
+        op="experts",
+        input="states",
+        routes="routes",
+        output="states",
+        adds=True,
+        weights=tuple(
+            f"{mlp}.experts.{index}.{part}_proj.weight"
+            for index in range(experts.num_experts)
+            for part in ("gate", "up", "down")
+        ),
+        norm=norm,
+        balance=f"{router}.e_score_correction_bias" if experts.score == "sigmoid" else None,
+        num_active=experts.num_active,
+        num_groups=experts.num_groups,
+        num_active_groups=experts.num_active_groups,
+        normalizes=experts.normalize,
+        scale=experts.scale,
+    )
+    shared = _feed_forward(f"{mlp}.shared_experts", norm) if experts.num_shared else []
+    return [routing, *shared[:1], routed, *shared[1:]]

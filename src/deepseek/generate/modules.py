@@ -16,7 +16,14 @@ from deepseek.generate.batch import Batch, EngineBatch, RowLike, row_generator
 from deepseek.generate.engine import Engine, Rows, Weights, build_engine
 from deepseek.generate.prefill import prefill
 from deepseek.models.decoder import Decoder, DecoderLayer, DecoderStack
-from deepseek.models.layers import Attention, FeedForward, RMSNorm
+from deepseek.models.layers import (
+    Attention,
+    Experts,
+    ExpertWeights,
+    FeedForward,
+    RMSNorm,
+    Router,
+)
 from deepseek.models.planner import WindowPlanner
 from deepseek.ops.cpu import why_missing
 from deepseek.ops.linear import Linear
@@ -30,9 +37,12 @@ _KNOWN = frozenset(
         Decoder,
         DecoderLayer,
         DecoderStack,
+        ExpertWeights,
+        Experts,
         FeedForward,
         Linear,
         RMSNorm,
+        Router,
         nn.Embedding,
         nn.ModuleList,
     }
@@ -91,7 +101,9 @@ def engine_of(model: nn.Module) -> Engine | None:
     scheme = asked or Scheme.named(str(model.dtype).removeprefix("torch."))
     slot = vars(model).setdefault("engine_slot", EngineSlot())
     threads = torch.get_num_threads()
-    versions = [(each.data_ptr(), each._version) for each in model.parameters()]
+    versions = [
+        (each.data_ptr(), each._version) for each in (*model.parameters(), *model.buffers())
+    ]
     key = (scheme, threads, model.config, tuple(versions))
     if slot.key != key:
         slot.engine, slot.key = None, None
@@ -138,14 +150,14 @@ def why_no_engine(model: nn.Module) -> str | None:
 
 
 def _weights_of(model: Decoder) -> Weights:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
     def rows(name: str) -> Rows | None:
         tensor = parameters.get(name)
         if tensor is None:
             return None
         values = tensor.detach()
-        if values.stride(-1) != 1:
+        if values.stride(-1) != 1 or values.dim() > 2:
             values = values.contiguous()
         stride = values.stride(0) * values.element_size()
         dtype = str(values.dtype).removeprefix("torch.")

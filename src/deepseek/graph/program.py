@@ -23,8 +23,8 @@ class Instruction:
     input: str | None = None
     """Buffer that is read; None for tokens."""
     weights: tuple[str, ...] = ()
-    """linear: side by side in the output; swiglu: gate and up; experts: router, then all gates,
-    ups and downs."""
+    """linear: side by side in the output; swiglu: gate and up; experts: gate, up and down of each
+    in turn."""
     norm: str | None = None
     """Weight of the RMS norm of the input."""
     adds: bool = False
@@ -37,10 +37,22 @@ class Instruction:
     k_norm: str | None = None
     window: int | None = None
     """attend: slots a query sees, its own included; None for all."""
+    is_exact: bool = False
+    """linear: the weights stay float32 in every scheme, as a router's do."""
+    routes: str | None = None
+    """experts: buffer of the router's logits, a value for each expert."""
+    balance: str | None = None
+    """experts: vector added to the scores to choose by; the scores are sigmoids then, else a
+    softmax."""
     num_active: int = 0
     """experts: experts of a token."""
+    num_groups: int = 1
+    num_active_groups: int = 1
+    """experts: groups of neighbouring experts, and how many of them a token may use."""
     normalizes: bool = False
     """experts: the chosen weights are divided by their sum."""
+    scale: float = 1.0
+    """experts: factor on the chosen weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +103,8 @@ def plan_memory(
     """
     lives: dict[str, list[tuple[int, int]]] = {}
     for place, item in enumerate(instructions):
-        for name, begins in ((item.input, False), (item.output, not item.adds)):
+        touched = ((item.input, False), (item.routes, False), (item.output, not item.adds))
+        for name, begins in touched:
             if name is None or name == LOGITS:
                 continue
             spans = lives.setdefault(name, [])

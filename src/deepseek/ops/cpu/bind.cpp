@@ -48,8 +48,10 @@ Instruction instruction_of(const nb::dict& d) {
   if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
   in.adds = number("adds", 0), in.selected = number("selected", 0);
   in.layer = number("layer", 0), in.q_norm = number("q_norm", -1), in.k_norm = number("k_norm", -1);
-  in.window = number("window", 0), in.num_active = number("num_active", 0);
-  in.normalizes = number("normalizes", 0), in.is_sigmoid = number("is_sigmoid", 0);
+  in.window = number("window", 0), in.routes = number("routes", 0);
+  in.balance = number("balance", -1), in.num_active = number("num_active", 0);
+  in.num_groups = number("num_groups", 1), in.num_active_groups = number("num_active_groups", 1);
+  in.normalizes = number("normalizes", 0);
   if (d.contains("scale")) in.scale = nb::cast<float>(d["scale"]);
   return in;
 }

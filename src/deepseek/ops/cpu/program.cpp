@@ -139,8 +139,20 @@ void Program::start() {
     max_groups_ = std::max(max_groups_, w.kind == Kind::f32 || w.kind == Kind::bf16 ? 0 : w.groups());
     widest = std::max(widest, w.k_padded);
   }
+  int active = 1;
+  size_t expert_floats = 0;
+  for (const Instruction& in : instructions_)
+    if (in.op == Op::experts) {
+      const Weight& down = weights_[in.weights[2]];
+      active = std::max(active, in.num_active);
+      expert_floats = std::max(expert_floats, size_t(in.num_active) * (down.k + down.n));
+    }
+  input_rows_ = max_tokens_ * active;
+  expert_states_ = Memory(expert_floats * max_tokens_ * sizeof(float));
+  for (auto* each : {&routing_.expert, &routing_.place, &routing_.slot_at}) each->resize(input_rows_);
+  routing_.share.resize(input_rows_);
   // the inputs of all rows, then those that each thread prepares for itself
-  inputs_bytes_ = aligned(max_tokens_ * (input_row_bytes_ + size_t(max_groups_) * 8));
+  inputs_bytes_ = aligned(input_rows_ * (input_row_bytes_ + size_t(max_groups_) * 8));
   size_t own = aligned(kFewTokens * (input_row_bytes_ + size_t(max_groups_) * 8));
   size_t state = aligned(size_t(kQueryBlock) * (kernels_.attend_scratch_bytes ? 2 : 1) *
                          (aligned(shape_.head_dim, 16) + 2) * sizeof(float));
@@ -308,7 +320,7 @@ void Program::embed(Pass& pass, const Instruction& in, int thread) {
 // Slot 0 is shared; slot 1 + i belongs to thread i.
 Inputs Program::inputs_for(const Weight& w, int slot) const {
   Inputs x;
-  int rows = slot == 0 ? max_tokens_ : kFewTokens;
+  int rows = slot == 0 ? input_rows_ : kFewTokens;
   x.data = slot == 0 ? scratch_.data() : thread_scratch(slot - 1);
   x.row_bytes = kernels_.row_bytes(w);
   x.groups = w.kind == Kind::f32 || w.kind == Kind::bf16 ? 0 : w.groups();
@@ -317,15 +329,37 @@ Inputs Program::inputs_for(const Weight& w, int slot) const {
   return x;
 }
 
+// The thread's memory for one row and the tiles of a product.
+float* Program::product_scratch(int thread) const {
+  size_t inputs = aligned(kFewTokens * (input_row_bytes_ + size_t(max_groups_) * 8));
+  return (float*)(thread_scratch(thread) + inputs);
+}
+
+// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel; `out` is row `start`.
+void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop,
+                           int panel, float* tiles, float* out, ptrdiff_t stride) const {
+  int width = gate.width(panel), columns = std::min(gate.n - panel * kPanel, width);
+  float* ups = tiles + kRowBlock * kPanel;
+  for (int r = start; r < stop; r += kRowBlock) {
+    int end = std::min(stop, r + kRowBlock);
+    kernels_.linear(gate, x, r, end, panel, tiles, kPanel, Store::set);
+    kernels_.linear(up, x, r, end, panel, ups, kPanel, Store::set);
+    for (int i = r; i < end; ++i) {
+      float* values = tiles + (i - r) * kPanel;
+      kernels_.silu_mul(values, ups + (i - r) * kPanel, values, width);
+      std::memcpy(out + (i - start) * stride + panel * kPanel, values, columns * sizeof(float));
+    }
+  }
+}
+
 void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   const Weight& w = weights_[in.weights[0]];
   int rows = in.selected ? pass.step.num_selected : pass.step.count;
   if (rows == 0) return;
   bool is_alone = rows <= kFewTokens;
   Inputs x = inputs_for(w, is_alone ? 1 + thread : 0);
-  uint8_t* mine = thread_scratch(thread) + aligned(kFewTokens * (input_row_bytes_ + size_t(max_groups_) * 8));
-  float* scratch = (float*)mine;
-  float* tiles = (float*)(mine + aligned((size_t(w.k_padded) + 64) * sizeof(float)));
+  float* scratch = product_scratch(thread);
+  float* tiles = scratch + aligned(w.k_padded + 64, 16);
   const float* norm = in.norm < 0 ? nullptr : vectors_[in.norm];
   int in_width = buffers_[in.in].width;
   auto [first, last] = is_alone ? std::pair{0, rows} : share(rows, pool_.size(), thread);
@@ -352,20 +386,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
       }
       return;
     }
-    const Weight& up = weights_[in.weights[1]];
-    int width = w.width(p), columns = std::min(w.n - p * kPanel, width);
-    for (int r = 0; r < rows; r += kRowBlock) {
-      int stop = std::min(rows, r + kRowBlock);
-      float* gates = tiles;
-      float* ups = tiles + kRowBlock * kPanel;
-      kernels_.linear(w, x, r, stop, p, gates, kPanel, Store::set);
-      kernels_.linear(up, x, r, stop, p, ups, kPanel, Store::set);
-      for (int i = r; i < stop; ++i) {
-        float* gate = gates + (i - r) * kPanel;
-        kernels_.silu_mul(gate, ups + (i - r) * kPanel, gate, width);
-        std::memcpy(out + i * stride + p * kPanel, gate, columns * sizeof(float));
-      }
-    }
+    swiglu_panel(w, weights_[in.weights[1]], x, 0, rows, p, tiles, out, stride);
   };
   if (rows < 16) {
     auto [start, stop] = share(panels, pool_.size(), thread);
@@ -535,6 +556,127 @@ void Program::merge_spans(Pass& pass, const Instruction& in, const Run& run, int
   for (int d = 0; d < shape_.head_dim; ++d) out[d] = state[d] * inverse;
 }
 
-void Program::experts(Pass&, const Instruction&, int, int) {}
+void Routing::sort(int count, int num_experts) {
+  first.assign(num_experts + 1, 0);
+  for (int i = 0; i < count; ++i) ++first[expert[i] + 1];
+  for (int e = 0; e < num_experts; ++e) first[e + 1] += first[e];
+  std::vector<int> next(first.begin(), first.end() - 1);
+  for (int i = 0; i < count; ++i) {
+    place[i] = next[expert[i]]++;
+    slot_at[place[i]] = i;
+  }
+  busy.clear();
+  for (int e = 0; e < num_experts; ++e)
+    if (first[e + 1] > first[e]) busy.push_back(e);
+}
+
+namespace {
+
+// Marks the `count` largest of `scores`, the first of equals.
+std::vector<int> largest_places(const std::vector<float>& scores, int count) {
+  std::vector<int> places(scores.size());
+  for (size_t i = 0; i < places.size(); ++i) places[i] = int(i);
+  std::partial_sort(places.begin(), places.begin() + count, places.end(), [&](int a, int b) {
+    return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
+  });
+  places.resize(count);
+  return places;
+}
+
+// Lowers the scores outside the best groups, by the sum of a group's two largest.
+void close_groups(std::vector<float>& scores, int num_groups, int num_active) {
+  int size = int(scores.size()) / num_groups;
+  std::vector<float> sums;
+  for (int g = 0; g < num_groups; ++g) {
+    std::vector<float> group(scores.begin() + g * size, scores.begin() + (g + 1) * size);
+    std::partial_sort(group.begin(), group.begin() + 2, group.end(), std::greater<>());
+    sums.push_back(group[0] + group[1]);
+  }
+  std::vector<bool> is_open(num_groups, false);
+  for (int g : largest_places(sums, num_active)) is_open[g] = true;
+  for (size_t i = 0; i < scores.size(); ++i)
+    if (!is_open[i / size]) scores[i] = -INFINITY;
+}
+
+// Experts of one token and the weights of their outputs. Source: DeepSeek-V3 (2412.19437), section
+// 2.1.2, where there is a balancing vector; else softmax over all experts.
+void choose_experts(const Instruction& in, const float* logits, int count, const float* balance,
+                    int* chosen, float* shares) {
+  std::vector<float> scores(count), weights(count);
+  float most = *std::max_element(logits, logits + count);
+  double total = 0;
+  for (int e = 0; e < count; ++e) {
+    weights[e] = balance ? 1.0f / (1.0f + std::exp(-logits[e])) : std::exp(logits[e] - most);
+    total += weights[e];
+    scores[e] = balance ? weights[e] + balance[e] : logits[e];
+  }
+  if (in.num_groups > 1) close_groups(scores, in.num_groups, in.num_active_groups);
+  std::vector<int> best = largest_places(scores, in.num_active);
+  float divisor = balance ? 1.0f : float(total), sum = 0;
+  for (int e : best) sum += weights[e] / divisor;
+  for (int i = 0; i < in.num_active; ++i) {
+    chosen[i] = best[i];
+    shares[i] = weights[best[i]] / divisor * in.scale / (in.normalizes ? sum + 1e-20f : 1.0f);
+  }
+}
+
+}  // namespace
+
+void Program::experts(Pass& pass, const Instruction& in, int index, int thread) {
+  const Weight &gate = weights_[in.weights[0]], &down = weights_[in.weights[2]];
+  int rows = pass.step.count, active = in.num_active, slots = rows * active;
+  int num_experts = int(in.weights.size()) / 3;
+  float* hidden = (float*)expert_states_.data();
+  float* outputs = hidden + size_t(max_tokens_) * active * down.k;
+  float* scratch = product_scratch(thread);
+  float* tiles = scratch + aligned(std::max(gate.k_padded, down.k_padded) + 64, 16);
+
+  auto [first_row, last_row] = share(rows, pool_.size(), thread);
+  for (int r = first_row; r < last_row; ++r)
+    choose_experts(in, buffer(in.routes) + size_t(r) * buffers_[in.routes].width, num_experts,
+                   in.balance < 0 ? nullptr : vectors_[in.balance], &routing_.expert[r * active],
+                   &routing_.share[r * active]);
+  pool_.barrier().wait();
+  if (thread == 0) routing_.sort(slots, num_experts);
+  pool_.barrier().wait();
+
+  auto [first, last] = share(slots, pool_.size(), thread);
+  Inputs x = inputs_for(gate, 0);
+  const float* norm = in.norm < 0 ? nullptr : vectors_[in.norm];
+  for (int p = first; p < last; ++p)
+    kernels_.prepare(gate, buffer(in.in) + size_t(routing_.slot_at[p] / active) * buffers_[in.in].width,
+                     norm, shape_.norm_eps, x, p, scratch);
+  pool_.barrier().wait();
+  auto each_panel = [&](int panels, std::atomic<int>& counter, auto work) {
+    int units = int(routing_.busy.size()) * panels;
+    for (int u; (u = counter.fetch_add(1)) < units;) {
+      int expert = routing_.busy[u / panels];
+      work(expert, u % panels, routing_.first[expert], routing_.first[expert + 1]);
+    }
+  };
+  each_panel(gate.panels(), counters_[2 * index], [&](int expert, int panel, int start, int stop) {
+    swiglu_panel(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop,
+                 panel, tiles, hidden + size_t(start) * down.k, down.k);
+  });
+  pool_.barrier().wait();
+
+  x = inputs_for(down, 0);
+  for (int p = first; p < last; ++p)
+    kernels_.prepare(down, hidden + size_t(p) * down.k, nullptr, 0, x, p, scratch);
+  pool_.barrier().wait();
+  each_panel(down.panels(), counters_[2 * index + 1], [&](int expert, int panel, int start, int stop) {
+    kernels_.linear(weights_[in.weights[3 * expert + 2]], x, start, stop, panel,
+                    outputs + size_t(start) * down.n + panel * kPanel, down.n, Store::set);
+  });
+  pool_.barrier().wait();
+
+  for (int r = first_row; r < last_row; ++r) {
+    float* out = buffer(in.out) + size_t(r) * buffers_[in.out].width;
+    for (int i = 0; i < active; ++i) {
+      const float* part = outputs + size_t(routing_.place[r * active + i]) * down.n;
+      for (int d = 0; d < down.n; ++d) out[d] += routing_.share[r * active + i] * part[d];
+    }
+  }
+}
 
 }  // namespace deepseek

@@ -35,14 +35,16 @@ struct Instruction {
   Op op = Op::linear;
   int in = 0, out = 0;
   int norm = -1;                   // RMS norm of the input: index of a vector, -1 for none
-  std::vector<int> weights;        // linear: one; swiglu: gate, up; experts: router, gates, ups, downs
+  std::vector<int> weights;        // swiglu: gate, up; experts: gate, up, down of each in turn
   bool adds = false;               // add to `out` in place of setting it
   bool selected = false;           // only the rows whose logits were asked for
   // attend
   int layer = 0, q_norm = -1, k_norm = -1, window = 0;  // window in slots, 0 for none
   // experts
-  int num_active = 0;
-  bool normalizes = false, is_sigmoid = false;
+  int routes = 0;                  // buffer of the router's logits
+  int balance = -1;                // vector added to the scores to choose by; sigmoid scores have it
+  int num_active = 0, num_groups = 1, num_active_groups = 1;
+  bool normalizes = false;
   float scale = 1.0f;
 };
 
@@ -84,6 +86,18 @@ class KvPages {
   Memory memory_;
 };
 
+// The experts that the tokens of a step go to. Slot token * active + i is the token's i-th expert; the
+// slots of one expert have neighbouring places.
+struct Routing {
+  std::vector<int> expert, place, slot_at;  // of each slot; slot of each place
+  std::vector<float> share;                 // of each slot: weight of the expert's output
+  std::vector<int> first;                   // first place of each expert, and the end
+  std::vector<int> busy;                    // experts that have a slot
+
+  // Groups `count` slots by expert, those of one expert in the order of slots.
+  void sort(int count, int num_experts);
+};
+
 class Program {
  public:
   Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
@@ -119,6 +133,8 @@ class Program {
   void prepare_step(Pass& pass, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
+  void swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
+                    float* tiles, float* out, ptrdiff_t stride) const;
   void experts(Pass& pass, const Instruction& in, int index, int thread);
   void attend(Pass& pass, const Instruction& in, int index, int thread);
   void attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
@@ -129,6 +145,7 @@ class Program {
   void rope_head(const Pass& pass, int token, float* head, int norm) const;
   void store_token(Pass& pass, const Instruction& in, int token, int kv_head);
   Inputs inputs_for(const Weight& w, int slot) const;
+  float* product_scratch(int thread) const;
   uint8_t* thread_scratch(int thread) const { return scratch_.data() + thread_offset_ + thread * thread_bytes_; }
 
   const Kernels& kernels_;
@@ -143,7 +160,9 @@ class Program {
   std::vector<const float*> vectors_;
   Memory states_, scratch_, partials_;
   size_t inputs_bytes_ = 0, thread_offset_ = 0, thread_bytes_ = 0, input_row_bytes_ = 0;
-  int max_groups_ = 0;
+  int max_groups_ = 0, input_rows_ = 0;
+  Routing routing_;
+  Memory expert_states_;  // hidden, then output, of each place of the routing
   std::vector<float> cosines_, sines_;  // [max_tokens][head_dim / 2]
   std::unique_ptr<std::atomic<int>[]> counters_;
 
