@@ -12,7 +12,7 @@ KERNELS := $(shell find src -name '*.cpp' -o -name '*.h')
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs bench lock clean
+.PHONY: help setup demo test test-slow sanitize lint format docs bench lock clean
 
 help:  ## show the verbs
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,6 +27,9 @@ test: $(READY)  ## the tests that every change must pass
 
 test-slow: $(EVAL_READY)  ## the slow and the many-process tests
 	$(BIN)/python -m pytest -m "(slow or dist) and not gpu and not network" $(ARGS)
+
+sanitize: $(READY)  ## the kernels' tests on a build with address and undefined-behaviour checks
+	@sh scripts/sanitize.sh $(ARGS)
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -13,7 +14,11 @@ namespace deepseek {
 
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kArenaBytes = 0;     // every weight on its own, so that a read past it is seen
+#else
 constexpr size_t kArenaBytes = size_t(64) << 20;
+#endif
 constexpr int kRowBlock = 32;         // rows of a swiglu tile
 constexpr int kQueryBlock = 48;       // queries of an attention block
 constexpr int kFewTokens = 2;         // each thread prepares its own inputs: cheaper than to meet
@@ -27,6 +32,14 @@ std::pair<int, int> share(int count, int parts, int index) {
 
 }  // namespace
 
+#if defined(__SANITIZE_ADDRESS__)
+Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64))) {
+  data_ = (uint8_t*)std::aligned_alloc(64, bytes_);
+  std::memset(data_, 0, bytes_);
+}
+
+Memory::~Memory() { std::free(data_); }
+#else
 Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), 4096)) {
   void* got = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) throw std::bad_alloc();
@@ -39,6 +52,7 @@ Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), 4096)
 Memory::~Memory() {
   if (data_) munmap(data_, bytes_);
 }
+#endif
 
 KvPages::KvPages(Kind kind, const Shape& shape, int pages) : num_pages(pages), layers_(shape.layers) {
   layout.kind = kind;

@@ -1,0 +1,21 @@
+#!/bin/sh
+# Builds the kernels with the address and undefined-behaviour sanitizers beside the installed ones
+# and runs their tests on them. Needs what `make setup` installs, cmake and g++ with its sanitizers.
+set -eu
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+build=$PWD/build/sanitize
+tools="cmake ninja nanobind"
+"$python" -m pip install --quiet --disable-pip-version-check $tools
+PATH=$PWD/.venv/bin:$PATH
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=None -DDEEPSEEK_SANITIZE=ON \
+  -DPython_EXECUTABLE="$python" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/out" >"$build.log"
+ninja -C "$build" >>"$build.log" || { tail -20 "$build.log"; exit 1; }
+SANITIZED_KERNELS=$(echo "$build"/out/_cpu*.so)
+export SANITIZED_KERNELS
+# Python and torch keep memory until the end: leaks say nothing here
+PYTHONPATH=$PWD ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so) \
+  "$python" -m pytest -p tests.sanitized --numprocesses=2 --durations=3 -q \
+  tests/ops/test_packed_linear.py tests/ops/test_paged_attention.py tests/ops/test_native_sampling.py \
+  tests/generate/test_flat.py "$@"
