@@ -1,4 +1,4 @@
-"""A pytest plugin that puts the kernels built by scripts/sanitize.sh in the installed ones' place."""
+"""A pytest plugin: the kernels of scripts/sanitize.sh in place of the installed ones."""
 
 from __future__ import annotations
 
