@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "isa.h"
+#include "limits.h"
 #include "program.h"
 #include "../sampling/cpu/sample.h"
 
@@ -154,4 +155,12 @@ NB_MODULE(_cpu, m) {
         nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition"), nb::arg("frequency"),
         nb::arg("presence"), nb::arg("seen").none(), nb::arg("counts").none(), nb::arg("uniform"));
   m.def("make_program", &make_program);
+  m.def("measure_products", [](const std::string& isa, const std::string& kind, int threads) {
+    nb::gil_scoped_release release;
+    return measure_products(kernels_named(isa), kind_of(kind), threads);
+  });
+  m.def("measure_bandwidth", [](const std::string& isa, size_t bytes, int threads) {
+    nb::gil_scoped_release release;
+    return measure_bandwidth(kernels_named(isa), bytes, threads);
+  });
 }

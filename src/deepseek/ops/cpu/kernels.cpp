@@ -1,6 +1,7 @@
 // Compiled once for every instruction set, with DEEPSEEK_ISA naming it.
 #include <type_traits>
 
+#include "peak.h"
 #include "../attention/cpu/pages.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
@@ -31,6 +32,8 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,
     .pack_panel = pack_panel,
+    .peak_products = peak_products,
+    .read_once = read_once,
 };
 
 }  // namespace deepseek

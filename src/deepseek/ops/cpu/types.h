@@ -117,6 +117,9 @@ struct Kernels {
   // Packing -----------------------------------------------------------------------------------
   void (*pack_panel)(Weight& w, const void* source, Kind source_kind, ptrdiff_t source_stride,
                      int panel, float* scratch);
+  // Limits, see peak.h ------------------------------------------------------------------------
+  double (*peak_products)(Kind kind, int rounds, float* numbers);
+  float (*read_once)(const float* from, size_t count);
 };
 
 }  // namespace deepseek
