@@ -103,29 +103,42 @@ uint8_t* Program::allocate(size_t bytes) {
   return data;
 }
 
-int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
-                        Kind source_kind, ptrdiff_t stride, const float* bias) {
+Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
   Weight w;
   w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
   w.group = kind == Kind::int8 ? kRotation : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
   w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
   w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4
                    : kind == Kind::bf16 ? size_t(w.k_padded) * 2
-                   : kind == Kind::int8 ? size_t(w.groups()) * (w.group + 2)
+                   : kind == Kind::int8 ? w.k_padded + aligned(w.groups(), 2) * 2
                                         : size_t(w.groups()) * (w.group / 2 + 4);
-  size_t columns = size_t(w.panels() - 1) * kPanel + w.width(w.panels() - 1);
-  w.data = allocate(columns * w.column_bytes);
   if (bias) {
-    float* copy = (float*)allocate(columns * sizeof(float));
+    float* copy = (float*)allocate(w.columns() * sizeof(float));
     std::memcpy(copy, bias, n * sizeof(float));
     w.bias = copy;
   }
+  return w;
+}
+
+int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
+                        Kind source_kind, ptrdiff_t stride, const float* bias) {
+  Weight w = new_weight(kind, group, rotated, n, k, bias);
+  w.data = allocate(w.bytes());
   std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(size_t(w.k_padded) * 16));
   std::atomic<int> next{0};
   pool_.run([&](int thread) {
     for (int p; (p = next.fetch_add(1)) < w.panels();)
       kernels_.pack_panel(w, source, source_kind, stride, p, scratch[thread].data());
   });
+  weights_.push_back(w);
+  return int(weights_.size()) - 1;
+}
+
+int Program::add_packed(Kind kind, int group, bool rotated, int n, int k, const uint8_t* data,
+                        size_t bytes, const float* bias) {
+  Weight w = new_weight(kind, group, rotated, n, k, bias);
+  if (w.bytes() != bytes) throw std::invalid_argument("packed weights are of another size");
+  w.data = const_cast<uint8_t*>(data);
   weights_.push_back(w);
   return int(weights_.size()) - 1;
 }
@@ -289,11 +302,9 @@ void Program::embed_row(const Weight& w, int row, float* out) const {
         break;
       }
       case Kind::int8: {
-        const uint8_t* block = data + size_t(i / w.group) * width * (w.group + 2);
-        int inside = i % w.group;
-        const uint16_t* scales = (const uint16_t*)(block + size_t(width) * w.group);
-        int level = block[(size_t(inside / 4) * width + column) * 4 + inside % 4];
-        value = float(level - 128) * half(scales[column]);
+        const uint16_t* scales = (const uint16_t*)(data + size_t(width) * w.k_padded);
+        int level = data[(size_t(i / 4) * width + column) * 4 + i % 4];
+        value = float(level - 128) * half(scales[size_t(i / w.group) * width + column]);
         break;
       }
       case Kind::int4: {

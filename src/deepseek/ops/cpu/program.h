@@ -106,6 +106,9 @@ class Program {
   // Weights are packed as they are added; `source` is not needed afterwards.
   int add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
                  Kind source_kind, ptrdiff_t stride, const float* bias);
+  // Weights that were packed before, in place: `data` must stay.
+  int add_packed(Kind kind, int group, bool rotated, int n, int k, const uint8_t* data, size_t bytes,
+                 const float* bias);
   int add_vector(const float* values, int count);
   void start();  // after the last weight
 
@@ -167,6 +170,7 @@ class Program {
   std::unique_ptr<std::atomic<int>[]> counters_;
 
   uint8_t* allocate(size_t bytes);
+  Weight new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias);
 };
 
 }  // namespace deepseek

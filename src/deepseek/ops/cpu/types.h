@@ -22,8 +22,8 @@ enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 // what is left rounded up to 16. Inside a panel of width w:
 //   f32   float      [k][w]
 //   bf16  uint16     [k / 2][w][2]
-//   int8  per group: uint8 [group / 4][w][4]    value + 128
-//                    half  scale [w]
+//   int8  uint8 [k / 4][w][4]                   value + 128
+//         half  scale [groups, made even][w]    so that every vector of it all is aligned
 //   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
 //                    half  scale [w], half least [w]      weight = scale * nibble + least
 // k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: 64) with weights that are zero.
@@ -42,6 +42,8 @@ struct Weight {
   }
   uint8_t* panel(int index) const { return data + size_t(index) * kPanel * column_bytes; }
   int groups() const { return k_padded / group; }
+  int columns() const { return (panels() - 1) * kPanel + width(panels() - 1); }
+  size_t bytes() const { return size_t(columns()) * column_bytes; }
 };
 
 // Rows of inputs in the form a weight's kernel reads.

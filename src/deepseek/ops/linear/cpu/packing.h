@@ -94,10 +94,10 @@ void pack_int4(const Weight& w, uint8_t* panel, int width, int column, const flo
 
 void pack_int8(const Weight& w, uint8_t* panel, int width, int column, const float* x) {
   for (int g = 0; g < w.groups(); ++g, x += w.group * kLanes) {
-    uint8_t* block = panel + size_t(g) * width * (w.group + 2);
+    uint8_t* block = panel + size_t(g) * width * w.group;
     vf most = zero();
     for (int i = 0; i < w.group; ++i) most = vmax(most, absolute(load(x + i * kLanes)));
-    uint16_t* halves = (uint16_t*)(block + size_t(width) * w.group) + column;
+    uint16_t* halves = (uint16_t*)(panel + size_t(width) * w.k_padded) + size_t(g) * width + column;
     store_half(halves, mul(most, all(1.0f / 127.0f)));
     vf inverse = inverse_of(load_half(halves));
     for (int i = 0; i < w.group; i += 4) {

@@ -120,22 +120,20 @@ void tile_int8(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
     terms[m] = (const int32_t*)x.term + size_t(row + m) * x.groups;
     for (int v = 0; v < V; ++v) sums[m][v] = zero();
   }
-  const uint8_t* w = t.data;
+  const uint8_t* lane = t.data + size_t(t.offset) * 4;
+  const uint16_t* halves = (const uint16_t*)(t.data + size_t(t.width) * t.w.k_padded) + t.offset;
   int quads = t.w.group / 4;
-  for (int g = 0; g < x.groups; ++g) {
+  for (int g = 0; g < x.groups; ++g, halves += t.width) {
     vi acc[M][V];
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < V; ++v) acc[m][v] = all_i(terms[m][g]);
-    const uint8_t* lane = w + size_t(t.offset) * 4;
     for (int q = 0; q < quads; ++q, lane += size_t(t.width) * 4) {
       vi b[V];
       for (int v = 0; v < V; ++v) b[v] = load_i(lane + v * kLanes * 4);
       dot_quads<M, V>(acc, b, in, g * quads + q);
     }
-    w += size_t(t.width) * t.w.group;
     vf scale[V];
-    for (int v = 0; v < V; ++v) scale[v] = load_half((const uint16_t*)w + t.offset + v * kLanes);
-    w += size_t(t.width) * 2;
+    for (int v = 0; v < V; ++v) scale[v] = load_half(halves + v * kLanes);
     for (int m = 0; m < M; ++m) {
       vf a = all(scales[m][g]);
       for (int v = 0; v < V; ++v)

@@ -134,7 +134,8 @@ void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int pane
   const uint8_t* from = w.panel(panel);
   bool is_int4 = w.kind == Kind::int4;
   for (int g = 0; g < x.groups; ++g) {
-    const uint8_t* halves = from + size_t(width) * (is_int4 ? w.group / 2 : w.group);
+    const uint8_t* halves = is_int4 ? from + size_t(width) * (w.group / 2)
+                                    : w.panel(panel) + size_t(width) * (w.k_padded + 2 * g);
     for (int start = 0; start < rows; start += kTileRows) {
       clear_sums();
       for (int k = 0; k < w.group; k += inner) {
@@ -155,7 +156,7 @@ void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int pane
       else
         scale_int8((const uint16_t*)halves, x, row + start, high, g, vectors, dots, sums + start);
     }
-    from = halves + size_t(width) * (is_int4 ? 4 : 2);
+    from += size_t(width) * (is_int4 ? w.group / 2 + 4 : w.group);
   }
   for (int m = 0; m < rows; ++m) {
     vf values[3] = {load(sums[m]), load(sums[m] + kLanes), load(sums[m] + 2 * kLanes)};
