@@ -65,6 +65,15 @@ def clean_environment() -> Iterator[None]:
             os.environ[name] = value
 
 
+@pytest.fixture(autouse=True)
+def packed_weights_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Keep the packed weights of tests' models out of the user's store."""
+    place = tmp_path_factory.getbasetemp() / "packed"
+    monkeypatch.setattr("deepseek.hub.packed.packed_folder", lambda: place)
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """Return the bundle folder of SmolLM2-135M-Instruct, pulled into the user's store once."""

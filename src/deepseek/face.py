@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from deepseek.generate import Engine
+    from deepseek.generate.engine import Weights
+    from deepseek.hub.bundle import Bundle
+    from deepseek.hub.mapping import MappedTensor
     from deepseek.hub.saving import save
     from deepseek.models import Decoder, Encoder
     from deepseek.ops.attention import AttentionImpl
@@ -75,10 +78,12 @@ def load_engine(
     threads: int | None = None,
     verify: bool = False,
     progress: Callable[[float], None] | None = None,
+    keep: bool = True,
 ) -> Engine | None:
     """Return an engine of a bundle, for `deepseek.generate.generate`; torch is never imported.
 
-    It starts several times faster than `load` and holds the packed weights only.
+    It starts several times faster than `load` and holds the packed weights only. They are kept in
+    `$DEEPSEEK_HOME/packed` and mapped the next time.
 
     Args:
         source: as in `load`; a `.gguf` file has no engine without torch.
@@ -86,6 +91,7 @@ def load_engine(
         threads: threads to compute with; None for the cores this process may use.
         verify: hash every file first.
         progress: called with the share of weights that are packed.
+        keep: keep the packed weights on the disk, and use those that are there.
 
     Returns:
         None where the model does not run on the engine without torch: load it by `load`.
@@ -94,13 +100,7 @@ def load_engine(
         ConfigError: an unknown name or scheme.
         FormatError: a folder that is not a whole model.
     """
-    from deepseek.data import Tokenizer
-    from deepseek.generate.engine import Rows, build_engine
-    from deepseek.generate.flat import why_not_flat
     from deepseek.hub.bundle import Bundle
-    from deepseek.hub.mapping import map_tensors
-    from deepseek.models.config import DecoderConfig
-    from deepseek.models.families import config_from_hf, our_name
     from deepseek.ops.cpu import why_missing
 
     asked = _as_scheme(scheme)
@@ -109,37 +109,76 @@ def load_engine(
     if path.is_file() or why_missing() is not None:
         return None
     bundle = Bundle.open(path, verify=verify)
+    return _engine_of(bundle, asked, threads=threads, progress=progress, keep=keep)
+
+
+def _engine_of(
+    bundle: Bundle,
+    asked: Scheme | None,
+    *,
+    threads: int | None,
+    progress: Callable[[float], None] | None,
+    keep: bool,
+) -> Engine | None:
+    from deepseek.data import Tokenizer
+    from deepseek.generate.engine import build_engine
+    from deepseek.generate.flat import why_not_flat
+    from deepseek.hub.mapping import map_tensors
+    from deepseek.hub.packed import packed_path, read_packed, write_packed
+    from deepseek.models.config import DecoderConfig
+    from deepseek.models.families import config_from_hf, our_name
+    from deepseek.ops.cpu import packed_form
+
     config = config_from_hf(bundle.config)
     if not isinstance(config, DecoderConfig) or why_not_flat(config) is not None:
         return None
-    mapped = map_tensors(path, bundle.tensors)
+    mapped = map_tensors(bundle.path, bundle.tensors)
     names = {our_name(config, name): name for name in mapped}
-    kinds = {mapped[name].dtype for name in names.values()}
-    if asked is None:
-        if len(kinds) != 1 or "float16" in kinds:
-            return None
-        asked = Scheme.named(kinds.pop())
-    last: list[str] = []
-
-    def rows(name: str) -> Rows | None:
-        if name not in names:
-            return None
-        # what was asked for before is packed by now
-        while last:
-            mapped[last.pop()].release()
-        tensor = mapped[names[name]]
-        last.append(names[name])
-        return Rows(tensor.address, tensor.dtype, tensor.shape, tensor.stride_bytes, tensor)
-
-    return build_engine(
+    scheme = asked or _stored_scheme({mapped[name].dtype for name in names.values()})
+    if scheme is None:
+        return None
+    form = f"{scheme.weights} {scheme.group} {scheme.head_storage} {packed_form()}"
+    place = packed_path(bundle.path, bundle.tensors, form=form) if keep else None
+    packed = None if place is None else read_packed(place)
+    engine = build_engine(
         config,
-        rows,
-        asked,
-        tokenizer=Tokenizer.from_folder(path),
+        _each_once({ours: mapped[name] for ours, name in names.items() if ours is not None}),
+        scheme,
+        tokenizer=Tokenizer.from_folder(bundle.path),
         bundle=bundle,
         threads=threads,
         progress=progress,
+        packed=packed,
     )
+    if place is not None and packed is None:
+        write_packed(place, engine.packed_parts(), folder=bundle.path)
+    return engine
+
+
+def _stored_scheme(dtypes: set[str]) -> Scheme | None:
+    """Return the scheme of weights as they are, None where the engine has none for them."""
+    if len(dtypes) != 1 or "float16" in dtypes:
+        return None
+    return Scheme.named(dtypes.pop())
+
+
+def _each_once(tensors: Mapping[str, MappedTensor]) -> Weights:
+    """Return what gives the weights in turn; what was asked for before is packed by then, and its
+    pages go back."""
+    from deepseek.generate.engine import Rows
+
+    last: list[MappedTensor] = []
+
+    def rows(name: str) -> Rows | None:
+        if name not in tensors:
+            return None
+        while last:
+            last.pop().release()
+        tensor = tensors[name]
+        last.append(tensor)
+        return Rows(tensor.address, tensor.dtype, tensor.shape, tensor.stride_bytes, tensor)
+
+    return rows
 
 
 def _as_scheme(scheme: str | Scheme | None) -> Scheme | None:

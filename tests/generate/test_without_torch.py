@@ -44,11 +44,11 @@ def test_tokens_are_those_of_the_model(tmp_path: Path, case: str, scheme: str) -
     assert answer == {"tokens": list(expected.token_ids), "torch": False}
 
 
-def test_experts_have_no_engine_and_a_scheme_for_them_is_refused(tmp_path: Path) -> None:
+def test_latent_attention_has_no_engine_and_a_scheme_for_it_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
-    face.hub.save(ours(reference("qwen3-moe")), folder)
+    face.hub.save(ours(reference("deepseek-v3")), folder)
     assert face.load_engine(folder) is None
-    with pytest.raises(face.ConfigError, match="experts"):
+    with pytest.raises(face.ConfigError, match="latent"):
         face.load(folder, scheme="int8")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
-from deepseek.ops.scheme import Scheme
+from deepseek.ops.scheme import Scheme, Storage
 
 if TYPE_CHECKING:
     from deepseek.data import Tokenizer
@@ -45,6 +45,16 @@ Weights = Callable[[str], "Rows | None"]
 """Gives a weight by the decoder's own name; None where there is none (a bias, mostly)."""
 
 
+class PackedBytes(Protocol):
+    """A weight as an engine of the same scheme and instruction set has packed it, in memory."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Engine:
     """A decoder ready to run without torch. Make it by `build_engine`; `generate` takes it in place
@@ -59,6 +69,8 @@ class Engine:
     """The compiled program with its weights."""
     tokenizer: Tokenizer | None = None
     bundle: object | None = None
+    packed: Mapping[str, PackedBytes] | None = None
+    """What it was given, kept alive."""
 
     @property
     def threads(self) -> int:
@@ -69,6 +81,15 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of the packed weights."""
         return self.native.weight_bytes
+
+    def packed_parts(self) -> list[tuple[str, memoryview]]:
+        """Return the packed weights in place: what `build_engine` takes as `packed`."""
+        parts = []
+        for place, name in enumerate(_matrices(self.program.instructions)):
+            address, count = self.native.packed(place)
+            values = (ctypes.c_uint8 * count).from_address(address)
+            parts.append((name, memoryview(values).cast("B")))
+        return parts
 
     def new_pages(self, num_pages: int) -> Any:
         """Return memory for `num_pages` pages of 64 tokens, in every layer.
@@ -134,6 +155,7 @@ def build_engine(
     threads: int | None = None,
     instruction_set: str | None = None,
     progress: Callable[[float], None] | None = None,
+    packed: Mapping[str, PackedBytes] | None = None,
 ) -> Engine:
     """Return an engine; every weight is read once and packed.
 
@@ -145,6 +167,8 @@ def build_engine(
         threads: None for the cores this process may use.
         instruction_set: None for the best one here, or what `DEEPSEEK_ISA` says.
         progress: called with the share of weights that are packed.
+        packed: `packed_parts` of an engine of the same weights, scheme and instruction set; used
+            where it is.
 
     Raises:
         BackendError: the kernels were not built, or a weight is missing.
@@ -171,13 +195,14 @@ def build_engine(
         threads,
     )
     for place, name in enumerate(book.matrices):
-        _add_matrix(native, name, weights, scheme, name in book.exact)
+        kind = "float32" if name in book.exact else _storage(name, scheme)
+        _add_matrix(native, name, weights, kind, scheme.group, (packed or {}).get(name))
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:
         native.add_vector(_vector(_needed(weights, name)))
     native.start()
-    return Engine(config, scheme, program, isa, native, tokenizer, bundle)
+    return Engine(config, scheme, program, isa, native, tokenizer, bundle, packed)
 
 
 def _native_shape(shape: ProgramShape) -> dict[str, object]:
@@ -199,11 +224,10 @@ class _Numbers:
 
     def __init__(self, buffers: list[str], instructions: Sequence[Instruction]) -> None:
         self._buffers = {name: place for place, name in enumerate(buffers)} | {LOGITS: -1}
-        matrices = dict.fromkeys(name for item in instructions for name in item.weights)
         self.exact = {name for item in instructions if item.is_exact for name in item.weights}
         named = ((item.norm, item.q_norm, item.k_norm, item.balance) for item in instructions)
         vectors = dict.fromkeys(name for each in named for name in each if name is not None)
-        self.matrices, self.vectors = list(matrices), list(vectors)
+        self.matrices, self.vectors = _matrices(instructions), list(vectors)
         self._matrices = {name: place for place, name in enumerate(self.matrices)}
         self._vectors: dict[str | None, int] = {name: i for i, name in enumerate(self.vectors)}
 
@@ -231,23 +255,39 @@ class _Numbers:
         }
 
 
-def _add_matrix(native: Any, name: str, weights: Weights, scheme: Scheme, is_exact: bool) -> None:
-    rows = _needed(weights, name)
+def _matrices(instructions: Sequence[Instruction]) -> list[str]:
+    return list(dict.fromkeys(name for item in instructions for name in item.weights))
+
+
+def _storage(name: str, scheme: Scheme) -> Storage:
     is_head = name.startswith(("model.embed_tokens", "lm_head"))
-    kind = "float32" if is_exact else scheme.head_storage if is_head else scheme.weights
+    return scheme.head_storage if is_head else scheme.weights
+
+
+def _add_matrix(
+    native: Any,
+    name: str,
+    weights: Weights,
+    kind: Storage,
+    group: int,
+    packed: PackedBytes | None,
+) -> None:
+    rows = _needed(weights, name)
     count, width = rows.shape
     bias = weights(name.removesuffix("weight") + "bias")
-    native.add_weight(
-        kind=kind,
-        group=scheme.group,
-        rotated=kind == "int8",
-        source=rows.address,
-        dtype=rows.dtype,
-        n=count,
-        k=width,
-        stride=rows.stride_bytes,
-        bias=None if bias is None else _vector(bias),
-    )
+    form = {
+        "kind": kind,
+        "group": group,
+        "rotated": kind == "int8",
+        "n": count,
+        "k": width,
+        "bias": None if bias is None else _vector(bias),
+    }
+    if packed is None:
+        stride, dtype = rows.stride_bytes, rows.dtype
+        native.add_weight(source=rows.address, dtype=dtype, stride=stride, **form)
+    else:
+        native.add_packed(address=packed.address, bytes=packed.num_bytes, **form)
 
 
 def _needed(weights: Weights, name: str) -> Rows:

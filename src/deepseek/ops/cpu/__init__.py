@@ -67,6 +67,11 @@ def chosen_instruction_set() -> str:
     return wanted
 
 
+def packed_form() -> str:
+    """Return what the bytes of a packed weight depend on, beside the weight and its scheme."""
+    return f"layout {kernels().layout}, {chosen_instruction_set()}"
+
+
 def default_threads() -> int:
     """Return how many threads compute: the cores this process may use, within its cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

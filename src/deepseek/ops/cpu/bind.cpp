@@ -139,6 +139,7 @@ int choose(Array<float> logits, double temperature, int top_k, double top_p, dou
 
 NB_MODULE(_cpu, m) {
   m.doc() = "Packed products, attention over pages, and the flat step of a decoder.";
+  m.attr("layout") = kLayout;
   m.def("usable_isas", &usable_isas);
   m.def("emulated_isas", &emulated_isas);
   nb::class_<KvPages>(m, "KvPages")

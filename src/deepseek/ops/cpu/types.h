@@ -15,6 +15,8 @@ constexpr int kPage = 64;
 constexpr int kSpan = 256;
 // Channels that are rotated together before int8 quantization.
 constexpr int kRotation = 64;
+// Raised whenever the bytes of a packed weight change: files of them are kept between runs.
+constexpr int kLayout = 1;
 
 enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 

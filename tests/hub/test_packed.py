@@ -1,0 +1,126 @@
+"""Packed weights on the disk: used when they fit, made anew when they do not, never in the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import deepseek
+from deepseek.face import load_engine
+from deepseek.generate import Engine
+from deepseek.hub import packed
+from deepseek.ops.cpu import why_missing
+from tests.models.zoo import ours, reference
+
+pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    deepseek.save(ours(reference("qwen2")), tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("deepseek.hub.packed.packed_folder", lambda: tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+def open_engine(folder: Path, **settings: object) -> Engine:
+    engine = load_engine(folder, **settings)
+    assert engine is not None
+    return engine
+
+
+def logits(engine: Engine) -> np.ndarray:
+    table = np.arange(1)[None]
+    return engine.step(engine.new_pages(1), [3, 1, 4], range(3), [0] * 3, table, range(3))
+
+
+@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4", "int4-g64"])
+def test_the_second_start_maps_what_the_first_packed(folder: Path, scheme: str) -> None:
+    first = open_engine(folder, scheme=scheme)
+    second = open_engine(folder, scheme=scheme)
+    assert first.packed is None and second.packed is not None
+    assert np.array_equal(logits(first), logits(second))
+    assert first.weight_bytes == second.weight_bytes
+
+
+def test_schemes_and_instruction_sets_have_their_own(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for isa in ("plain", None):
+        if isa:
+            monkeypatch.setenv("DEEPSEEK_ISA", isa)
+        else:
+            monkeypatch.delenv("DEEPSEEK_ISA")
+        for scheme in ("int8", "int8-kv8", "int4"):
+            open_engine(folder, scheme=scheme)
+    assert len(list(store.iterdir())) == 4, "the storage of the cache is no part of the weights"
+
+
+def test_changed_weights_are_packed_again_and_replace_the_old(folder: Path, store: Path) -> None:
+    before = logits(open_engine(folder, scheme="int8"))
+    model = deepseek.load(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(3)
+    deepseek.save(model, folder)
+    changed = open_engine(folder, scheme="int8")
+    assert changed.packed is None
+    assert not np.array_equal(before, logits(changed))
+    assert len(list(store.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "header", "another model"])
+def test_a_damaged_file_is_made_anew(folder: Path, store: Path, damage: str) -> None:
+    expected = logits(open_engine(folder, scheme="int8"))
+    (path,) = store.iterdir()
+    whole = path.read_bytes()
+    if damage == "another model":
+        other = folder.with_name("other")
+        deepseek.save(ours(reference("llama")), other)
+        open_engine(other, scheme="int8")
+        (stranger,) = (each for each in store.iterdir() if each != path)
+        damaged = stranger.read_bytes()
+    else:
+        damaged = {"cut": whole[:-1], "empty": b"", "header": b"x" * 100 + whole[100:]}[damage]
+    path.write_bytes(damaged)
+    assert np.array_equal(logits(open_engine(folder, scheme="int8")), expected)
+    assert path.read_bytes() == whole
+
+
+def test_a_store_that_cannot_be_written_is_no_error(folder: Path, store: Path) -> None:
+    store.write_text("a file where the folder should be")
+    assert open_engine(folder, scheme="int8").packed is None
+
+
+def test_nothing_is_kept_when_not_asked(folder: Path, store: Path) -> None:
+    open_engine(folder, scheme="int8", keep=False)
+    assert not store.exists()
+
+
+def test_files_of_models_that_are_gone_are_removed(folder: Path, store: Path) -> None:
+    open_engine(folder, scheme="int8")
+    (gone,) = store.iterdir()
+    other = folder.with_name("other")
+    shutil.copytree(folder, other)
+    shutil.rmtree(folder)
+    open_engine(other, scheme="int8")
+    assert not gone.exists() and len(list(store.iterdir())) == 1
+
+
+def test_no_half_written_file_stays(
+    folder: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(packed.os, "replace", fail)
+    open_engine(folder, scheme="int8")
+    assert list(store.iterdir()) == []
