@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from deepseek import hub
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.names import NAMES, canonical_name
-from deepseek.hub.pulling import pull
 from deepseek.ops.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from deepseek.generate.engine import Weights
     from deepseek.hub.bundle import Bundle
     from deepseek.hub.mapping import MappedTensor
+    from deepseek.hub.pulling import pull
     from deepseek.hub.saving import save
     from deepseek.models import Decoder, Encoder
     from deepseek.ops.attention import AttentionImpl
@@ -187,7 +187,7 @@ def _as_scheme(scheme: str | Scheme | None) -> Scheme | None:
 
 def _fetch(source: str | Path) -> None:
     if not _is_here(source) and canonical_name(str(source)) in NAMES:
-        pull(source)
+        hub.pull(source)
 
 
 def _is_here(source: str | Path) -> bool:
@@ -220,6 +220,6 @@ def _late(name: str, module: str, function: str) -> types.FunctionType:
 
 
 def __getattr__(name: str) -> object:
-    if name == "save":
-        return importlib.import_module("deepseek.hub.saving").save
+    if name in ("pull", "save"):
+        return getattr(hub, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

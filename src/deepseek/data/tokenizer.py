@@ -6,12 +6,15 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tokenizers
 
 from deepseek.data._tokenizer_files import TokenizerFiles, load_backend, read_tokenizer_files
-from deepseek.data.chat_template import ChatTemplate
 from deepseek.errors import ConfigError, describe
+
+if TYPE_CHECKING:
+    from deepseek.data.chat_template import ChatTemplate
 
 _CLEAN_UPS = (
     (" .", "."),
@@ -265,6 +268,9 @@ class Tokenizer:
             raise ConfigError(
                 describe("chat_template", "tokenizer", "present for a chat", got, step)
             )
+        # not at the top: jinja2 takes as long to import as all else here
+        from deepseek.data.chat_template import ChatTemplate
+
         return ChatTemplate(self.chat_template)
 
     def _named_id(self, name: str) -> int | None:

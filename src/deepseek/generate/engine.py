@@ -49,10 +49,14 @@ class PackedBytes(Protocol):
     """A weight as an engine of the same scheme and instruction set has packed it, in memory."""
 
     @property
-    def address(self) -> int: ...
+    def address(self) -> int:
+        """Where its bytes begin; they stay there as long as this object is held."""
+        ...
 
     @property
-    def num_bytes(self) -> int: ...
+    def num_bytes(self) -> int:
+        """How many there are."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

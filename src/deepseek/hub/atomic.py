@@ -20,7 +20,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -82,7 +81,7 @@ def replace_file(path: Path, content: bytes) -> None:
         CapacityError: the disk is full; the old content is there.
         ConfigError: the place cannot be written to.
     """
-    fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
+    fresh = path.with_name(f".{path.name}.new-{os.urandom(4).hex()}")
     with writing(path):
         try:
             with fresh.open("wb") as file:
@@ -194,7 +193,7 @@ def _held_folder(target: Path) -> Iterator[Path]:
     us try again.
     """
     while True:
-        folder = target.with_name(f".{target.name}.new-{secrets.token_hex(4)}")
+        folder = target.with_name(f".{target.name}.new-{os.urandom(4).hex()}")
         os.mkdir(folder)
         try:
             handle = os.open(folder, os.O_RDONLY)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def write_packed(path: Path, parts: Sequence[tuple[str, memoryview]], *, folder:
         parts: bytes of each weight, each a multiple of 64 bytes long.
         folder: the model's.
     """
-    fresh = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
+    fresh = path.with_name(f".{path.name}.new-{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
