@@ -9,14 +9,16 @@ nothing itself.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import sys
 import threading
 import types
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
 
 _AUTO = "transformers.models.auto"
 _WATCHED = {
@@ -44,7 +46,7 @@ def _register(watched: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-class _AutoFinder(importlib.abc.MetaPathFinder):
+class _AutoFinder:
     """Lets the usual finders find the watched modules, and registers once one of them has run."""
 
     def __init__(self) -> None:
@@ -55,30 +57,35 @@ class _AutoFinder(importlib.abc.MetaPathFinder):
         fullname: str,
         path: Sequence[str] | None,
         target: types.ModuleType | None = None,
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         """Return the module's own spec with a loader that registers afterwards."""
         if fullname not in _WATCHED or getattr(self._asking, "name", None) == fullname:
             return None
+        from importlib.util import find_spec
+
         self._asking.name = fullname
         try:
-            spec = importlib.util.find_spec(fullname)
+            spec = find_spec(fullname)
         finally:
             self._asking.name = None
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = cast("Loader", _RegisteringLoader(spec.loader))
         return spec
 
 
-class _RegisteringLoader(importlib.abc.Loader):
-    """Runs a module through its own loader, then registers."""
+class _RegisteringLoader:
+    """Runs a module through its own loader, then registers.
 
-    def __init__(self, inner: importlib.abc.Loader) -> None:
+    It has no base class: importing that takes as long as all else that `import deepseek` does.
+    """
+
+    def __init__(self, inner: Loader) -> None:
         self._inner = inner
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType | None:
         """Return what the module's own loader creates."""
         return self._inner.create_module(spec)
 

@@ -65,7 +65,7 @@ def load_backend(path: Path, files: TokenizerFiles) -> tokenizers.Tokenizer:
         FormatError: the file is truncated, corrupt or of an unknown kind.
     """
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = tokenizers.Tokenizer.from_buffer(path.read_bytes())
     except BaseException as error:
         # the library reports most faults as a bare Exception, and some as a panic, not even that
         if isinstance(error, OSError) or not (
