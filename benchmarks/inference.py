@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
     "cold": {"mode": "cold", "prompt_tokens": 16, "new_tokens": 1, "batch": 1},
 }
 """What is measured: tokens/s of reading a prompt, of one row, of 16 rows together; seconds from the
-start of the process to its first token, files warm."""
+start of the process to the text of its first token, files warm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=environment(),
         )
         self.version = str(self._read()["version"])
 
@@ -87,6 +89,11 @@ class Worker:
         if not line:
             raise RuntimeError(f"{self.spec.name} ended with code {self._process.wait()}")
         return json.loads(line)
+
+
+def environment() -> dict[str, str]:
+    """Return an engine's environment: with compiled bytecode, as installed packages have it."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 def engines(options: argparse.Namespace) -> list[EngineSpec]:
@@ -121,7 +128,9 @@ def measure(
         for number in range(rounds + 1):
             for spec in specs:
                 words = spec.command(mode, threads)
-                done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                done = subprocess.run(
+                    words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()
+                )
                 # the first round warms the file cache
                 if number > 0:
                     samples[spec.name].append(json.loads(done.stdout.splitlines()[-1]))

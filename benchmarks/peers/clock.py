@@ -15,6 +15,11 @@ Once = Callable[[list[list[int]], int], tuple[list[list[int]], Event, Event]]
 """Reads prompts and makes tokens: their ids, and (time, tokens so far) when every sequence has its
 first token and when all are done."""
 
+Text = tuple[Callable[[str], list[int]], Callable[[list[int]], str]]
+"""Text to ids, and ids to text."""
+
+QUESTION = "The capital of France is"
+
 _OUT = os.fdopen(os.dup(1), "w")
 
 
@@ -42,10 +47,15 @@ def prompts(asked: dict[str, Any], repeat: int) -> list[list[int]]:
     return made
 
 
-def serve(asked: dict[str, Any], once: Once, version: str) -> None:
-    """Warm up, say so, and measure once for each line on standard input; then leave at once."""
+def serve(asked: dict[str, Any], once: Once, version: str, load_text: Callable[[], Text]) -> None:
+    """Warm up, say so, and measure once for each line on standard input; then leave at once.
+
+    A cold start is from a text to the text of the first token, the tokenizer's loading included.
+    """
     if asked["mode"] == "cold":
-        once(prompts(asked, 0), 1)
+        encode, decode = load_text()
+        ids, _, _ = once([encode(QUESTION)], 1)
+        assert isinstance(decode(ids[0]), str)
         _say({"cold_s": _since_start(), "peak_rss_bytes": _peak_rss_bytes(), "version": version})
         os._exit(0)
     once(prompts(asked, 0), asked["new_tokens"])

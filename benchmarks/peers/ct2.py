@@ -49,4 +49,12 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return [each.sequences_ids[0] for each in results], first, (times[-1], len(times))
 
 
-clock.serve(asked, once, f"ctranslate2 {ctranslate2.__version__}")
+def load_text() -> clock.Text:
+    """It has none: the model's own, through the tokenizers library."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(asked["tokenizer"])
+    return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+
+
+clock.serve(asked, once, f"ctranslate2 {ctranslate2.__version__}", load_text)

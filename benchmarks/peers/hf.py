@@ -31,4 +31,12 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return torch.cat(tokens, 1).tolist(), (times[0], count), (times[-1], count * new)
 
 
-clock.serve(asked, once, f"transformers {transformers.__version__}, torch {torch.__version__}")
+def load_text() -> clock.Text:
+    """The model's own tokenizer."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(asked["model"])
+    return lambda text: tokenizer(text).input_ids, tokenizer.decode
+
+
+clock.serve(
+    asked, once, f"transformers {transformers.__version__}, torch {torch.__version__}", load_text
+)

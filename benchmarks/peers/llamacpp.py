@@ -69,4 +69,28 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return out, first, (time.perf_counter(), len(prompts) * new)
 
 
-clock.serve(asked, once, f"llama-cpp-python {api.__version__}")
+def encode(text: str) -> list[int]:
+    """Return the ids of a text."""
+    raw = text.encode()
+    ids = (api.llama_token * (len(raw) + 8))()
+    words = api.llama_model_get_vocab(model)
+    count = api.llama_tokenize(words, raw, len(raw), ids, len(ids), True, True)
+    return list(ids[:count])
+
+
+def decode(ids: list[int]) -> str:
+    """Return the text of ids."""
+    words, piece = api.llama_model_get_vocab(model), ctypes.create_string_buffer(256)
+    parts = []
+    for token in ids:
+        count = api.llama_token_to_piece(words, token, piece, len(piece), 0, True)
+        parts.append(piece.raw[:count])
+    return b"".join(parts).decode(errors="replace")
+
+
+def load_text() -> clock.Text:
+    """The vocabulary came with the model."""
+    return encode, decode
+
+
+clock.serve(asked, once, f"llama-cpp-python {api.__version__}", load_text)

@@ -54,4 +54,10 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return out, first, (last_s, sum(map(len, out)))
 
 
-clock.serve(asked, once, f"openvino_genai {genai.get_version()}")
+def load_text() -> clock.Text:
+    """The pipeline's own tokenizer."""
+    tokenizer = pipe.get_tokenizer()
+    return lambda text: tokenizer.encode(text).input_ids.data[0].tolist(), tokenizer.decode
+
+
+clock.serve(asked, once, f"openvino_genai {genai.get_version()}", load_text)

@@ -39,4 +39,10 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return out, (times[0], count), (times[-1], count * new)
 
 
-clock.serve(asked, once, f"onnxruntime_genai {genai.__version__}")
+def load_text() -> clock.Text:
+    """Its own tokenizer."""
+    tokenizer = genai.Tokenizer(model)
+    return lambda text: list(tokenizer.encode(text)), tokenizer.decode
+
+
+clock.serve(asked, once, f"onnxruntime_genai {genai.__version__}", load_text)

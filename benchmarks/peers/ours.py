@@ -31,4 +31,11 @@ def once(prompts: list[list[int]], new: int) -> tuple[list[list[int]], clock.Eve
     return out, first, (time.perf_counter(), total)
 
 
-clock.serve(asked, once, f"deepseek {engine.instruction_set}")
+def load_text() -> clock.Text:
+    """The tokenizer came with the engine."""
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None
+    return tokenizer.encode, tokenizer.decode
+
+
+clock.serve(asked, once, f"deepseek {engine.instruction_set}", load_text)
