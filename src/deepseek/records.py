@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -103,6 +102,8 @@ def summarize(name: str, samples: Sequence[float], unit: str, **rest: Any) -> Me
         unit: as in `Measurement`.
         **rest: `conditions` and `command` of the measurement.
     """
+    import statistics  # here: the import takes longer than the rest of this module
+
     ordered = sorted(samples)
     if len(ordered) >= 10:
         deciles = statistics.quantiles(ordered, n=10, method="inclusive")

@@ -127,7 +127,7 @@ class Tokenizer:
             folder: an existing folder.
         """
         folder = Path(folder)
-        self.backend.save(str(folder / "tokenizer.json"), pretty=True)
+        self.backend.save(str(folder / "tokenizer.json"), pretty=False)
         config: dict[str, object] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **self.special_tokens,
