@@ -104,6 +104,24 @@ def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
             assert np.array_equal(alone[0], logits)
 
 
+@pytest.mark.parametrize("case", ["qwen2", "qwen3-moe"])
+def test_rows_are_picked_out_of_a_step(case: str) -> None:
+    """Some of the tokens of several rows, none at all, and more than there is room for."""
+    model = ours(reference(case))
+    sequences = draw([30, 1, 20])
+    found, table = engine(model), np.arange(3)[:, None]
+    tokens = sum(sequences, [])
+    positions = [place for each in sequences for place in range(len(each))]
+    rows = [row for row, each in enumerate(sequences) for _ in each]
+    pages = found.new_pages(3)
+    every = found.step(pages, tokens, positions, rows, table, range(51))
+    some = found.step(pages, tokens, positions, rows, table, [29, 30, 3])
+    assert np.array_equal(some, every[[29, 30, 3]])
+    assert found.step(pages, tokens, positions, rows, table, []).shape == (0, VOCABULARY)
+    with pytest.raises(ConfigError, match="selected"):
+        found.step(pages, tokens, positions, rows, table, [0] * 600)
+
+
 def grouped_experts() -> Decoder:
     """Sigmoid scores with a balancing bias, groups, shared experts, a dense layer, a scale."""
     experts = ExpertsConfig(

@@ -62,8 +62,9 @@ def test_a_decoder_shares_the_memory_of_attention_and_feed_forward() -> None:
     )
     program = decoder_program(config)
     _, total = plan_memory(program.instructions, program.widths)
-    assert total == 64 + 256
+    assert total == 64 + 64 + 256, "states and the picked rows of the last, beside the widest"
     lines = program.text().splitlines()
-    assert len(lines) == 2 + 5 * 3
+    assert len(lines) == 3 + 5 * 3
     assert lines[3].endswith("states += linear(attended; model.layers.0.self_attn.o_proj.weight)")
-    assert "norm(states)" in lines[-1]
+    assert "last = copy(states; )" in lines[13]
+    assert "norm(last)" in lines[-1]

@@ -246,7 +246,7 @@ class _Numbers:
             "q_norm": self._vectors.get(item.q_norm, -1),
             "k_norm": self._vectors.get(item.k_norm, -1),
             "adds": int(item.adds),
-            "selected": int(item.selected),
+            "selected": ("all", "pick", "picked").index(item.rows),
             "layer": item.layer,
             "window": item.window or 0,
             "routes": self._buffers[item.routes] if item.routes else 0,

@@ -7,6 +7,8 @@ torch.
 
 from __future__ import annotations
 
+import dataclasses
+
 from deepseek.graph import Instruction, Program, ProgramShape
 from deepseek.graph.program import LOGITS
 from deepseek.models.angles import cosine_factor, rope_angles
@@ -32,15 +34,16 @@ def decoder_program(config: DecoderConfig) -> Program:
     instructions = [Instruction(op="embed", output="states", weights=(EMBEDDING,))]
     for layer in range(config.num_layers):
         instructions += _layer(config, layer)
+    instructions = _picked(instructions)
     head = EMBEDDING if config.tie_embeddings else "lm_head.weight"
     instructions.append(
         Instruction(
             op="linear",
-            input="states",
+            input="last",
             output=LOGITS,
             weights=(head,),
             norm="model.norm.weight",
-            selected=True,
+            rows="picked",
         )
     )
     angles = rope_angles(config.rope, dim, config.max_positions)
@@ -57,6 +60,7 @@ def decoder_program(config: DecoderConfig) -> Program:
         ),
         widths={
             "states": config.hidden_size,
+            "last": config.hidden_size,
             "qkv": (heads + 2 * kv_heads) * dim,
             "attended": heads * dim,
             "hidden": max(config.intermediate_size, _shared_width(config.experts)),
@@ -64,6 +68,23 @@ def decoder_program(config: DecoderConfig) -> Program:
         },
         instructions=tuple(instructions),
     )
+
+
+def _picked(instructions: list[Instruction]) -> list[Instruction]:
+    """Return the instructions with all behind the last attention on those rows alone whose logits
+    were asked for: a prompt needs one."""
+    start = max(place for place, item in enumerate(instructions) if item.op == "attend") + 1
+    copy = Instruction(op="copy", input="states", output="last", rows="pick")
+
+    def on_last(item: Instruction) -> Instruction:
+        return dataclasses.replace(
+            item,
+            input="last" if item.input == "states" else item.input,
+            output="last" if item.output == "states" else item.output,
+            rows="pick" if item.input == "attended" else "picked",
+        )
+
+    return [*instructions[:start], copy, *map(on_last, instructions[start:])]
 
 
 def _shared_width(experts: ExpertsConfig | None) -> int:

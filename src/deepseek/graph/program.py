@@ -6,7 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Op = Literal["embed", "linear", "swiglu", "attend", "experts"]
+Op = Literal["embed", "linear", "swiglu", "attend", "experts", "copy"]
+
+RowSet = Literal["all", "pick", "picked"]
+"""Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for, side
+by side in the output; or rows that were picked so before."""
 
 LOGITS = "logits"
 """The output that is no buffer of the plan: the caller owns it."""
@@ -29,8 +33,7 @@ class Instruction:
     """Weight of the RMS norm of the input."""
     adds: bool = False
     """Add to the output in place of setting it."""
-    selected: bool = False
-    """Only rows whose logits were asked for."""
+    rows: RowSet = "all"
     layer: int = 0
     """attend: layer of the cache."""
     q_norm: str | None = None

@@ -41,13 +41,14 @@ Instruction instruction_of(const nb::dict& d) {
           : op == "linear" ? Op::linear
           : op == "swiglu" ? Op::swiglu
           : op == "attend" ? Op::attend
+          : op == "copy"   ? Op::copy
                            : Op::experts;
   auto number = [&](const char* name, int other) {
     return d.contains(name) ? nb::cast<int>(d[name]) : other;
   };
   in.in = number("input", 0), in.out = number("output", 0), in.norm = number("norm", -1);
   if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
-  in.adds = number("adds", 0), in.selected = number("selected", 0);
+  in.adds = number("adds", 0), in.rows = RowSet(number("selected", 0));
   in.layer = number("layer", 0), in.q_norm = number("q_norm", -1), in.k_norm = number("k_norm", -1);
   in.window = number("window", 0), in.routes = number("routes", 0);
   in.balance = number("balance", -1), in.num_active = number("num_active", 0);

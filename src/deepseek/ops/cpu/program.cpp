@@ -211,6 +211,7 @@ void Program::check(const Step& s, const KvPages& pages) const {
       for (int p = 0; p <= s.positions[i] / kPage; ++p)
         if (table[p] < 0 || table[p] >= pages.num_pages) refuse("page outside the pool");
   }
+  if (s.num_selected > max_tokens_) refuse("more tokens selected than a step takes");
   for (int i = 0; i < s.num_selected; ++i)
     if (s.selected[i] < 0 || s.selected[i] >= s.count) refuse("selected token out of range");
 }
@@ -262,6 +263,7 @@ void Program::work(Pass& pass, int thread) {
     const Instruction& in = instructions_[i];
     switch (in.op) {
       case Op::embed: embed(pass, in, thread); break;
+      case Op::copy: copy(pass, in, thread); break;
       case Op::linear:
       case Op::swiglu: linear(pass, in, i, thread); break;
       case Op::attend: attend(pass, in, i, thread); break;
@@ -342,6 +344,20 @@ void Program::embed(Pass& pass, const Instruction& in, int thread) {
   }
 }
 
+int Program::rows_of(const Pass& pass, const Instruction& in) const {
+  return in.rows == RowSet::all ? pass.step.count : pass.step.num_selected;
+}
+
+void Program::copy(Pass& pass, const Instruction& in, int thread) {
+  auto [start, stop] = share(rows_of(pass, in), pool_.size(), thread);
+  int width = buffers_[in.out].width;
+  for (int r = start; r < stop; ++r) {
+    int source = in.rows == RowSet::pick ? pass.step.selected[r] : r;
+    std::memcpy(buffer(in.out) + size_t(r) * width, buffer(in.in) + size_t(source) * width,
+                width * sizeof(float));
+  }
+}
+
 // Slot 0 is shared; slot 1 + i belongs to thread i.
 Inputs Program::inputs_for(const Weight& w, int slot) const {
   Inputs x;
@@ -379,7 +395,7 @@ void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x
 
 void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   const Weight& w = weights_[in.weights[0]];
-  int rows = in.selected ? pass.step.num_selected : pass.step.count;
+  int rows = rows_of(pass, in);
   if (rows == 0) return;
   bool is_alone = rows <= kFewTokens;
   Inputs x = inputs_for(w, is_alone ? 1 + thread : 0);
@@ -389,7 +405,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   int in_width = buffers_[in.in].width;
   auto [first, last] = is_alone ? std::pair{0, rows} : share(rows, pool_.size(), thread);
   for (int r = first; r < last; ++r) {
-    int source = in.selected ? pass.step.selected[r] : r;
+    int source = in.rows == RowSet::pick ? pass.step.selected[r] : r;
     kernels_.prepare(w, buffer(in.in) + size_t(source) * in_width, norm, shape_.norm_eps, x, r, scratch);
   }
   if (!is_alone) pool_.barrier().wait();
@@ -649,7 +665,7 @@ void choose_experts(const Instruction& in, const float* logits, int count, const
 
 void Program::experts(Pass& pass, const Instruction& in, int index, int thread) {
   const Weight &gate = weights_[in.weights[0]], &down = weights_[in.weights[2]];
-  int rows = pass.step.count, active = in.num_active, slots = rows * active;
+  int rows = rows_of(pass, in), active = in.num_active, slots = rows * active;
   int num_experts = int(in.weights.size()) / 3;
   float* hidden = (float*)expert_states_.data();
   float* outputs = hidden + size_t(max_tokens_) * active * down.k;

@@ -28,7 +28,11 @@ class Memory {
   size_t bytes_ = 0;
 };
 
-enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4 };
+enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4, copy = 5 };
+
+// Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for, side
+// by side in the output; or rows that were picked so before.
+enum class RowSet : int { all = 0, pick = 1, picked = 2 };
 
 // `in` and `out` are buffers of the plan; -1 for `out` means the step's logits.
 struct Instruction {
@@ -37,7 +41,7 @@ struct Instruction {
   int norm = -1;                   // RMS norm of the input: index of a vector, -1 for none
   std::vector<int> weights;        // swiglu: gate, up; experts: gate, up, down of each in turn
   bool adds = false;               // add to `out` in place of setting it
-  bool selected = false;           // only the rows whose logits were asked for
+  RowSet rows = RowSet::all;
   // attend
   int layer = 0, q_norm = -1, k_norm = -1, window = 0;  // window in slots, 0 for none
   // experts
@@ -130,10 +134,12 @@ class Program {
   struct Run { int start, count, row; };  // tokens of one sequence
   struct Pass;
 
+  int rows_of(const Pass& pass, const Instruction& in) const;
   float* buffer(int index) const { return (float*)states_.data() + buffers_[index].offset * max_tokens_; }
   void check(const Step& step, const KvPages& pages) const;
   void work(Pass& pass, int thread);
   void prepare_step(Pass& pass, int thread);
+  void copy(Pass& pass, const Instruction& in, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
   void swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
