@@ -1,13 +1,6 @@
 #include "pool.h"
 
-#include <sched.h>
-
 namespace deepseek {
-
-namespace {
-constexpr int kSpinsBeforeYield = 20000;
-constexpr int kSpinsBeforeSleep = 4000;
-}  // namespace
 
 void relax() {
 #if defined(__x86_64__)
@@ -17,18 +10,32 @@ void relax() {
 #endif
 }
 
+namespace {
+
+constexpr int kSpinsBeforeSleep = 4000;
+
+// Waits until `value` is no longer `old`. It spins for as long as phases usually differ; then it
+// sleeps, so that where others use the cores too, the thread that is waited for gets this one.
+void wait_for_change(const std::atomic<int>& value, int old) {
+  for (int spins = 0; spins < kSpinsBeforeSleep; ++spins) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    relax();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
 void Barrier::wait() {
   if (threads_ == 1) return;
   int phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
+    phase_.notify_all();
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpinsBeforeYield) relax();
-    else sched_yield();
-  }
+  wait_for_change(phase_, phase);
 }
 
 Pool::Pool(int threads) : barrier_(threads < 1 ? 1 : threads) {
@@ -49,23 +56,17 @@ void Pool::run(const std::function<void(int)>& work) {
   job_.fetch_add(1, std::memory_order_release);
   job_.notify_all();
   work(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire) > 0; ++spins) {
-    if (spins < kSpinsBeforeYield) relax();
-    else sched_yield();
-  }
+  for (int left; (left = running_.load(std::memory_order_acquire)) > 0;) wait_for_change(running_, left);
 }
 
 void Pool::serve(int index) {
   int done = 0;
   for (;;) {
-    for (int spins = 0; job_.load(std::memory_order_acquire) == done && spins < kSpinsBeforeSleep;
-         ++spins)
-      relax();
-    job_.wait(done, std::memory_order_acquire);
+    wait_for_change(job_, done);
     ++done;
     if (is_closing_.load()) return;
     (*work_)(index);
-    running_.fetch_sub(1, std::memory_order_release);
+    if (running_.fetch_sub(1, std::memory_order_release) == 1) running_.notify_all();
   }
 }
 

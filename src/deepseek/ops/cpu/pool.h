@@ -9,10 +9,8 @@
 
 namespace deepseek {
 
-// Wait a moment without leaving the core.
-void relax();
-
-// All threads of a pool pass together. It spins: a step has hundreds of phases of microseconds.
+// All threads of a pool pass together. It spins, for a step has hundreds of phases of microseconds,
+// and sleeps where that takes long: somebody else is using the cores then.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
