@@ -1,4 +1,4 @@
-"""What each scheme of the engine loses against float32: perplexity, divergence, the likeliest token.
+"""What each scheme of the engine loses against float32: perplexity, divergence, top token.
 
     python benchmarks/quality.py
     python benchmarks/quality.py --finetune 300 --keep FOLDER --gate int4=1.03
@@ -11,7 +11,9 @@ gate.
 The weights of the bundled models come from files of 4 bits: int4 finds their grid again and loses
 next to nothing, which says little of other models. `--finetune` first trains every weight for some
 steps, on text that is not measured, and measures both. How near the grid the weights are is shown:
-rounding to int4 changes normally distributed ones by 0.6 % (relative squared error).
+rounding to int4 changes normally distributed ones by 0.6 % (relative squared error). Where it
+changes them by far less, they have hardly left the grid, and what int4 loses is mostly the training
+that rounding takes back.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -40,14 +43,14 @@ import deepseek
 from deepseek.cli.models import positive
 from deepseek.errors import BackendError, ConfigError, DeepseekError, describe
 from deepseek.evaluate import Corpus, default_corpus, read_corpus
-from deepseek.evaluate.intervals import bootstrap_ratio, clustered_wilson
+from deepseek.evaluate.intervals import FloatArray, clustered_wilson, student_quantile
 from deepseek.face import load_engine
 from deepseek.generate.engine import PAGE_SIZE, Engine
 from deepseek.hub.atomic import writing
 from deepseek.models import Decoder
 from deepseek.ops.linear.reference import round_int4
 from deepseek.ops.scheme import SCHEMES
-from deepseek.records import Measurement, StageRecord
+from deepseek.records import Measurement, Spread, StageRecord
 
 MEASURED = ("bfloat16", "bfloat16-kv8", "int8", "int8-kv8", "int4", "int4-kv8", "int4-g64")
 GATES = {"int8": 1.005}
@@ -155,7 +158,7 @@ def open_engine(source: str | Path, scheme: str) -> Engine:
 def predict(engine: Engine, pages: Any, window: Tensor) -> Tensor:
     """Return the logarithms of an engine's chances of each next token [512, vocab]."""
     places, table = np.arange(WINDOW), np.arange(WINDOW // PAGE_SIZE)[None]
-    logits = engine.step(pages, window.numpy(), places, np.zeros(WINDOW), table, places)
+    logits = engine.step(pages, window.numpy(), places, np.zeros_like(places), table, places)
     return torch.from_numpy(logits).log_softmax(-1)
 
 
@@ -180,7 +183,7 @@ def score(
     """Return each scheme's scores of every window; the reference reads each once."""
     pages = {name: engine.new_pages(WINDOW // PAGE_SIZE) for name, engine in engines.items()}
     scores: dict[str, list[Scores]] = {name: [] for name in engines}
-    for window in bar.track(windows, description=f"{label}: measuring"):
+    for window in bar.track(windows, description=f"{escape(label)}: measuring"):
         with torch.no_grad():
             expected = model(window[None]).logits[0].log_softmax(-1)
         for name, engine in engines.items():
@@ -201,8 +204,19 @@ def rounding_error(model: Decoder) -> float:
     return error / total
 
 
+def interval(values: FloatArray) -> Spread:
+    """Return Student's 95 % interval of the mean of windows [windows], at least two."""
+    half = student_quantile(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Spread("ci95", float(values.mean()) - half, float(values.mean()) + half)
+
+
+def raised(spread: Spread) -> Spread:
+    """Return the interval of exp(x) out of that of x."""
+    return Spread(spread.kind, math.exp(spread.low), math.exp(spread.high))
+
+
 def model_figures(
-    model: Decoder, scores: Sequence[Scores], about: Mapping[str, Any], command: str
+    model: Decoder, scores: Sequence[Scores], about: Mapping[str, Any]
 ) -> list[Measurement]:
     """Return the reference's perplexity and the weights' distance from the grid."""
     losses = np.array([each.reference_loss for each in scores])
@@ -211,87 +225,68 @@ def model_figures(
             name="perplexity",
             value=math.exp(losses.mean()),
             unit="1",
-            spread=bootstrap_ratio(losses, np.ones_like(losses), seed=SEED, transform=np.exp),
+            spread=raised(interval(losses)),
             conditions={**about, "dtype": "float32"},
-            command=command,
         ),
         Measurement(
-            name="int4_rounding_error",
-            value=rounding_error(model),
-            unit="1",
-            conditions=about,
-            command=command,
+            name="int4_rounding_error", value=rounding_error(model), unit="1", conditions=about
         ),
     ]
 
 
-def scheme_figures(
-    scores: Sequence[Scores], about: Mapping[str, Any], command: str
-) -> list[Measurement]:
+def scheme_figures(scores: Sequence[Scores], about: Mapping[str, Any]) -> list[Measurement]:
     """Return what a scheme loses; intervals are over windows, paired with the reference's."""
-    rows = np.array(scores)
-    differences, divergences = rows[:, 1] - rows[:, 0], rows[:, 2]
-    ones, sizes = np.ones(len(rows)), np.full(len(rows), float(WINDOW))
-    change = float(differences.mean())
-    found = [
-        (
-            "perplexity_ratio",
-            math.exp(change),
-            "1",
-            bootstrap_ratio(differences, ones, seed=SEED, transform=np.exp),
+    reference_losses, losses, divergences, agreements = np.array(scores).T
+    differences = losses - reference_losses
+    change, spread = float(differences.mean()), interval(differences)
+    sizes = np.full(len(scores), float(WINDOW))
+    found = {
+        ("perplexity_ratio", "1"): (math.exp(change), raised(spread)),
+        ("log_perplexity_difference", "nats/token"): (change, spread),
+        ("kl_divergence", "nats/token"): (float(divergences.mean()), interval(divergences)),
+        ("top1_agreement", "1"): (
+            float(agreements.mean()),
+            clustered_wilson(agreements * sizes, sizes),
         ),
-        (
-            "log_perplexity_difference",
-            change,
-            "nats/token",
-            bootstrap_ratio(differences, ones, seed=SEED),
-        ),
-        (
-            "kl_divergence",
-            float(divergences.mean()),
-            "nats/token",
-            bootstrap_ratio(divergences, ones, seed=SEED),
-        ),
-        (
-            "top1_agreement",
-            float(rows[:, 3].mean()),
-            "1",
-            clustered_wilson(rows[:, 3] * sizes, sizes),
-        ),
-    ]
+    }
     return [
-        Measurement(
-            name=name, value=value, unit=unit, spread=spread, conditions=about, command=command
-        )
-        for name, value, unit, spread in found
+        Measurement(name=name, value=value, unit=unit, spread=spread, conditions=about)
+        for (name, unit), (value, spread) in found.items()
     ]
 
 
 def measure(
+    model: Decoder,
     source: str | Path,
     text: Text,
     schemes: Sequence[str],
-    conditions: Mapping[str, Any],
-    command: str,
+    label: str,
     bar: Progress,
 ) -> list[Measurement]:
-    """Return the figures of a model, then those of each scheme."""
-    model = load_reference(source)
-    label = str(conditions["model"])
-    steps = bar.track(schemes, description=f"{label}: packing")
+    """Return the figures of a model, then those of each scheme.
+
+    Args:
+        model: the reference.
+        source: where it came from, for the engines.
+        text: its measured windows are read.
+        schemes: at least one name.
+        label: what the model is called.
+        bar: shows how far it is.
+    """
+    steps = bar.track(schemes, description=f"{escape(label)}: packing")
     engines = {name: open_engine(source, name) for name in steps}
     scores = score(model, engines, text.measured, label, bar)
     about = {
-        **conditions,
+        "model": label,
         **text.conditions,
         "windows": len(text.measured),
         "window_tokens": WINDOW,
         "instruction_set": engines[schemes[0]].instruction_set,
-        "interval": "over windows: bootstrap; of a share: Wilson at the effective number",
+        "interval": "Student's over windows; of a share, Wilson at the effective number of tokens",
     }
-    found = model_figures(model, scores[schemes[0]], about, command)
+    found = model_figures(model, scores[schemes[0]], about)
     for name in schemes:
-        found += scheme_figures(scores[name], {**about, "scheme": name}, command)
+        found += scheme_figures(scores[name], {**about, "scheme": name})
     return found
 
 
@@ -323,12 +318,8 @@ def finetune(model: Decoder, windows: Tensor, num_steps: int, bar: Progress) -> 
     model.eval()
 
 
-def save_finetuned(
-    source: str | Path, text: Text, num_steps: int, folder: Path, bar: Progress
-) -> None:
-    """Write a fine-tuned copy of a model into a folder, in bfloat16."""
-    model = load_reference(source)
-    finetune(model, text.learned, num_steps, bar)
+def save_finetuned(model: Decoder, text: Text, num_steps: int, folder: Path) -> None:
+    """Write a fine-tuned model into a folder, in bfloat16, with how it was made."""
     settings = {
         "steps": num_steps,
         "tokens_per_step": BATCH * LENGTH,
@@ -358,21 +349,21 @@ def kept_in(folder: Path | None) -> Iterator[Path]:
     yield folder
 
 
-def run(options: argparse.Namespace, command: str, bar: Progress) -> list[Measurement]:
+def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
     """Return the figures of the model and, if asked for, of the fine-tuned one."""
-    text = prepare_text(load_reference(options.model), options.text, options.tokens)
-    conditions = {"model": options.model, "finetune_steps": 0}
-    if options.finetune is None:
-        return measure(options.model, text, options.schemes, conditions, command, bar)
+    model, schemes, num_steps = load_reference(options.model), options.schemes, options.finetune
+    text = prepare_text(model, options.text, options.tokens)
+    if num_steps is None:
+        return measure(model, options.model, text, schemes, options.model, bar)
     if len(text.learned) == 0:
         must = "longer than what is measured"
         raise ConfigError(describe("text", "--finetune", must, f"{text.measured.numel()} tokens"))
     with kept_in(options.keep) as folder:
-        found = measure(options.model, text, options.schemes, conditions, command, bar)
-        save_finetuned(options.model, text, options.finetune, folder, bar)
-        label = f"{options.model} fine-tuned"
-        conditions = {"model": label, "finetune_steps": options.finetune}
-        return found + measure(folder, text, options.schemes, conditions, command, bar)
+        found = measure(model, options.model, text, schemes, options.model, bar)
+        finetune(model, text.learned, num_steps, bar)
+        save_finetuned(model, text, num_steps, folder)
+        label = f"{options.model} after {num_steps} steps of fine-tuning"
+        return found + measure(load_reference(folder), folder, text, schemes, label, bar)
 
 
 def over_gates(found: Sequence[Measurement], gates: Mapping[str, float]) -> list[str]:
@@ -406,12 +397,14 @@ def table_of(
     """
     perplexity, error = figures[None, "perplexity"], figures[None, "int4_rounding_error"]
     about = perplexity.conditions
+    title = (
+        f"{about['model']}: perplexity {perplexity.value:.3f} in float32 over {about['windows']} "
+        f"windows of {WINDOW} tokens of {about['text']}; rounding to int4 changes the layers' "
+        f"weights by {100 * error.value:.2g} %"
+    )
     table = Table(
-        "scheme", "perplexity ratio", "95 % of its logarithm", "KL, nats", "same top token", "gate",
-        title=f"{about['model']}, {about['finetune_steps']} steps of fine-tuning here: perplexity "
-        f"{perplexity.value:.3f} in float32 over {about['windows']} windows of {WINDOW} tokens of "
-        f"{about['text']}; rounding to int4 changes the layers' weights by {error.value:.2%}",
-        title_justify="left",
+        "scheme", "perplexity ratio", "95 % of its log", "KL, nats", "same top", "gate",
+        title=escape(title), title_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     for scheme in dict.fromkeys(scheme for scheme, _ in figures if scheme is not None):
         spread = figures[scheme, "log_perplexity_difference"].spread
@@ -421,7 +414,7 @@ def table_of(
             f"{figures[scheme, 'perplexity_ratio'].value:.4f}",
             f"{spread.low:+.4f} … {spread.high:+.4f}",
             f"{figures[scheme, 'kl_divergence'].value:.5f}",
-            f"{figures[scheme, 'top1_agreement'].value:.1%}",
+            f"{100 * figures[scheme, 'top1_agreement'].value:.1f} %",
             str(gates.get(scheme, "")),
         )
     return table
@@ -437,9 +430,8 @@ def gate(word: str) -> tuple[str, float]:
     with contextlib.suppress(ValueError):
         if scheme in SCHEMES and float(ratio) > 0:
             return scheme, float(ratio)
-    raise argparse.ArgumentTypeError(
-        f"must be SCHEME=RATIO, such as int4=1.03, a scheme one of {', '.join(SCHEMES)}; got {word!r}"
-    )
+    must = f"SCHEME=RATIO, such as int4=1.03, a scheme one of {', '.join(SCHEMES)}"
+    raise argparse.ArgumentTypeError(f"must be {must}; got {word!r}")
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -474,8 +466,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/quality.py", *words])
     gates = GATES | dict(options.gate)
     try:
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            found = run(options, command, bar)
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            found = [dataclasses.replace(each, command=command) for each in run(options, bar)]
     except DeepseekError as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2

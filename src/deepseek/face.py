@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import types
 from collections.abc import Callable, Mapping
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from deepseek.hub.mapping import MappedTensor
     from deepseek.hub.pulling import pull
     from deepseek.hub.saving import save
-    from deepseek.models import Decoder, Encoder
+    from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig
     from deepseek.ops.attention import AttentionImpl
 
-__all__ = ["attach_methods", "load", "load_engine", "pull", "save"]
+__all__ = ["EngineFacts", "attach_methods", "engine_facts", "load", "load_engine", "pull", "save"]
 
 METHODS: dict[str, tuple[str, str]] = {"generate": ("deepseek.generate", "generate")}
 """Methods of a loaded decoder: name, and the module and function that run it."""
@@ -122,21 +123,18 @@ def _engine_of(
 ) -> Engine | None:
     from deepseek.data import Tokenizer
     from deepseek.generate.engine import build_engine
-    from deepseek.generate.flat import why_not_flat
     from deepseek.hub.mapping import map_tensors
     from deepseek.hub.packed import packed_path, read_packed, write_packed
     from deepseek.models.config import DecoderConfig
-    from deepseek.models.families import config_from_hf, our_name
+    from deepseek.models.families import our_name
     from deepseek.ops.cpu import packed_form
 
-    config = config_from_hf(bundle.config)
-    if not isinstance(config, DecoderConfig) or why_not_flat(config) is not None:
+    facts = _facts_of_bundle(bundle, asked)
+    config, scheme = facts.config, facts.scheme
+    if facts.reason is not None or scheme is None or not isinstance(config, DecoderConfig):
         return None
     mapped = map_tensors(bundle.path, bundle.tensors)
     names = {our_name(config, name): name for name in mapped}
-    scheme = asked or _stored_scheme({mapped[name].dtype for name in names.values()})
-    if scheme is None:
-        return None
     form = f"{scheme.weights} {scheme.group} {scheme.head_storage} {packed_form()}"
     place = packed_path(bundle.path, bundle.tensors, form=form) if keep else None
     packed = None if place is None else read_packed(place)
@@ -155,11 +153,87 @@ def _engine_of(
     return engine
 
 
-def _stored_scheme(dtypes: set[str]) -> Scheme | None:
-    """Return the scheme of weights as they are, None where the engine has none for them."""
-    if len(dtypes) != 1 or "float16" in dtypes:
-        return None
-    return Scheme.named(dtypes.pop())
+@dataclasses.dataclass(frozen=True)
+class EngineFacts:
+    """What an engine of a model would be, known before a weight is read."""
+
+    config: DecoderConfig | EncoderConfig
+    scheme: Scheme | None
+    """None where the weights are stored in a way that the engine does not have."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the weights, by our names."""
+    reason: str | None
+    """Why there is no engine; None where there is one."""
+
+
+def engine_facts(source: str | Path, *, scheme: str | Scheme | None = None) -> EngineFacts:
+    """Return what an engine of a model would be, or why it has none; torch is imported only for a
+    `.gguf` file, whose engine needs it too.
+
+    Args:
+        source: as in `load`.
+        scheme: as in `load`.
+
+    Raises:
+        ConfigError: an unknown name or scheme.
+        FormatError: a folder or file that is not a whole model.
+    """
+    from deepseek.hub.bundle import Bundle
+
+    asked = _as_scheme(scheme)
+    _fetch(source)
+    path = hub.resolve(source)
+    if path.is_file():
+        return _facts_of_gguf(path, asked)
+    return _facts_of_bundle(Bundle.open(path), asked)
+
+
+_STORED = {"F32": "float32", "BF16": "bfloat16"}
+
+
+def _facts_of_bundle(bundle: Bundle, asked: Scheme | None) -> EngineFacts:
+    from deepseek.models.families import config_from_hf, our_name
+
+    config = config_from_hf(bundle.config)
+    named = {our_name(config, name): entry for name, entry in bundle.tensors.items()}
+    entries = {name: entry for name, entry in named.items() if name is not None}
+    dtypes = sorted({entry.dtype for entry in entries.values()})
+    is_stored = len(dtypes) == 1 and dtypes[0] in _STORED
+    scheme = asked or (Scheme.named(_STORED[dtypes[0]]) if is_stored else None)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return EngineFacts(config, scheme, shapes, _why_no_engine(config, scheme, ", ".join(dtypes)))
+
+
+def _facts_of_gguf(path: Path, asked: Scheme | None) -> EngineFacts:
+    import torch
+
+    from deepseek.hub.gguf import read_gguf
+    from deepseek.hub.gguf_model import hf_config
+    from deepseek.hub.loading import stored_dtype
+    from deepseek.models.families import build_model, config_from_hf
+
+    file = read_gguf(path)
+    config = config_from_hf(hf_config(file))
+    dtype = str(stored_dtype(file)).removeprefix("torch.")
+    # its modules are what the engine is built from, and they are taken in these dtypes alone
+    scheme = (asked or Scheme.named(dtype)) if dtype in _STORED.values() else None
+    with torch.device("meta"):
+        parameters = build_model(config).named_parameters()
+    shapes = {name: tuple(value.shape) for name, value in parameters}
+    return EngineFacts(config, scheme, shapes, _why_no_engine(config, scheme, dtype))
+
+
+def _why_no_engine(
+    config: DecoderConfig | EncoderConfig, scheme: Scheme | None, stored: str
+) -> str | None:
+    from deepseek.generate.flat import why_not_flat
+    from deepseek.models.config import DecoderConfig
+    from deepseek.ops.cpu import why_missing
+
+    if not isinstance(config, DecoderConfig):
+        return "it is an encoder, and the engine runs decoders"
+    unstored = f"the weights are {stored}; the engine takes float32 or bfloat16 as they are"
+    return why_not_flat(config) or (unstored if scheme is None else why_missing())
 
 
 def _each_once(tensors: Mapping[str, MappedTensor]) -> Weights:

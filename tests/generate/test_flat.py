@@ -110,7 +110,7 @@ def test_rows_are_picked_out_of_a_step(case: str) -> None:
     model = ours(reference(case))
     sequences = draw([30, 1, 20])
     found, table = engine(model), np.arange(3)[:, None]
-    tokens = sum(sequences, [])
+    tokens = [token for each in sequences for token in each]
     positions = [place for each in sequences for place in range(len(each))]
     rows = [row for row, each in enumerate(sequences) for _ in each]
     pages = found.new_pages(3)

@@ -43,7 +43,7 @@ def logits(engine: Engine) -> np.ndarray:
     return engine.step(engine.new_pages(1), [3, 1, 4], range(3), [0] * 3, table, range(3))
 
 
-@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4", "int4-g64"])
+@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4", "int4-g128"])
 def test_the_second_start_maps_what_the_first_packed(folder: Path, scheme: str) -> None:
     first = open_engine(folder, scheme=scheme)
     second = open_engine(folder, scheme=scheme)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
-from deepseek.errors import BackendError, ConfigError
+from deepseek.errors import BackendError, ConfigError, ShapeError
 from deepseek.ops import choice, cpu
-from deepseek.ops.choice import Case, Kernel, choose
-from deepseek.ops.scheme import SCHEMES, Scheme
+from deepseek.ops.choice import Case, CompiledBackend, Kernel, choose
+from deepseek.ops.scheme import SCHEMES, Scheme, stored_bits, stored_width
 from tests.ops.native import ISAS, NEEDS_KERNELS
 
 
@@ -22,6 +23,17 @@ def test_a_scheme_has_the_name_it_was_made_by(name: str) -> None:
 
 def test_a_scheme_without_a_name_says_what_it_is_made_of() -> None:
     assert Scheme(weights="int8", head="bfloat16").name == "int8-g32-head-bfloat16-kv-bfloat16"
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_width_is_padded_to_whole_groups(group: int) -> None:
+    """SmolLM2's 576 channels are 640 in groups of 128."""
+    padded = {32: 576, 64: 576, 128: 640}[group]
+    assert stored_width("int4", 576, group) == padded
+    assert stored_bits("int4", group) == {32: 5, 64: 4.5, 128: 4.25}[group]
+    assert stored_width("int8", 100) == 128
+    assert stored_bits("int8") == 8.25
+    assert stored_width("bfloat16", 33) == 34 and stored_width("float32", 33) == 33
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
@@ -61,6 +73,49 @@ def test_without_kernels_torch_runs_and_says_why(monkeypatch: pytest.MonkeyPatch
     assert (found.name, found.why) == ("torch", "no compiler was there")
     with pytest.raises(BackendError, match="compiler"):
         choose(Case(operation="linear", storage="int4"))
+
+
+@NEEDS_KERNELS
+def test_the_cost_of_int4_depends_on_its_group() -> None:
+    case = Case(operation="linear", storage="int4")
+    wide = choose(case.replace(group=128))
+    assert (choose(case).weight_bits, wide.weight_bits) == (5, 4.25)
+    assert "per group of 128" in wide.why and "groups of 128" in case.replace(group=128).text
+
+
+def test_attention_that_is_not_causal_runs_through_torch() -> None:
+    case = Case(operation="attention", storage="float32", is_causal=False)
+    assert choose(case).name == "torch"
+    if cpu.why_missing() is None:
+        assert choose(case).why == "the compiled kernels are causal"
+    assert case.text == "float32, one row, not causal"
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_torch_has_no_integer_keys(storage: str) -> None:
+    case = Case(operation="attention", storage=storage)
+    assert choice.TorchBackend().kernel(case) is None
+
+
+def test_nobody_keeps_keys_in_int4() -> None:
+    with pytest.raises(BackendError, match="int4"):
+        choose(Case(operation="attention", storage="int4"))
+
+
+@NEEDS_KERNELS
+def test_the_compiled_kernels_refuse_shapes_before_they_read() -> None:
+    product = CompiledBackend().kernel(Case(operation="linear", storage="float32"))
+    attend = CompiledBackend().kernel(Case(operation="attention", storage="float32"))
+    assert product is not None and product.linear is not None
+    assert attend is not None and attend.attention is not None
+    with pytest.raises(ShapeError, match=r"inputs of PackedLinear must be \[M, 7\]"):
+        product.linear(torch.ones(5, 7))(torch.ones(2, 6))
+    with pytest.raises(ShapeError, match=r"its bias \[N\]; got \[\[5, 7\], \[6\]\]"):
+        product.linear(torch.ones(5, 7), torch.ones(6))
+    good, late = torch.ones(1, 2, 3, 8), torch.ones(1, 2, 4, 8)
+    for tensors in ((late, good, good), (good, good, late), (good[..., :7],) * 3, (good[0],) * 3):
+        with pytest.raises(ShapeError, match="T at most S"):
+            attend.attention(*tensors)
 
 
 def test_a_strangers_backend_comes_first_and_only_where_it_has_a_kernel() -> None:

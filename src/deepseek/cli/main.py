@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "generate": "continue a text, or answer a question",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
     "bench": "measure speed and memory beside transformers",
+    "explain": "which kernel runs each operation of a model, and what a step costs",
     "doctor": "what this machine has, and which execution each operation uses",
 }
 """Every verb with one line of help; its module in `deepseek.cli.verbs` is imported when it runs."""

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from typing import Any
 
 from deepseek.cli.output import Progress
 from deepseek.errors import VerifyError
 from deepseek.evaluate import speed_side_by_side
 from deepseek.models import Decoder
+from deepseek.ops.cpu import default_threads
 from deepseek.records import Measurement, summarize
 
-_ONE_PROCESS = """
-import json, sys, time
-start = time.perf_counter()
-engine, folder, dtype, threads = sys.argv[1:]
-import torch
-torch.set_num_threads(int(threads))
-if engine == "deepseek":
-    from deepseek.hub import load
-else:
-    from transformers import AutoModelForCausalLM
-imported = time.perf_counter()
-if engine == "deepseek":
-    from deepseek.generate import generate
-    model = load(folder, dtype=dtype)
-    loaded = time.perf_counter()
-    generate(model, list(range(5, 133)), max_tokens=8, ignore_eos=True)
-else:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    loaded = time.perf_counter()
-    ids = torch.arange(5, 133)[None]
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8)
-from deepseek.evaluate.resources import peak_rss_bytes
-peak = peak_rss_bytes()
-print(json.dumps({"import_s": imported - start, "load_s": loaded - imported, "peak": peak}))
-"""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contender:
+    """An engine in a process of its own."""
+
+    name: str
+    engine: str
+    """One of `engine_process.ENGINES`."""
+    model: str
+    """Its folder or file."""
+    scheme: str
+    """How it stores the weights, in its own words."""
 
 
 def compare_speed(
@@ -62,38 +53,70 @@ def compare_speed(
 
 
 def compare_processes(
-    folder: str, dtype: str, *, num_repeats: int, command: str, progress: Progress
+    contenders: Sequence[Contender],
+    *,
+    num_prompt_tokens: int,
+    num_new_tokens: int,
+    num_rounds: int,
+    command: str,
+    progress: Progress,
 ) -> list[Measurement]:
-    """Return import and load seconds and peak memory of each engine, in processes by turns.
+    """Return what engines cost and give, each in processes of its own, by turns.
 
-    A process imports, loads, reads a prompt of 128 tokens and generates 8. The first round warms
-    the file cache and does not count.
+    The first round warms the file cache and does not count.
+
+    Returns:
+        per engine `cold_start_s` (from the start of the process until the first token is there),
+        `prefill_tokens_per_s` and `decode_tokens_per_s` (the best of three of a process) and
+        `process_peak_rss_bytes`, with the condition `engine`.
 
     Raises:
         VerifyError: a process failed.
     """
-    import torch
-
-    threads = str(torch.get_num_threads())
-    rounds: dict[str, list[dict[str, float]]] = {"deepseek": [], "transformers": []}
-    for number in range(num_repeats + 1):
-        for engine, samples in rounds.items():
-            progress(f"a process of {engine}", (number + 0.5) / (num_repeats + 1))
-            words = [sys.executable, "-c", _ONE_PROCESS, engine, folder, dtype, threads]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode != 0:
-                last = done.stderr.strip().splitlines()[-1:]
-                raise VerifyError(f"the process of {engine} failed: {' '.join(last)}")
+    threads = default_threads()
+    rounds: dict[str, list[dict[str, float]]] = {each.name: [] for each in contenders}
+    for number in range(num_rounds + 1):
+        for place, each in enumerate(contenders):
+            share = (number + place / len(contenders)) / (num_rounds + 1)
+            progress(f"a process of {each.name}", share)
+            asked = {
+                "engine": each.engine,
+                "model": each.model,
+                "scheme": each.scheme,
+                "threads": threads,
+                "prompt_tokens": num_prompt_tokens,
+                "new_tokens": num_new_tokens,
+            }
+            sample = _run(each.name, asked)
             if number > 0:
-                samples.append(json.loads(done.stdout.splitlines()[-1]))
+                rounds[each.name].append(sample)
     found = []
-    for name, key, unit in (
-        ("import_s", "import_s", "s"),
-        ("load_s", "load_s", "s"),
-        ("process_peak_rss_bytes", "peak", "bytes"),
-    ):
-        for engine, samples in rounds.items():
-            conditions = {"engine": engine, "dtype": dtype, "threads": int(threads)}
-            values = [sample[key] for sample in samples]
-            found.append(summarize(name, values, unit, conditions=conditions, command=command))
+    for key, unit in _UNITS.items():
+        for each in contenders:
+            conditions = {
+                "engine": each.name,
+                "threads": threads,
+                "prompt_tokens": num_prompt_tokens,
+                "new_tokens": num_new_tokens,
+            }
+            values = [sample[key] for sample in rounds[each.name]]
+            found.append(summarize(key, values, unit, conditions=conditions, command=command))
     return found
+
+
+def _run(name: str, asked: dict[str, Any]) -> dict[str, float]:
+    words = [sys.executable, "-m", "deepseek.cli.engine_process"]
+    asked = {**asked, "started_at": time.time()}
+    done = subprocess.run([*words, json.dumps(asked)], capture_output=True, text=True)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:]
+        raise VerifyError(f"the process of {name} failed: {' '.join(last)}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+_UNITS = {
+    "cold_start_s": "s",
+    "prefill_tokens_per_s": "tokens/s",
+    "decode_tokens_per_s": "tokens/s",
+    "process_peak_rss_bytes": "bytes",
+}

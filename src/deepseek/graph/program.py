@@ -9,8 +9,8 @@ from typing import Literal
 Op = Literal["embed", "linear", "swiglu", "attend", "experts", "copy"]
 
 RowSet = Literal["all", "pick", "picked"]
-"""Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for, side
-by side in the output; or rows that were picked so before."""
+"""Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for,
+side by side in the output; or rows that were picked so before."""
 
 LOGITS = "logits"
 """The output that is no buffer of the plan: the caller owns it."""

@@ -1,18 +1,24 @@
 """Which kernel runs an operation, with what it costs and why: one table that can be asked.
 
-A backend names its kernel for a case. Ours are the compiled CPU kernels and PyTorch; another (CUDA,
-ROCm, an NPU) is one more `Backend` handed to `choose`, and comes first. Loads no torch.
+A backend names its kernel for a case, and the kernel can be called. Ours are the compiled CPU
+kernels and PyTorch; another (CUDA, ROCm, an NPU) is one more `Backend` handed to `choose`, and
+comes first; `deepseek.testing.check_backend` proves it. Loads no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from deepseek.config import Config
 from deepseek.errors import BackendError, describe
 from deepseek.ops.cpu import chosen_instruction_set, why_missing
+from deepseek.ops.scheme import Group, KVStorage, Storage, stored_bits
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Operation = Literal["linear", "attention", "sampling"]
 
@@ -22,23 +28,70 @@ class Case(Config):
     """What is to be computed, as far as the choice depends on it."""
 
     operation: Operation
-    storage: Literal["float32", "bfloat16", "int8", "int4"]
+    storage: Storage
     """Of the weights, or of the keys and values."""
     rows: int = 1
-    """Tokens of a step."""
+    """Tokens of a step; a kernel computes any number of them, this is what it is chosen for."""
     device: str = "cpu"
+    """As PyTorch names it."""
     has_gradients: bool = False
+    group: Group = 32
+    """Weights of one scale, int4 only."""
+    is_causal: bool = True
+    """attention: a query sees its own slot and earlier ones only."""
 
     @property
     def text(self) -> str:
         """The case as a person reads it."""
-        rows = "one row" if self.rows == 1 else f"{self.rows} rows"
-        return f"{self.storage}, {rows}" + (", with gradients" if self.has_gradients else "")
+        parts = [self.storage, "one row" if self.rows == 1 else f"{self.rows} rows"]
+        if self.group != 32:
+            parts.insert(1, f"groups of {self.group}")
+        if not self.is_causal:
+            parts.append("not causal")
+        if self.has_gradients:
+            parts.append("with gradients")
+        return ", ".join(parts)
+
+
+class Product(Protocol):
+    """The product with one weight, called once a step."""
+
+    def __call__(self, inputs: Tensor, /) -> Tensor:
+        """Return `inputs @ weight.T + bias`, float32 [M, N], of inputs float32 [M, K]; M may change
+        from call to call."""
+        ...
+
+
+class Linear(Protocol):
+    """The linear product: a weight is packed once."""
+
+    def __call__(self, weight: Tensor, bias: Tensor | None = None, /) -> Product:
+        """Return the product with a weight float32 [N, K] and a bias float32 [N]."""
+        ...
+
+
+class Attention(Protocol):
+    """Attention of the newest slots of each row over all of its slots."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, /) -> Tensor:
+        """Return softmax(q k^T / sqrt(dim)) v, float32 [B, heads, T, dim].
+
+        Args:
+            queries: float32 [B, heads, T, dim], of the last T slots.
+            keys, values: float32 [B, KV heads, S, dim]; query head h reads KV head
+                `h // (heads // KV heads)`.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """One execution of an operation."""
+    """One execution of an operation.
+
+    What it is called by takes float32 tensors on the case's device, of any strides, and leaves them
+    as they are. It computes what `linear_reference` or `attention_reference` says, as closely as
+    the storage allows; of no rows it returns none, or refuses them by a ValueError.
+    """
 
     name: str
     why: str
@@ -46,6 +99,12 @@ class Kernel:
     """Bits read of memory for one weight, scales included: what a step of one row costs."""
     products_per_cycle: int | None = None
     """Multiply-adds that one core can start in a cycle: what a step of many rows costs."""
+    is_batch_invariant: bool = False
+    """A row's result does not depend on its companions, bit by bit."""
+    linear: Linear | None = dataclasses.field(default=None, compare=False, repr=False)
+    """By which a kernel of the linear product is called."""
+    attention: Attention | None = dataclasses.field(default=None, compare=False, repr=False)
+    """By which a kernel of attention is called."""
 
     @property
     def cost_text(self) -> str:
@@ -66,7 +125,6 @@ class Backend(Protocol):
         ...
 
 
-_BITS: Mapping[str, float] = {"float32": 32.0, "bfloat16": 16.0, "int8": 8.25, "int4": 5.0}
 _PRODUCTS: Mapping[str, Mapping[str, int]] = {
     "plain": {"float32": 4, "bfloat16": 4, "int8": 4, "int4": 4},
     "avx2": {"float32": 16, "bfloat16": 16, "int8": 32, "int4": 32},
@@ -81,7 +139,7 @@ _HOW: Mapping[str, str] = {
     "float32": "exact, weights packed once",
     "bfloat16": "products in bfloat16, sums in float32, weights packed once",
     "int8": "integer products, a scale per group of 64, rotated",
-    "int4": "integer products, a scale and a least value per group of 32",
+    "int4": "integer products, a scale and a least value per group of {group}",
 }
 
 
@@ -93,35 +151,78 @@ class CompiledBackend:
         if case.device != "cpu" or case.has_gradients or why_missing() is not None:
             return None
         isa = chosen_instruction_set()
-        if case.operation == "sampling":
+        if case.operation == "linear":
             return Kernel(
-                name=f"deepseek {isa}", why="a row at a time, from the logits of the step"
+                name=f"deepseek {isa}",
+                why=_HOW[case.storage].format(group=case.group),
+                weight_bits=stored_bits(case.storage, case.group),
+                products_per_cycle=_PRODUCTS[isa][case.storage],
+                is_batch_invariant=True,
+                linear=functools.partial(_compiled_linear, case, isa),
             )
-        if case.operation == "attention":
-            how = "pages in place, one softmax over spans of 256 slots merged in order"
-            return Kernel(name=f"deepseek {isa}", why=how)
+        if case.operation == "sampling":
+            why = "a row at a time, from the logits of the step"
+            return Kernel(name=f"deepseek {isa}", why=why, is_batch_invariant=True)
+        if case.storage == "int4" or not case.is_causal:
+            return None
         return Kernel(
             name=f"deepseek {isa}",
-            why=_HOW[case.storage],
-            weight_bits=_BITS[case.storage],
-            products_per_cycle=_PRODUCTS[isa][case.storage],
+            why="pages in place, one softmax over spans of 256 slots merged in order",
+            is_batch_invariant=True,
+            attention=functools.partial(_compiled_attention, case.storage, isa),
         )
+
+
+def _compiled_linear(case: Case, isa: str, weight: Tensor, bias: Tensor | None = None) -> Product:
+    from deepseek.ops.calls import compiled_linear
+
+    return compiled_linear(weight, bias, storage=case.storage, group=case.group, isa=isa)
+
+
+def _compiled_attention(
+    storage: KVStorage, isa: str, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    from deepseek.ops.calls import compiled_attention
+
+    return compiled_attention(queries, keys, values, storage=storage, isa=isa)
 
 
 class TorchBackend:
     """PyTorch: everything that has gradients, and every machine without compiled kernels."""
 
     def kernel(self, case: Case) -> Kernel | None:
-        """Return PyTorch's execution; None for integer weights."""
-        if case.storage in ("int8", "int4") and case.operation == "linear":
+        """Return PyTorch's execution; None for integer weights, keys and values."""
+        if case.storage in ("int8", "int4") and case.operation != "sampling":
             return None
-        if case.has_gradients:
-            why = "the compiled kernels have no gradients"
-        elif case.device != "cpu":
-            why = "the compiled kernels run on the CPU"
-        else:
-            why = why_missing() or "asked for"
-        return Kernel(name="torch", why=why)
+        kernel = Kernel(name="torch", why=_why_torch(case))
+        if case.operation == "linear":
+            return dataclasses.replace(kernel, linear=functools.partial(_torch_linear, case))
+        if case.operation == "attention":
+            run = functools.partial(_torch_attention, case)
+            return dataclasses.replace(kernel, attention=run)
+        return kernel
+
+
+def _why_torch(case: Case) -> str:
+    if case.has_gradients:
+        return "the compiled kernels have no gradients"
+    if case.device != "cpu":
+        return "the compiled kernels run on the CPU"
+    if not case.is_causal:
+        return "the compiled kernels are causal"
+    return why_missing() or "asked for"
+
+
+def _torch_linear(case: Case, weight: Tensor, bias: Tensor | None = None) -> Product:
+    from deepseek.ops.calls import torch_linear
+
+    return torch_linear(weight, bias, storage=case.storage)
+
+
+def _torch_attention(case: Case, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    from deepseek.ops.calls import torch_attention
+
+    return torch_attention(queries, keys, values, storage=case.storage, is_causal=case.is_causal)
 
 
 def backends() -> tuple[Backend, ...]:

@@ -10,6 +10,7 @@ from deepseek.errors import ConfigError, describe
 
 Storage = Literal["float32", "bfloat16", "int8", "int4"]
 KVStorage = Literal["float32", "bfloat16", "int8"]
+Group = Literal[32, 64, 128]
 
 _NAMES: dict[str, dict[str, str | int]] = {
     "float32": {"weights": "float32", "kv": "float32"},
@@ -17,11 +18,51 @@ _NAMES: dict[str, dict[str, str | int]] = {
     "int8": {"weights": "int8"},
     "int4": {"weights": "int4", "head": "int8"},
     "int4-g64": {"weights": "int4", "head": "int8", "group": 64},
+    "int4-g128": {"weights": "int4", "head": "int8", "group": 128},
 }
 _KV8 = "-kv8"
 
 SCHEMES: tuple[str, ...] = (*_NAMES, *(f"{name}{_KV8}" for name in _NAMES if name != "float32"))
 """Every scheme that has a name."""
+
+
+ROTATED = 64
+"""Channels that int8 rotates together, and that share a scale, of weights and of inputs."""
+
+
+def stored_bits(storage: Storage, group: int = 32) -> float:
+    """Return the bits that one weight takes in memory, scales included.
+
+    Args:
+        storage: of the weight.
+        group: weights of one scale, int4 only.
+    """
+    if storage == "int8":
+        return 8 + 16 / ROTATED
+    return {"float32": 32.0, "bfloat16": 16.0, "int4": 4 + 32 / group}[storage]
+
+
+def stored_width(storage: Storage, width: int, group: int = 32) -> int:
+    """Return the channels of a weight as they are stored: `width`, padded to whole groups.
+
+    Args:
+        storage: of the weight.
+        width: its input channels.
+        group: weights of one scale, int4 only.
+    """
+    multiple = {"float32": 1, "bfloat16": 2, "int8": ROTATED, "int4": group}[storage]
+    return -(-width // multiple) * multiple
+
+
+def cached_bytes(storage: KVStorage, head_dim: int) -> int:
+    """Return the bytes that a key and a value of one token and KV head take, scales included.
+
+    Args:
+        storage: of keys and values; int8 has a float32 scale for each.
+        head_dim: channels of a head.
+    """
+    values = 2 * head_dim
+    return {"float32": 4 * values, "bfloat16": 2 * values, "int8": values + 8}[storage]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +78,9 @@ class Scheme(Config):
     """Of every matrix of the layers."""
     head: Storage | None = None
     """Of the embedding and the head; None for as the weights."""
-    group: Literal[32, 64, 128] = 32
-    """Weights of one scale, int4 only."""
+    group: Group = 32
+    """Weights of one scale, int4 only. A width that is no multiple of it is padded with zeros that
+    are stored and multiplied too: 576 channels in groups of 128 cost as much as 640."""
     kv: KVStorage = "bfloat16"
     """Of cached keys and values; int8 has a scale per token and head."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from deepseek.cli.demo.state import Chart, Demo, Section
@@ -208,8 +210,8 @@ def plain_perplexity(model: Any, ids: list[int], window: int, stride: int) -> fl
 
 
 def speed(demo: Demo) -> Section:
-    """Speed and memory beside transformers: same weights, dtype, threads and prompt."""
-    from deepseek.cli.side_by_side import compare_processes, compare_speed
+    """The token loop beside transformers' own: same weights, dtype, threads and prompt."""
+    from deepseek.cli.side_by_side import compare_speed
 
     with demo.out.progress() as progress:
         found = compare_speed(
@@ -221,34 +223,89 @@ def speed(demo: Demo) -> Section:
             command=COMMAND,
             progress=progress,
         )
-        found += compare_processes(
-            str(demo.bundle.path),
-            "bfloat16",
-            num_repeats=1,
+    charts = [
+        _sides(found, "decode_tokens_per_s", "Decoding, batch 1, bfloat16"),
+        _sides(found, "prefill_tokens_per_s", "Reading a prompt of 128 tokens, bfloat16"),
+    ]
+    ratio = next(item for item in found if item.name == "decode_speed_ratio")
+    words = f"decoding is {number(ratio.value)} times as fast as transformers.generate here"
+    return Section(title="Speed", words=words, measurements=tuple(found), charts=tuple(charts))
+
+
+def engines(demo: Demo) -> Section:
+    """Every scheme of the engine in a process of its own, beside other engines that are here."""
+    from deepseek.cli.demo.contenders import contenders, scheme_losses
+    from deepseek.cli.side_by_side import compare_processes
+
+    with tempfile.TemporaryDirectory() as folder, demo.out.progress() as progress:
+        found = compare_processes(
+            contenders(demo.bundle, Path(folder)),
+            num_prompt_tokens=512,
+            num_new_tokens=64,
+            num_rounds=1,
             command=COMMAND,
             progress=progress,
         )
-    charts = []
-    for name, title, unit in (
-        ("decode_tokens_per_s", "Decoding, batch 1, bfloat16", "tokens/s"),
-        ("prefill_tokens_per_s", "Reading a prompt of 128 tokens, bfloat16", "tokens/s"),
-        ("load_s", "Loading, files warm", "s"),
-        ("process_peak_rss_bytes", "Peak memory of a process that loads and generates", "MiB"),
-    ):
-        scale = 2**20 if unit == "MiB" else 1
-        sides = {
-            item.conditions["engine"]: item.value / scale for item in found if item.name == name
-        }
-        charts.append(
-            Chart(
-                title=title, labels=tuple(map(str, sides)), values=tuple(sides.values()), unit=unit
-            )
+        progress("what the schemes lose", None)
+        losses = scheme_losses(demo.bundle, demo.model("float32"), COMMAND)
+    charts = [
+        _sides(found, name, title)
+        for name, title in (
+            ("decode_tokens_per_s", "Decoding behind 512 tokens, batch 1"),
+            ("prefill_tokens_per_s", "Reading a prompt of 512 tokens"),
+            ("cold_start_s", "From the start of a process to its first token, files warm"),
+            ("process_peak_rss_bytes", "Peak memory of that process"),
         )
-    ratio = next(item for item in found if item.name == "decode_speed_ratio")
-    words = f"decoding is {number(ratio.value)} times as fast as transformers.generate here"
+    ]
+    words = _engine_table([*found, *losses])
     return Section(
-        title="Speed and memory", words=words, measurements=tuple(found), charts=tuple(charts)
+        title="Engines",
+        words=words,
+        measurements=(*found, *losses),
+        charts=tuple(charts),
     )
 
 
-STEPS: tuple[Callable[[Demo], Section], ...] = (doctor, pull, equality, answer, quality, speed)
+def _engine_table(found: Sequence[Measurement]) -> str:
+    heads = {
+        "prefill_tokens_per_s": "prompt tok/s",
+        "decode_tokens_per_s": "decode tok/s",
+        "cold_start_s": "cold start",
+        "process_peak_rss_bytes": "peak memory",
+        "perplexity_ratio": "perplexity",
+    }
+    names = dict.fromkeys(str(item.conditions["engine"]) for item in found)
+    lines = [f"{'':22}" + "".join(f"{head:>14}" for head in heads.values())]
+    for name in names:
+        cells = {i.name: _cell(i) for i in found if i.conditions["engine"] == name}
+        lines.append(f"{name:22}" + "".join(f"{cells.get(key, ''):>14}" for key in heads))
+    return "\n".join(lines)
+
+
+def _cell(item: Measurement) -> str:
+    if item.unit == "bytes":
+        return size(int(item.value))
+    return f"{number(item.value)} s" if item.unit == "s" else number(item.value)
+
+
+def _sides(found: Sequence[Measurement], name: str, title: str) -> Chart:
+    """Return one figure of every engine."""
+    items = [item for item in found if item.name == name]
+    scale, unit = (2**20, "MiB") if items[0].unit == "bytes" else (1, items[0].unit)
+    return Chart(
+        title=title,
+        labels=tuple(str(item.conditions["engine"]) for item in items),
+        values=tuple(item.value / scale for item in items),
+        unit=unit,
+    )
+
+
+STEPS: tuple[Callable[[Demo], Section], ...] = (
+    doctor,
+    pull,
+    equality,
+    answer,
+    quality,
+    speed,
+    engines,
+)

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     import torch
     import transformers
 
-    from deepseek.cli.side_by_side import compare_processes, compare_speed
+    from deepseek.cli.side_by_side import Contender, compare_processes, compare_speed
 
     bundle = bundle_of(model, "bench")
     folder = str(bundle.path)
@@ -54,9 +54,20 @@ def run(args: argparse.Namespace, out: Output) -> int:
             command=command,
             progress=progress,
         )
-        found += compare_processes(
-            folder, dtype, num_repeats=min(args.repeats, 3), command=command, progress=progress
+        processes = compare_processes(
+            [
+                Contender(name=name, engine=name, model=folder, scheme=dtype)
+                for name in ("deepseek", "transformers")
+            ],
+            num_prompt_tokens=args.prompt_tokens,
+            num_new_tokens=args.new_tokens,
+            num_rounds=min(args.repeats, 3),
+            command=command,
+            progress=progress,
         )
+        found += [
+            item for item in processes if item.name in ("cold_start_s", "process_peak_rss_bytes")
+        ]
     names = dict.fromkeys(item.name for item in found)
     rows = []
     for name in names:

@@ -28,6 +28,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .silu_mul = silu_mul,
     .store_kv = store_kv,
     .rope = ::rope,
+    .load_queries = load_queries,
     .attend_span = attend_span,
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,

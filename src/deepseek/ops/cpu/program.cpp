@@ -520,14 +520,14 @@ void Program::attend_block(Pass& pass, const Instruction& in, const Run& run, in
   }
   Attend a{&l, pass.pages.layer(in.layer), pass.step.page_table + size_t(run.row) * pass.step.pages_per_row,
            kv_head, shape_.score_scale};
+  kernels_.load_queries(l, m.queries, count, m.scratch);
   bool is_first = true;
   for (int span = low / kSpan; span * kSpan < high; ++span) {
     int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
     kernels_.attend_span(a, m.queries, count, from, to, is_first ? m.sums : m.next,
                          is_first ? m.most : m.most_next, is_first ? m.total : m.total_next, m.scratch);
-    for (int i = 0; i < count && !is_first; ++i)
-      kernels_.merge(m.sums + i * l.dim_padded, m.most + i, m.total + i, m.next + i * l.dim_padded,
-                     m.most_next[i], m.total_next[i], l.dim_padded);
+    if (!is_first)
+      kernels_.merge(m.sums, m.most, m.total, m.next, m.most_next, m.total_next, count, l.dim_padded);
     is_first = false;
   }
   for (int i = 0; i < count; ++i) {
@@ -563,15 +563,15 @@ void Program::attend_one(Pass& pass, const Instruction& in, const Run& run, int 
     int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
     int head = kv_head * group + first;
     size_t run_index = &run - pass.runs.data();
+    kernels_.load_queries(l, m.queries, count, m.scratch);
+    kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
     if (pass.max_spans == 1) {
-      kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
       float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width + head * l.dim;
       for (int i = 0; i < count; ++i)
         for (int d = 0; d < l.dim; ++d)
           out[i * l.dim + d] = m.sums[i * l.dim_padded + d] * (1.0f / m.total[i]);
       continue;
     }
-    kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
     for (int i = 0; i < count; ++i) {
       float* part = (float*)partials_.data() +
                     ((run_index * shape_.heads + head + i) * pass.max_spans + span) * (l.dim_padded + 2);
@@ -590,7 +590,7 @@ void Program::merge_spans(Pass& pass, const Instruction& in, const Run& run, int
   float* state = parts + size_t(low / kSpan) * (dim + 2);
   for (int span = low / kSpan + 1; span <= position / kSpan; ++span) {
     const float* next = parts + size_t(span) * (dim + 2);
-    kernels_.merge(state, state + dim, state + dim + 1, next, next[dim], next[dim + 1], dim);
+    kernels_.merge(state, state + dim, state + dim + 1, next, next + dim, next + dim + 1, 1, dim);
   }
   float* out = buffer(in.out) + size_t(run.start) * buffers_[in.out].width + head * shape_.head_dim;
   float inverse = 1.0f / state[dim + 1];

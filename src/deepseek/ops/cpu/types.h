@@ -111,13 +111,15 @@ struct Kernels {
   // `norm` is not null.
   void (*rope)(float* head, int dim, const float* cosines, const float* sines, const float* norm,
                float eps);
+  // Puts queries into `scratch` as `attend_span` reads them, once for all spans.
+  void (*load_queries)(const PageLayout& layout, const Query* queries, int count, void* scratch);
   // Softmax-weighted values of `count` queries over the slots start ... stop - 1 (within one span
   // each) into sums [count][dim_padded], largest scores and denominators [count].
   void (*attend_span)(const Attend& a, const Query* queries, int count, int start, int stop,
                       float* sums, float* largest, float* total, void* scratch);
   size_t attend_scratch_bytes;
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
-                float largest_next, float total_next, int dim);
+                const float* largest_next, const float* total_next, int count, int dim);
   // Packing -----------------------------------------------------------------------------------
   void (*pack_panel)(Weight& w, const void* source, Kind source_kind, ptrdiff_t source_stride,
                      int panel, float* scratch);

@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.scheme import Storage
+from deepseek.ops.scheme import ROTATED, Storage
 
-ROTATED = 64
-"""Channels that int8 rotates together, and that share a scale of the inputs."""
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 

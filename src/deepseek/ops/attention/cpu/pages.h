@@ -91,154 +91,6 @@ void store_kv(const PageLayout& l, uint8_t* page, int kv_head, int slot, const f
   for (int d = 0; d < dim; ++d) to[d * kStep] = small[d];
 }
 
-// Scores [R][64] of R queries with a page's keys.
-template <int R>
-void scores_bf16(const uint16_t* const* q, const uint16_t* keys, int dim, float* out) {
-  for (int c = 0; c < kPageVectors; c += kColumnTile) {
-    vf acc[R][kColumnTile];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = zero();
-    const uint16_t* k = keys + c * kLanes * 2;
-    for (int d = 0; d < dim; d += 2, k += kPage * 2) {
-      vi b[kColumnTile];
-      for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 2);
-      for (int r = 0; r < R; ++r) {
-        Pair a = pair_of(q[r] + d);
-        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_bf16(acc[r][v], b[v], a);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v)
-        store(out + r * kPage + (c + v) * kLanes, acc[r][v]);
-  }
-}
-
-template <int R>
-void scores_f32(const float* const* q, const float* keys, int dim, float* out) {
-  for (int c = 0; c < kPageVectors; c += kColumnTile) {
-    vf acc[R][kColumnTile];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = zero();
-    const float* k = keys + c * kLanes;
-    for (int d = 0; d < dim; ++d, k += kPage) {
-      vf b[kColumnTile];
-      for (int v = 0; v < kColumnTile; ++v) b[v] = load(k + v * kLanes);
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = fma(all(q[r][d]), b[v], acc[r][v]);
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v)
-        store(out + r * kPage + (c + v) * kLanes, acc[r][v]);
-  }
-}
-
-// sums [R][dim] = sums * correction + weights [R][64] times the page's values.
-template <int R, int C>
-void values_bf16(const uint16_t* p, const uint16_t* values, int dim, const float* correction,
-                 float* sums, int column) {
-  vf acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v)
-      acc[r][v] = mul(load(sums + r * dim + column + v * kLanes), all(correction[r]));
-  const uint16_t* b = values + column * 2;
-  for (int s = 0; s < kPage; s += 2, b += dim * 2) {
-    vi w[C];
-    for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 2);
-    for (int r = 0; r < R; ++r) {
-      Pair a = pair_of(p + r * kPage + s);
-      for (int v = 0; v < C; ++v) acc[r][v] = dot_bf16(acc[r][v], w[v], a);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
-}
-
-template <int R, int C>
-void values_f32(const float* p, const float* values, int dim, const float* correction, float* sums,
-                int column) {
-  vf acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v)
-      acc[r][v] = mul(load(sums + r * dim + column + v * kLanes), all(correction[r]));
-  const float* b = values + column;
-  for (int s = 0; s < kPage; ++s, b += dim) {
-    vf w[C];
-    for (int v = 0; v < C; ++v) w[v] = load(b + v * kLanes);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < C; ++v) acc[r][v] = fma(all(p[r * kPage + s]), w[v], acc[r][v]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
-}
-
-#if defined(DEEPSEEK_VNNI)
-// Integer scores of R queries, -128 times whose sum stands in `terms`.
-template <int R>
-void scores_int8(const int8_t* const* q, const int* terms, const uint8_t* keys, int dim, float* out) {
-  for (int c = 0; c < kPageVectors; c += kColumnTile) {
-    vi acc[R][kColumnTile];
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = all_i(terms[r]);
-    const uint8_t* k = keys + c * kLanes * 4;
-    for (int d = 0; d < dim; d += 4, k += kPage * 4) {
-      vi b[kColumnTile];
-      for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 4);
-      for (int r = 0; r < R; ++r) {
-        vi a = all_i(*(const Quad*)(q[r] + d));
-        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_u8s8(acc[r][v], b[v], a);
-      }
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kColumnTile; ++v)
-        store(out + r * kPage + (c + v) * kLanes, to_float(acc[r][v]));
-  }
-}
-
-// sums = sums * correction + scale * (weights uint8 [R][64] times values).
-template <int R, int C>
-void values_int8(const uint8_t* p, const float* scale, const int8_t* values, int dim,
-                 const float* correction, float* sums, int column) {
-  vi acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v) acc[r][v] = zero_i();
-  const int8_t* b = values + column * 4;
-  for (int s = 0; s < kPage; s += 4, b += dim * 4) {
-    vi w[C];
-    for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 4);
-    for (int r = 0; r < R; ++r) {
-      vi a = all_i(*(const Quad*)(p + r * kPage + s));
-      for (int v = 0; v < C; ++v) acc[r][v] = dot_u8s8(acc[r][v], a, w[v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < C; ++v) {
-      float* to = sums + r * dim + column + v * kLanes;
-      store(to, fma(to_float(acc[r][v]), all(scale[r]), mul(load(to), all(correction[r]))));
-    }
-}
-#endif
-
-template <int R, typename T>
-void weighted_values(const T* p, const float* scale, const T* values, int dim,
-                     const float* correction, float* sums) {
-  int column = 0;
-  auto run = [&](auto width) {
-    constexpr int C = decltype(width)::value;
-    for (; column + C * kLanes <= dim; column += C * kLanes) {
-      if constexpr (sizeof(T) == 4) values_f32<R, C>(p, values, dim, correction, sums, column);
-      if constexpr (sizeof(T) == 2) values_bf16<R, C>(p, values, dim, correction, sums, column);
-#if defined(DEEPSEEK_VNNI)
-      if constexpr (sizeof(T) == 1)
-        values_int8<R, C>((const uint8_t*)p, scale, values, dim, correction, sums, column);
-#endif
-    }
-  };
-  run(std::integral_constant<int, kColumnTile>{});
-  if constexpr (kColumnTile > 2) run(std::integral_constant<int, 2>{});
-  run(std::integral_constant<int, 1>{});
-  (void)scale;
-}
-
 // A page's keys and values as the kernels read them; int8 pages become bfloat16 in `wide`.
 template <typename T>
 struct PageView {
@@ -261,89 +113,287 @@ inline PageView<uint16_t> view_bf16(const PageLayout& l, const uint8_t* head, ui
           (const float*)(head + l.value_scale_offset)};
 }
 
-// The softmax state of R queries, in powers of two, moves on by one page.
-template <int R, typename T>
-void attend_page(const Attend& a, const PageView<T>& page, const T* const* q, const float* scales,
-                 const int* terms, const Query* queries, int first_slot, float* sums, float* most,
-                 float* total) {
-  int dim = a.layout->dim_padded;
-  alignas(64) float s[R * kPage];
-  alignas(64) T p[R * kPage];
-  float correction[R], weight_scale[R];
-  if constexpr (sizeof(T) == 4) scores_f32<R>(q, page.keys, dim, s);
-  if constexpr (sizeof(T) == 2) scores_bf16<R>(q, page.keys, dim, s);
+// Scores of R queries with a page's keys, rows of a span apart.
+template <int R>
+void scores_of(const uint16_t* const* q, const int*, const uint16_t* keys, int dim, float* out) {
+  for (int c = 0; c < kPageVectors; c += kColumnTile) {
+    vf acc[R][kColumnTile];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = zero();
+    const uint16_t* k = keys + c * kLanes * 2;
+    for (int d = 0; d < dim; d += 2, k += kPage * 2) {
+      vi b[kColumnTile];
+      for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 2);
+      for (int r = 0; r < R; ++r) {
+        Pair a = pair_of(q[r] + d);
+        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_bf16(acc[r][v], b[v], a);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) store(out + r * kSpan + (c + v) * kLanes, acc[r][v]);
+  }
+}
+
+template <int R>
+void scores_of(const float* const* q, const int*, const float* keys, int dim, float* out) {
+  for (int c = 0; c < kPageVectors; c += kColumnTile) {
+    vf acc[R][kColumnTile];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = zero();
+    const float* k = keys + c * kLanes;
+    for (int d = 0; d < dim; ++d, k += kPage) {
+      vf b[kColumnTile];
+      for (int v = 0; v < kColumnTile; ++v) b[v] = load(k + v * kLanes);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = fma(all(q[r][d]), b[v], acc[r][v]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) store(out + r * kSpan + (c + v) * kLanes, acc[r][v]);
+  }
+}
+
+// sums [R][dim] = weights [R][256] times the values of pages first ... last - 1 of a span.
+template <int R, int C>
+void values_of(const uint16_t* p, const float*, const PageView<uint16_t>* pages, int first, int last,
+               int dim, float* sums, int column) {
+  vf acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) acc[r][v] = zero();
+  for (int page = first; page < last; ++page) {
+    const uint16_t* b = pages[page].values + column * 2;
+    for (int s = page * kPage; s < (page + 1) * kPage; s += 2, b += dim * 2) {
+      vi w[C];
+      for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 2);
+      for (int r = 0; r < R; ++r) {
+        Pair a = pair_of(p + r * kSpan + s);
+        for (int v = 0; v < C; ++v) acc[r][v] = dot_bf16(acc[r][v], w[v], a);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
+}
+
+template <int R, int C>
+void values_of(const float* p, const float*, const PageView<float>* pages, int first, int last,
+               int dim, float* sums, int column) {
+  vf acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) acc[r][v] = zero();
+  for (int page = first; page < last; ++page) {
+    const float* b = pages[page].values + column;
+    for (int s = page * kPage; s < (page + 1) * kPage; ++s, b += dim) {
+      vf w[C];
+      for (int v = 0; v < C; ++v) w[v] = load(b + v * kLanes);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < C; ++v) acc[r][v] = fma(all(p[r * kSpan + s]), w[v], acc[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) store(sums + r * dim + column + v * kLanes, acc[r][v]);
+}
+
 #if defined(DEEPSEEK_VNNI)
-  if constexpr (sizeof(T) == 1) scores_int8<R>(q, terms, (const uint8_t*)page.keys, dim, s);
+// Integer scores of R queries, -128 times whose sum stands in `terms`.
+template <int R>
+void scores_of(const int8_t* const* q, const int* terms, const int8_t* keys, int dim, float* out) {
+  for (int c = 0; c < kPageVectors; c += kColumnTile) {
+    vi acc[R][kColumnTile];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v) acc[r][v] = all_i(terms[r]);
+    const int8_t* k = keys + c * kLanes * 4;
+    for (int d = 0; d < dim; d += 4, k += kPage * 4) {
+      vi b[kColumnTile];
+      for (int v = 0; v < kColumnTile; ++v) b[v] = load_i(k + v * kLanes * 4);
+      for (int r = 0; r < R; ++r) {
+        vi a = all_i(*(const Quad*)(q[r] + d));
+        for (int v = 0; v < kColumnTile; ++v) acc[r][v] = dot_u8s8(acc[r][v], b[v], a);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kColumnTile; ++v)
+        store(out + r * kSpan + (c + v) * kLanes, to_float(acc[r][v]));
+  }
+}
+
+// Weights are unsigned levels with a scale per row.
+template <int R, int C>
+void values_of(const int8_t* p, const float* scale, const PageView<int8_t>* pages, int first,
+               int last, int dim, float* sums, int column) {
+  vi acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v) acc[r][v] = zero_i();
+  for (int page = first; page < last; ++page) {
+    const int8_t* b = pages[page].values + column * 4;
+    for (int s = page * kPage; s < (page + 1) * kPage; s += 4, b += dim * 4) {
+      vi w[C];
+      for (int v = 0; v < C; ++v) w[v] = load_i(b + v * kLanes * 4);
+      for (int r = 0; r < R; ++r) {
+        vi a = all_i(*(const Quad*)(p + r * kSpan + s));
+        for (int v = 0; v < C; ++v) acc[r][v] = dot_u8s8(acc[r][v], a, w[v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < C; ++v)
+      store(sums + r * dim + column + v * kLanes, mul(to_float(acc[r][v]), all(scale[r])));
+}
 #endif
+
+template <int R, typename T>
+void weighted_values(const T* p, const float* scale, const PageView<T>* pages, int first, int last,
+                     int dim, float* sums) {
+  int column = 0;
+  auto run = [&](auto width) {
+    constexpr int C = decltype(width)::value;
+    for (; column + C * kLanes <= dim; column += C * kLanes)
+      values_of<R, C>(p, scale, pages, first, last, dim, sums, column);
+  };
+  run(std::integral_constant<int, kColumnTile>{});
+  if constexpr (kColumnTile > 2) run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
+}
+
+// Weights of R queries over the pages first ... last - 1 of a span, into `p`, from scores in `s`; in
+// rounds over the rows, so that their chains of operations overlap. Powers of two take the place of
+// powers of e.
+template <int R, typename T>
+void softmax(const Attend& a, const PageView<T>* pages, int first, int last, const float* scales,
+             const Query* queries, int span_slot, float* s, T* p, float* weight_scale, float* most,
+             float* total) {
   constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
-  // in rounds over all rows: their chains of operations overlap
-  bool is_cut[R];
-  alignas(64) float before[16] = {}, bounds[16] = {}, factors[16];
+  int start = first * kPageVectors, stop = last * kPageVectors;
+  float bounds[R];
   for (int r = 0; r < R; ++r) {
-    float* row = s + r * kPage;
-    int low = queries[r].low - first_slot, high = queries[r].high - first_slot;
-    is_cut[r] = low > 0 || high < kPage;
-    vf peak = all(most[r]), factor = all(a.scale * kLog2E * scales[r]);
-    for (int v = 0; v < kPageVectors; ++v) {
+    float* row = s + r * kSpan;
+    int low = queries[r].low - span_slot, high = queries[r].high - span_slot;
+    bool is_cut = low > first * kPage || high < last * kPage;
+    vf peak = all(-INFINITY), factor = all(a.scale * kLog2E * scales[r]);
+    for (int v = start; v < stop; ++v) {
       vf x = mul(load(row + v * kLanes), factor);
-      if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
-      if (is_cut[r]) x = where_between(x, v * kLanes, low, high, -INFINITY);
+      if (pages->key_scale)
+        x = mul(x, load(pages[v / kPageVectors].key_scale + v % kPageVectors * kLanes));
+      if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
       store(row + v * kLanes, x);
       peak = vmax(peak, x);
     }
-    bounds[r] = largest(peak);
+    most[r] = largest(peak);
+    bounds[r] = most[r] == -INFINITY ? 0.0f : most[r];  // it may see nothing here
   }
   for (int r = 0; r < R; ++r) {
-    bool sees = bounds[r] != -INFINITY;  // this page or one before
-    before[r] = most[r] == -INFINITY ? -1000.0f : most[r] - bounds[r];
-    most[r] = bounds[r];
-    bounds[r] = sees ? bounds[r] : 0.0f;
-  }
-  for (int i = 0; i < 16; i += kLanes)
-    store(factors + i, power_of_two<terms_of_power>(load(before + i)));
-  for (int r = 0; r < R; ++r) {
-    float* row = s + r * kPage;
+    float* row = s + r * kSpan;
     vf mass = zero(), peak = zero(), bound = all(bounds[r]);
-    for (int v = 0; v < kPageVectors; ++v) {
+    for (int v = start; v < stop; ++v) {
       vf x = power_of_two<terms_of_power>(sub(load(row + v * kLanes), bound));
       mass = add(mass, x);
-      if (page.value_scale) x = mul(x, load(page.value_scale + v * kLanes));
-      if constexpr (sizeof(T) == 4) store(p + r * kPage + v * kLanes, x);
-      if constexpr (sizeof(T) == 2) store_bf16(p + r * kPage + v * kLanes, x);
+      if (pages->value_scale)
+        x = mul(x, load(pages[v / kPageVectors].value_scale + v % kPageVectors * kLanes));
+      if constexpr (sizeof(T) == 4) store(p + r * kSpan + v * kLanes, x);
+      if constexpr (sizeof(T) == 2) store_bf16(p + r * kSpan + v * kLanes, x);
       if constexpr (sizeof(T) == 1) store(row + v * kLanes, x), peak = vmax(peak, x);
     }
-    correction[r] = factors[r];
-    total[r] = total[r] * correction[r] + sum(mass);
+    total[r] = sum(mass);
     if constexpr (sizeof(T) == 1) weight_scale[r] = largest(peak) * (1.0f / 255.0f);
   }
   if constexpr (sizeof(T) == 1)
-    for (int r = 0; r < R; ++r) {  // unsigned levels of 0 … 255, of the row's largest weight
+    for (int r = 0; r < R; ++r) {  // unsigned levels of 0 ... 255, of the row's largest weight
       vf inverse = all(weight_scale[r] > 0 ? 1.0f / weight_scale[r] : 0.0f);
-      for (int v = 0; v < kPageVectors; ++v)
-        store_u8((uint8_t*)p + r * kPage + v * kLanes,
-                 to_int(mul(load(s + r * kPage + v * kLanes), inverse)));
+      for (int v = start; v < stop; ++v)
+        store_u8((uint8_t*)p + r * kSpan + v * kLanes,
+                 to_int(mul(load(s + r * kSpan + v * kLanes), inverse)));
     }
-  weighted_values<R, T>(p, weight_scale, page.values, dim, correction, sums);
-  (void)terms;
+}
+
+// The softmax states of R queries over the pages of a span that any of them sees.
+template <int R, typename T>
+void attend_tile(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
+                 const float* scales, const int* terms, const Query* queries, int span_slot,
+                 float* sums, float* most, float* total) {
+  int dim = a.layout->dim_padded, low = queries[0].low, high = queries[0].high;
+  const T* vectors[R];
+  for (int r = 0; r < R; ++r) {
+    vectors[r] = q + size_t(r) * dim;
+    low = queries[r].low < low ? queries[r].low : low;
+    high = queries[r].high > high ? queries[r].high : high;
+  }
+  int first = low > span_slot ? (low - span_slot) / kPage : 0;
+  int last = (high - span_slot + kPage - 1) / kPage;
+  last = last < num_pages ? last : num_pages;
+  if (first >= last) {  // none sees anything here
+    for (int r = 0; r < R; ++r) most[r] = -INFINITY, total[r] = 0.0f;
+    std::memset(sums, 0, size_t(R) * dim * sizeof(float));
+    return;
+  }
+  alignas(64) float s[R * kSpan];
+  alignas(64) T p[R * kSpan];
+  float weight_scale[R];
+  for (int page = first; page < last; ++page)
+    scores_of<R>(vectors, terms, pages[page].keys, dim, s + page * kPage);
+  softmax<R, T>(a, pages, first, last, scales, queries, span_slot, s, p, weight_scale, most, total);
+  weighted_values<R, T>(p, weight_scale, pages, first, last, dim, sums);
+}
+
+// What `attend_span` reads beside the pages: queries as their keys are stored, and room for the pages of
+// a span widened to bfloat16.
+template <typename T>
+struct Prepared {
+  float* scales;
+  int* terms;
+  T* queries;
+  T* wide;
+
+  Prepared(void* scratch, int dim) {
+    scales = (float*)scratch;
+    terms = (int*)(scales + kMaxQueries);
+    queries = (T*)(terms + kMaxQueries);
+    wide = queries + size_t(kMaxQueries) * dim;
+  }
+};
+
+template <typename T>
+void load_typed(const PageLayout& l, const Query* queries, int count, Prepared<T> to) {
+  int dim = l.dim_padded;
+  alignas(64) float vector[kMaxDim];
+  for (int i = 0; i < count; ++i) {
+    T* q = to.queries + size_t(i) * dim;
+    to.scales[i] = 1.0f, to.terms[i] = 0;
+    std::memcpy(vector, queries[i].vector, size_t(l.dim) * sizeof(float));
+    for (int d = l.dim; d < dim; ++d) vector[d] = 0.0f;
+    if (l.kind == Kind::int8) rotate_if_whole(vector, dim);
+    if constexpr (sizeof(T) == 4) std::memcpy(q, vector, size_t(dim) * 4);
+    if constexpr (sizeof(T) == 2)
+      for (int d = 0; d < dim; d += kLanes) store_bf16(q + d, load(vector + d));
+    if constexpr (sizeof(T) == 1) {
+      to.scales[i] = quantize_vector(vector, dim, q, &to.terms[i]);
+      to.terms[i] *= -128;
+    }
+  }
 }
 
 template <typename T>
-void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const float* scales,
-                  const int* terms, const Query* queries, int count, int slot, float* sums,
-                  float* most, float* total) {
-  int dim = a.layout->dim_padded;
-  auto run = [&](auto rows, int start) {
-    constexpr int R = decltype(rows)::value;
-    bool any = false;
-    for (int r = 0; r < R; ++r) {
-      const Query& query = queries[start + r];
-      any = any || (query.high > slot && query.low < slot + kPage);
+void attend_typed(const Attend& a, const Query* queries, int count, int start, int stop,
+                  float* sums, float* most, float* total, Prepared<T> from) {
+  const PageLayout& l = *a.layout;
+  int dim = l.dim_padded;
+  // pages before `start` are seen by no query: they are left out
+  PageView<T> pages[kSpan / kPage] = {};
+  int span_slot = start / kSpan * kSpan, num_pages = (stop - span_slot + kPage - 1) / kPage;
+  for (int i = 0; i < num_pages; ++i) {
+    int page = i < (start - span_slot) / kPage ? (start - span_slot) / kPage : i;
+    const uint8_t* head = a.pages +
+                          size_t(a.table[span_slot / kPage + page]) * l.page_bytes +
+                          a.kv_head * l.head_bytes;
+    if constexpr (sizeof(T) == 2) pages[i] = view_bf16(l, head, from.wide + size_t(2 * i) * kPage * dim);
+    else pages[i] = {(const T*)head, (const T*)(head + l.value_offset)};
+    if constexpr (sizeof(T) == 1) {
+      pages[i].key_scale = (const float*)(head + l.key_scale_offset);
+      pages[i].value_scale = (const float*)(head + l.value_scale_offset);
     }
-    if (!any) return;
-    const T* vectors[R];
-    for (int r = 0; r < R; ++r) vectors[r] = q + size_t(start + r) * dim;
-    attend_page<R, T>(a, page, vectors, scales + start, terms + start, queries + start, slot, sums + size_t(start) * dim,
-                      most + start, total + start);
+  }
+  auto run = [&](auto rows, int i) {
+    constexpr int R = decltype(rows)::value;
+    attend_tile<R, T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i,
+                      from.terms + i, queries + i, span_slot, sums + size_t(i) * dim, most + i, total + i);
   };
   int i = 0;
   for (; i + kQueryTile <= count; i += kQueryTile)
@@ -353,70 +403,54 @@ void attend_tiles(const Attend& a, const PageView<T>& page, const T* q, const fl
   for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i);
 }
 
-template <typename T>
-void attend_typed(const Attend& a, const Query* queries, int count, int start, int stop,
-                  float* sums, float* most, float* total, T* scratch) {
-  const PageLayout& l = *a.layout;
-  int dim = l.dim_padded;
-  T* q = scratch;
-  T* wide = scratch + size_t(kMaxQueries) * dim;
-  float scales[kMaxQueries];
-  int terms[kMaxQueries];
-  alignas(64) float vector[kMaxDim];
-  for (int i = 0; i < count; ++i) {
-    most[i] = -INFINITY, total[i] = 0.0f, scales[i] = 1.0f, terms[i] = 0;
-    std::memset(sums + size_t(i) * dim, 0, size_t(dim) * sizeof(float));
-    std::memcpy(vector, queries[i].vector, size_t(l.dim) * sizeof(float));
-    for (int d = l.dim; d < dim; ++d) vector[d] = 0.0f;
-    if (l.kind == Kind::int8) rotate_if_whole(vector, dim);
-    if constexpr (sizeof(T) == 4) std::memcpy(q + size_t(i) * dim, vector, size_t(dim) * 4);
-    if constexpr (sizeof(T) == 2)
-      for (int d = 0; d < dim; d += kLanes) store_bf16(q + size_t(i) * dim + d, load(vector + d));
-    if constexpr (sizeof(T) == 1) {
-      scales[i] = quantize_vector(vector, dim, q + size_t(i) * dim, &terms[i]);
-      terms[i] *= -128;
-    }
-  }
-  for (int slot = start / kPage * kPage; slot < stop; slot += kPage) {
-    const uint8_t* head = a.pages + size_t(a.table[slot / kPage]) * l.page_bytes +
-                          a.kv_head * l.head_bytes;
-    PageView<T> page;
-    if constexpr (sizeof(T) == 2) page = view_bf16(l, head, wide);
-    else page = {(const T*)head, (const T*)(head + l.value_offset)};
-    if constexpr (sizeof(T) == 1) {
-      page.key_scale = (const float*)(head + l.key_scale_offset);
-      page.value_scale = (const float*)(head + l.value_scale_offset);
-    }
-    attend_tiles<T>(a, page, q, scales, terms, queries, count, slot, sums, most, total);
-  }
-  (void)wide;
+// Calls `f` with the type that queries of a cache are computed in.
+template <typename F>
+void typed(const PageLayout& l, void* scratch, F f) {
+  if (l.kind == Kind::f32) return f(Prepared<float>(scratch, l.dim_padded));
+#if defined(DEEPSEEK_VNNI)
+  if (l.kind == Kind::int8) return f(Prepared<int8_t>(scratch, l.dim_padded));
+#endif
+  f(Prepared<uint16_t>(scratch, l.dim_padded));
+}
+
+void load_queries(const PageLayout& l, const Query* queries, int count, void* scratch) {
+  typed(l, scratch, [&](auto to) { load_typed(l, queries, count, to); });
 }
 
 void attend_span(const Attend& a, const Query* queries, int count, int start, int stop, float* sums,
                  float* most, float* total, void* scratch) {
-  auto run = [&](auto* typed) {
-    attend_typed(a, queries, count, start, stop, sums, most, total, typed);
-  };
-  if (a.layout->kind == Kind::f32) return run((float*)scratch);
-#if defined(DEEPSEEK_VNNI)
-  if (a.layout->kind == Kind::int8) return run((int8_t*)scratch);
-#endif
-  run((uint16_t*)scratch);
+  typed(*a.layout, scratch, [&](auto from) {
+    attend_typed(a, queries, count, start, stop, sums, most, total, from);
+  });
 }
 
-constexpr size_t kAttendScratch = size_t(4) * (kMaxQueries + 2 * kPage) * kMaxDim;
+constexpr size_t kAttendScratch = size_t(4) * ((kMaxQueries + kSpan) * kMaxDim + 2 * kMaxQueries);
 
-// Two spans as one: the sums of the next are scaled into those before it.
-void merge(float* sums, float* most, float* total, const float* next, float most_next,
-           float total_next, int dim) {
-  float bound = *most > most_next ? *most : most_next;
-  if (bound == -INFINITY) return;
-  float before = *most == -INFINITY ? 0.0f : std::exp2(*most - bound);
-  float after = most_next == -INFINITY ? 0.0f : std::exp2(most_next - bound);
-  for (int d = 0; d < dim; d += kLanes)
-    store(sums + d, fma(load(next + d), all(after), mul(load(sums + d), all(before))));
-  *total = *total * before + total_next * after;
-  *most = bound;
+// Two spans as one, for `count` queries: the states of the next are scaled into those before them.
+void merge(float* sums, float* most, float* total, const float* sums_next, const float* most_next,
+           const float* total_next, int count, int dim) {
+  alignas(64) float before[kLanes], after[kLanes];
+  for (int start = 0; start < count; start += kLanes) {
+    int some = count - start < kLanes ? count - start : kLanes;
+    for (int i = 0; i < kLanes; ++i) {
+      bool is_there = i < some;
+      before[i] = is_there ? most[start + i] : 0.0f, after[i] = is_there ? most_next[start + i] : 0.0f;
+    }
+    vf one = vmax(load(before), all(-1e30f)), other = vmax(load(after), all(-1e30f));
+    vf bound = vmax(one, other);
+    store(before, power_of_two<7>(sub(one, bound)));
+    store(after, power_of_two<7>(sub(other, bound)));
+    for (int i = 0; i < some; ++i) {
+      int at = start + i;
+      float* to = sums + size_t(at) * dim;
+      const float* from = sums_next + size_t(at) * dim;
+      vf old_share = all(before[i]), new_share = all(after[i]);
+      for (int d = 0; d < dim; d += kLanes)
+        store(to + d, fma(load(from + d), new_share, mul(load(to + d), old_share)));
+      total[at] = total[at] * before[i] + total_next[at] * after[i];
+      most[at] = most[at] > most_next[at] ? most[at] : most_next[at];
+    }
+  }
 }
 
 }  // namespace
