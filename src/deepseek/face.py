@@ -127,7 +127,7 @@ def _engine_of(
     from deepseek.hub.packed import packed_path, read_packed, write_packed
     from deepseek.models.config import DecoderConfig
     from deepseek.models.families import our_name
-    from deepseek.ops.cpu import packed_form
+    from deepseek.ops.cpu import kernels, packed_form
 
     facts = _facts_of_bundle(bundle, asked)
     config, scheme = facts.config, facts.scheme
@@ -150,6 +150,7 @@ def _engine_of(
     )
     if place is not None and packed is None:
         write_packed(place, engine.packed_parts(), folder=bundle.path)
+    kernels().release_freed()  # what reading the tokenizer took is as large as a small cache
     return engine
 
 

@@ -7,6 +7,10 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "isa.h"
 #include "limits.h"
 #include "program.h"
@@ -141,6 +145,12 @@ int choose(Array<float> logits, double temperature, int top_k, double top_p, dou
 NB_MODULE(_cpu, m) {
   m.doc() = "Packed products, attention over pages, and the flat step of a decoder.";
   m.attr("layout") = kLayout;
+  // Gives memory that was freed back to the system, where the allocator can.
+  m.def("release_freed", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
   m.def("usable_isas", &usable_isas);
   m.def("emulated_isas", &emulated_isas);
   nb::class_<KvPages>(m, "KvPages")
