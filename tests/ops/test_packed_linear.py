@@ -8,15 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.ops.choice import Case
 from deepseek.ops.linear.reference import linear_reference, rotate, round_inputs, round_int8
+from deepseek.testing import problems
 from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, Native
 
 pytestmark = NEEDS_KERNELS
 
-STORAGES = [("float32", 32), ("bfloat16", 32), ("int8", 32), ("int4", 32), ("int4", 64)]
-# Of the largest output. Sums differ in order; bfloat16 inputs may round to the other neighbour, and
-# a level in the middle may go either way: one step of one input.
-BOUNDS = {"float32": 2e-6, "bfloat16": 2e-3, "int8": 4e-3, "int4": 8e-3}
+STORAGES = [
+    ("float32", 32),
+    ("bfloat16", 32),
+    ("int8", 32),
+    ("int4", 32),
+    ("int4", 64),
+    ("int4", 128),
+]
 
 
 def product(
@@ -73,7 +79,6 @@ def draw(rows: int, columns: int, width: int, seed: int) -> tuple[np.ndarray, np
     columns=st.integers(1, 150),
     width=st.integers(1, 200),
     seed=st.integers(0, 2**16),
-    has_bias=st.booleans(),
 )
 def test_products_are_the_specification(
     isa: str,
@@ -83,21 +88,15 @@ def test_products_are_the_specification(
     columns: int,
     width: int,
     seed: int,
-    has_bias: bool,
 ) -> None:
-    inputs, weight = draw(rows, columns, width, seed)
-    bias = np.random.default_rng(seed).standard_normal(columns).astype(np.float32)
-    bias = bias if has_bias else None
-    found = product(isa, inputs, weight, storage, group, bias=bias)
-    expected = linear_reference(
-        torch.from_numpy(inputs),
-        torch.from_numpy(weight),
-        storage,
-        group=group,
-        bias=None if bias is None else torch.from_numpy(bias),
-    ).numpy()
-    size = np.abs(inputs).max() * np.abs(weight).sum(axis=1).max() + 1e-6
-    np.testing.assert_allclose(found, expected, rtol=0, atol=BOUNDS[storage] * size)
+    case = Case(operation="linear", storage=storage, group=group, rows=rows)
+    problem = problems.draw(case, (rows, columns, width), seed)
+    inputs, weight = problem.inputs.contiguous(), problem.weight.contiguous()
+    bias = None if problem.bias is None else problem.bias.numpy()
+    found = product(isa, inputs.numpy(), weight.numpy(), storage, group, bias=bias)
+    expected = linear_reference(inputs, weight, storage, group=group, bias=problem.bias)
+    off = (torch.from_numpy(found.copy()) - expected).abs()
+    assert bool((off <= problems.error_bound(problem, case)).all())
 
 
 @pytest.mark.parametrize("isa", ISAS)
