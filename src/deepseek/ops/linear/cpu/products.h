@@ -38,6 +38,16 @@ struct Tile {
   int columns;               // real columns from `offset` on, at most V * kLanes
 };
 
+// Bias, and the columns that there are.
+template <int M, int V>
+inline void put_tile(const Tile& t, vf (&sums)[M][V], float* out, ptrdiff_t stride, Store mode) {
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v)
+      sums[m][v] = add(sums[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
+    put_row<V>(out + m * stride, sums[m], t.columns, mode);
+  }
+}
+
 template <int M, int V>
 void tile_f32(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
   vf acc[M][V];
@@ -54,11 +64,7 @@ void tile_f32(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t str
       for (int v = 0; v < V; ++v) acc[m][v] = fma(a, b[v], acc[m][v]);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v)
-      acc[m][v] = add(acc[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
-    put_row<V>(out + m * stride, acc[m], t.columns, mode);
-  }
+  put_tile(t, acc, out, stride, mode);
 }
 
 template <int M, int V>
@@ -77,11 +83,7 @@ void tile_bf16(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
       for (int v = 0; v < V; ++v) acc[m][v] = dot_bf16(acc[m][v], b[v], a);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v)
-      acc[m][v] = add(acc[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
-    put_row<V>(out + m * stride, acc[m], t.columns, mode);
-  }
+  put_tile(t, acc, out, stride, mode);
 }
 
 // acc += the product of a quad of unsigned weights with a quad of `inputs`, exactly.
@@ -108,43 +110,49 @@ inline void dot_quads(vi (&acc)[M][V], const vi (&b)[V], const int8_t* const (&i
 }
 #endif
 
-template <int M, int V>
-void tile_int8(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
-  vf sums[M][V];
+// Integer inputs of a tile's rows, with a scale and a term for each group.
+template <int M, typename Term>
+struct IntegerRows {
   const int8_t* in[M];
   const float* scales[M];
-  const int32_t* terms[M];
-  for (int m = 0; m < M; ++m) {
-    in[m] = (const int8_t*)(x.data + (row + m) * x.row_bytes);
-    scales[m] = x.scale + size_t(row + m) * x.groups;
-    terms[m] = (const int32_t*)x.term + size_t(row + m) * x.groups;
-    for (int v = 0; v < V; ++v) sums[m][v] = zero();
+  const Term* terms[M];
+
+  IntegerRows(const Inputs& x, int row) {
+    for (int m = 0; m < M; ++m) {
+      in[m] = (const int8_t*)(x.data + (row + m) * x.row_bytes);
+      scales[m] = x.scale + size_t(row + m) * x.groups;
+      terms[m] = (const Term*)x.term + size_t(row + m) * x.groups;
+    }
   }
+};
+
+template <int M, int V>
+void tile_int8(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  IntegerRows<M, int32_t> rows(x, row);
+  vf sums[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) sums[m][v] = zero();
   const uint8_t* lane = t.data + size_t(t.offset) * 4;
   const uint16_t* halves = (const uint16_t*)(t.data + size_t(t.width) * t.w.k_padded) + t.offset;
   int quads = t.w.group / 4;
   for (int g = 0; g < x.groups; ++g, halves += t.width) {
     vi acc[M][V];
     for (int m = 0; m < M; ++m)
-      for (int v = 0; v < V; ++v) acc[m][v] = all_i(terms[m][g]);
+      for (int v = 0; v < V; ++v) acc[m][v] = all_i(rows.terms[m][g]);
     for (int q = 0; q < quads; ++q, lane += size_t(t.width) * 4) {
       vi b[V];
       for (int v = 0; v < V; ++v) b[v] = load_i(lane + v * kLanes * 4);
-      dot_quads<M, V>(acc, b, in, g * quads + q);
+      dot_quads<M, V>(acc, b, rows.in, g * quads + q);
     }
     vf scale[V];
     for (int v = 0; v < V; ++v) scale[v] = load_half(halves + v * kLanes);
     for (int m = 0; m < M; ++m) {
-      vf a = all(scales[m][g]);
+      vf a = all(rows.scales[m][g]);
       for (int v = 0; v < V; ++v)
         sums[m][v] = fma(to_float(acc[m][v]), mul(scale[v], a), sums[m][v]);
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v)
-      sums[m][v] = add(sums[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
-    put_row<V>(out + m * stride, sums[m], t.columns, mode);
-  }
+  put_tile(t, sums, out, stride, mode);
 }
 
 // The integer products of a group of 32 with nibbles.
@@ -195,25 +203,19 @@ inline void dot_nibbles(vi (&acc)[M][V], const uint8_t* w, int width, const int8
 
 template <int M, int V>
 void tile_int4(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t stride, Store mode) {
+  IntegerRows<M, float> rows(x, row);
   vf sums[M][V];
-  const int8_t* in[M];
-  const float* scales[M];
-  const float* terms[M];
-  for (int m = 0; m < M; ++m) {
-    in[m] = (const int8_t*)(x.data + (row + m) * x.row_bytes);
-    scales[m] = x.scale + size_t(row + m) * x.groups;
-    terms[m] = (const float*)x.term + size_t(row + m) * x.groups;
+  for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) sums[m][v] = zero();
-  }
   const uint8_t* w = t.data;
   for (int g = 0; g < x.groups; ++g) {
     vi acc[M][V];
     for (int m = 0; m < M; ++m)
       for (int v = 0; v < V; ++v) acc[m][v] = zero_i();
     for (int part = 0; part < t.w.group; part += 32) {
-      dot_nibbles<M, V>(acc, w + size_t(t.offset) * 4, t.width, in);
+      dot_nibbles<M, V>(acc, w + size_t(t.offset) * 4, t.width, rows.in);
       w += size_t(t.width) * 16;
-      for (int m = 0; m < M; ++m) in[m] += 32;
+      for (int m = 0; m < M; ++m) rows.in[m] += 32;
     }
     const uint16_t* half = (const uint16_t*)w + t.offset;
     vf scale[V], least[V];
@@ -223,18 +225,14 @@ void tile_int4(const Tile& t, const Inputs& x, int row, float* out, ptrdiff_t st
     }
     w += size_t(t.width) * 4;
     for (int m = 0; m < M; ++m) {
-      vf a = all(scales[m][g]), b = all(terms[m][g]);
+      vf a = all(rows.scales[m][g]), b = all(rows.terms[m][g]);
       for (int v = 0; v < V; ++v) {
         sums[m][v] = fma(mul(to_float(acc[m][v]), a), scale[v], sums[m][v]);
         sums[m][v] = fma(b, least[v], sums[m][v]);
       }
     }
   }
-  for (int m = 0; m < M; ++m) {
-    for (int v = 0; v < V; ++v)
-      sums[m][v] = add(sums[m][v], bias_of(t.w, t.panel, t.offset / kLanes + v));
-    put_row<V>(out + m * stride, sums[m], t.columns, mode);
-  }
+  put_tile(t, sums, out, stride, mode);
 }
 
 // Rows of a tile: as many sums as registers hold. int4 needs two for each, one of integers.
