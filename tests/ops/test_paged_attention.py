@@ -11,9 +11,11 @@ from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, PAGE, Native
 
 pytestmark = NEEDS_KERNELS
 
-BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 6e-2}
-"""Of values drawn from a normal distribution. Scores too are rounded to the storage; in int8 the
-weights as well, to 1/255 of the largest of a span."""
+BOUNDS = {"float32": 2e-5, "bfloat16": 2e-2, "int8": 9e-2}
+"""Of the worst value among hundreds of thousands, drawn from a normal distribution. Scores too are
+rounded to the storage; in int8 the weights as well, to 1/255 of the largest of a span."""
+MEAN_BOUNDS = {"float32": 5e-7, "bfloat16": 3e-3, "int8": 1e-2}
+"""Of the root of the mean square: what a wrong scale or slot cannot stay under."""
 
 
 def program(
@@ -94,8 +96,9 @@ def test_it_is_one_softmax_over_what_a_query_sees(
     heads = (kv_heads * group, kv_heads, dim)
     table = draw(heads, count, seed)
     native = program(isa, heads, table, window)
-    found = attend(native, kind, count, [512])
-    np.testing.assert_allclose(found, reference(heads, table, window), rtol=0, atol=BOUNDS[kind])
+    off = np.abs(attend(native, kind, count, [512]) - reference(heads, table, window))
+    assert off.max() <= BOUNDS[kind]
+    assert np.sqrt(np.mean(off**2)) <= MEAN_BOUNDS[kind]
 
 
 @pytest.mark.parametrize("isa", ISAS)
