@@ -168,3 +168,8 @@ def test_the_quota_of_control_groups_of_both_versions(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     assert cpu.cgroup_cores(tmp_path / "groups", own) == cores
+
+
+def test_a_group_that_no_kernel_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="group of Scheme must be one of 32, 64, 128; got 48"):
+        Scheme(weights="int4", group=48)  # type: ignore[arg-type]

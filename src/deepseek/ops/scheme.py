@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from deepseek.config import Config
 from deepseek.errors import ConfigError, describe
@@ -83,6 +83,11 @@ class Scheme(Config):
     are stored and multiplied too: 576 channels in groups of 128 cost as much as 640."""
     kv: KVStorage = "bfloat16"
     """Of cached keys and values; int8 has a scale per token and head."""
+
+    def __post_init__(self) -> None:
+        if self.group not in get_args(Group):
+            must = "one of " + ", ".join(map(str, get_args(Group)))
+            raise ConfigError(describe("group", "Scheme", must, self.group))
 
     @classmethod
     def named(cls, name: str) -> Scheme:
