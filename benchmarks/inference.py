@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deepseek.cli.models import positive
 from deepseek.hub import pull
+from deepseek.ops.scheme import SCHEMES as NAMED
 from deepseek.records import Measurement, summarize
 
 HERE = Path(__file__).resolve().parent / "peers"
@@ -87,7 +89,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.spec.name} ended with code {self._process.wait()}")
+            sys.exit(f"inference: {self.spec.name} ended with code {self._process.wait()}")
         return json.loads(line)
 
 
@@ -132,6 +134,8 @@ def measure(
                     words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment()
                 )
                 # the first round warms the file cache
+                if done.returncode != 0:
+                    sys.exit(f"inference: {spec.name} ended with code {done.returncode}")
                 if number > 0:
                     samples[spec.name].append(json.loads(done.stdout.splitlines()[-1]))
         return samples
@@ -210,15 +214,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="name of ours, the peers' in FILE")
     parser.add_argument("--peers", type=Path, metavar="FILE", help="transformers alone without it")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=NAMED)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--isa", help="instruction set of ours")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    specs = engines(options)
+    try:
+        specs = engines(options)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"--peers {options.peers}: {error}; see benchmarks/peers/README.md")
     found: list[Measurement] = []
     for name in options.modes:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -239,4 +246,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was kept")

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from deepseek.cli.models import positive
 from deepseek.errors import DeepseekError
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
 
@@ -244,7 +245,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--threads", type=positive, default=default_threads())
     parser.add_argument("--storages", nargs="+", choices=STORAGES, default=STORAGES)
     options = parser.parse_args()
     try:
@@ -284,4 +285,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was kept")
