@@ -66,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_USER_MISTAKE
     except OSError as error:
-        return out.fail(error, EXIT_USER_MISTAKE)
+        if error.filename is None or error.strerror is None:
+            return out.fail(error, EXIT_USER_MISTAKE)
+        step = "Give another place, or see that it is there and that you may use it"
+        words = f"{error.filename}: {error.strerror}. {step}"
+        return out.fail(OSError(words), EXIT_USER_MISTAKE)
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
