@@ -84,7 +84,7 @@ def load_engine(
     """Return an engine of a bundle, for `deepseek.generate.generate`; torch is never imported.
 
     It starts several times faster than `load` and holds the packed weights only. They are kept in
-    `$DEEPSEEK_HOME/packed` and mapped the next time.
+    `$DEEPSEEK_HOME/packed` and read from there the next time.
 
     Args:
         source: as in `load`; a `.gguf` file has no engine without torch.

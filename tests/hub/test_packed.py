@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deepseek
+from deepseek.errors import FormatError
 from deepseek.face import load_engine
 from deepseek.generate import Engine
 from deepseek.hub import packed
@@ -44,10 +45,10 @@ def logits(engine: Engine) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8", "int4", "int4-g128"])
-def test_the_second_start_maps_what_the_first_packed(folder: Path, scheme: str) -> None:
+def test_the_second_start_reads_what_the_first_packed(folder: Path, scheme: str) -> None:
     first = open_engine(folder, scheme=scheme)
     second = open_engine(folder, scheme=scheme)
-    assert first.packed is None and second.packed is not None
+    assert not first.was_packed and second.was_packed
     assert np.array_equal(logits(first), logits(second))
     assert first.weight_bytes == second.weight_bytes
 
@@ -72,7 +73,7 @@ def test_changed_weights_are_packed_again_and_replace_the_old(folder: Path, stor
         model.model.layers[0].mlp.down_proj.weight.mul_(3)
     deepseek.save(model, folder)
     changed = open_engine(folder, scheme="int8")
-    assert changed.packed is None
+    assert not changed.was_packed
     assert not np.array_equal(before, logits(changed))
     assert len(list(store.iterdir())) == 1
 
@@ -95,9 +96,22 @@ def test_a_damaged_file_is_made_anew(folder: Path, store: Path, damage: str) -> 
     assert path.read_bytes() == whole
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_one_error(folder: Path, store: Path) -> None:
+    open_engine(folder, scheme="int8")
+    (path,) = store.iterdir()
+    parts = packed.read_packed(path)
+    assert parts is not None
+    os.truncate(path, path.stat().st_size - 1)
+    *_, last = parts.values()
+    with pytest.raises(FormatError, match="Delete the file"):
+        last.read_into(memoryview(bytearray(last.entry.num_bytes)))
+    with pytest.raises(FormatError, match="Delete the file"):
+        last.read_into(memoryview(bytearray(5)))
+
+
 def test_a_store_that_cannot_be_written_is_no_error(folder: Path, store: Path) -> None:
     store.write_text("a file where the folder should be")
-    assert open_engine(folder, scheme="int8").packed is None
+    assert open_engine(folder, scheme="int8").was_packed is False
 
 
 def test_nothing_is_kept_when_not_asked(folder: Path, store: Path) -> None:

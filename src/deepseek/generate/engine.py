@@ -46,16 +46,14 @@ Weights = Callable[[str], "Rows | None"]
 
 
 class PackedBytes(Protocol):
-    """A weight as an engine of the same scheme and instruction set has packed it, in memory."""
+    """A weight as an engine of the same scheme and instruction set has packed it, on the disk."""
 
-    @property
-    def address(self) -> int:
-        """Where its bytes begin; they stay there as long as this object is held."""
-        ...
+    def read_into(self, room: memoryview) -> None:
+        """Fill a room of its very length.
 
-    @property
-    def num_bytes(self) -> int:
-        """How many there are."""
+        Raises:
+            FormatError: it has another length, or cannot be read.
+        """
         ...
 
 
@@ -73,8 +71,8 @@ class Engine:
     """The compiled program with its weights."""
     tokenizer: Tokenizer | None = None
     bundle: object | None = None
-    packed: Mapping[str, PackedBytes] | None = None
-    """What it was given, kept alive."""
+    was_packed: bool = False
+    """Whether its weights were packed before, and only read."""
 
     @property
     def threads(self) -> int:
@@ -90,9 +88,7 @@ class Engine:
         """Return the packed weights in place: what `build_engine` takes as `packed`."""
         parts = []
         for place, name in enumerate(_matrices(self.program.instructions)):
-            address, count = self.native.packed(place)
-            values = (ctypes.c_uint8 * count).from_address(address)
-            parts.append((name, memoryview(values).cast("B")))
+            parts.append((name, _packed_view(self.native, place)))
         return parts
 
     def new_pages(self, num_pages: int) -> Any:
@@ -206,7 +202,7 @@ def build_engine(
     for name in book.vectors:
         native.add_vector(_vector(_needed(weights, name)))
     native.start()
-    return Engine(config, scheme, program, isa, native, tokenizer, bundle, packed)
+    return Engine(config, scheme, program, isa, native, tokenizer, bundle, packed is not None)
 
 
 def _native_shape(shape: ProgramShape) -> dict[str, object]:
@@ -291,7 +287,12 @@ def _add_matrix(
         stride, dtype = rows.stride_bytes, rows.dtype
         native.add_weight(source=rows.address, dtype=dtype, stride=stride, **form)
     else:
-        native.add_packed(address=packed.address, bytes=packed.num_bytes, **form)
+        packed.read_into(_packed_view(native, native.add_room(**form)))
+
+
+def _packed_view(native: Any, place: int) -> memoryview:
+    address, count = native.packed(place)
+    return memoryview((ctypes.c_uint8 * count).from_address(address)).cast("B")
 
 
 def _needed(weights: Weights, name: str) -> Rows:

@@ -12,7 +12,7 @@ import numpy as np
 from deepseek.errors import FormatError, describe
 from deepseek.hub.safetensors import TensorEntry
 
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "U8": "uint8"}
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class MappedTensor:
 
     address: int
     dtype: str
-    """float32, bfloat16, float16, or uint8 for packed weights."""
+    """float32, bfloat16 or float16."""
     shape: tuple[int, ...]
     stride_bytes: int
     """From one entry of the first dimension to the next."""
@@ -70,31 +70,15 @@ def map_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, M
     Raises:
         FormatError: a file cannot be mapped, or a tensor is of a type the engine does not read.
     """
-    by_file: dict[str, dict[str, TensorEntry]] = {}
-    for name, entry in entries.items():
-        by_file.setdefault(entry.file, {})[name] = entry
-    tensors: dict[str, MappedTensor] = {}
-    for file, some in by_file.items():
-        tensors |= map_file(folder / file, some)
-    return tensors
-
-
-def map_file(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, MappedTensor]:
-    """Return the tensors of one file in place.
-
-    Args:
-        path: the file.
-        entries: what its header says.
-
-    Raises:
-        FormatError: as `map_tensors`.
-    """
-    file = MappedFile(path)
+    files: dict[str, MappedFile] = {}
     tensors = {}
     for name, entry in entries.items():
         if entry.dtype not in _DTYPES:
             must = f"one of {', '.join(_DTYPES)}"
-            raise FormatError(describe(f"dtype of {name!r}", str(path.parent), must, entry.dtype))
+            raise FormatError(describe(f"dtype of {name!r}", str(folder), must, entry.dtype))
+        if entry.file not in files:
+            files[entry.file] = MappedFile(folder / entry.file)
+        file = files[entry.file]
         rows = entry.shape[0] if entry.shape else 1
         tensors[name] = MappedTensor(
             address=file.address + entry.offset,

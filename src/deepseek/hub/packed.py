@@ -1,13 +1,14 @@
 """Packed weights kept between runs, so that a model starts without packing them again.
 
 A file of `$DEEPSEEK_HOME/packed` holds the weights of one model in one scheme as the kernels read
-them, in the layout of safetensors, and is mapped. Its name says what it was made from: when that
+them, in the layout of safetensors. Its name says what it was made from: when that
 changes the file is no longer found, and the next one takes its place; files of models that are gone
 go with the next that is written. Anyone may delete these files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,8 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from deepseek.errors import FormatError
-from deepseek.hub.mapping import MappedTensor, map_file
+from deepseek.errors import FormatError, describe
 from deepseek.hub.safetensors import MAX_HEADER_BYTES, TensorEntry, read_header
 from deepseek.hub.store import safe_name, store_folder
 
@@ -45,12 +45,37 @@ def packed_path(folder: Path, tensors: Mapping[str, TensorEntry], *, form: str) 
     return packed_folder() / f"{owner}-{_digest(*parts)[:16]}.safetensors"
 
 
-def read_packed(path: Path) -> dict[str, MappedTensor] | None:
-    """Return packed weights in place, or None where there is no whole file of them."""
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """One weight in a file of packed weights."""
+
+    path: Path
+    entry: TensorEntry
+
+    def read_into(self, room: memoryview) -> None:
+        """Fill a room. Reading into huge pages beats mapping the file: decoding from its 4 KiB pages
+        is an eighth slower.
+
+        Raises:
+            FormatError: the room has another length, or the file has been cut.
+        """
+        count = room.nbytes
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.entry.offset)
+            # an unbuffered file may give less than it is asked for
+            while count == self.entry.num_bytes and room and (got := file.readinto(room)):
+                room = room[got:]
+        if room or count != self.entry.num_bytes:
+            must, got = f"{self.entry.num_bytes} bytes long", f"room for {count}, or a cut file"
+            raise FormatError(describe("weight", str(self.path), must, got, "Delete the file"))
+
+
+def read_packed(path: Path) -> dict[str, PackedWeight] | None:
+    """Return packed weights, yet to be read, or None where there is no whole file of them."""
     if _metadata(path).get("name") != path.name:
         return None
     try:
-        return map_file(path, read_header(path))
+        return {name: PackedWeight(path, entry) for name, entry in read_header(path).items()}
     except (FormatError, OSError) as error:
         _LOG.info("packed weights are made anew: %s", error)
         return None

@@ -89,11 +89,9 @@ int add_weight(Program& program, const std::string& kind, int group, bool rotate
                             bias ? bias->data() : nullptr);
 }
 
-// `address`: weights as `packed` gave them, `bytes` long; they must stay where they are.
-int add_packed(Program& program, const std::string& kind, int group, bool rotated, uintptr_t address,
-               size_t bytes, int n, int k, std::optional<Array<const float>> bias) {
-  return program.add_packed(kind_of(kind), group, rotated, n, k, (const uint8_t*)address, bytes,
-                            bias ? bias->data() : nullptr);
+int add_room(Program& program, const std::string& kind, int group, bool rotated, int n, int k,
+             std::optional<Array<const float>> bias) {
+  return program.add_room(kind_of(kind), group, rotated, n, k, bias ? bias->data() : nullptr);
 }
 
 // The packed bytes of a weight, in place.
@@ -165,8 +163,8 @@ NB_MODULE(_cpu, m) {
       .def("add_weight", &add_weight, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"),
            nb::arg("source"), nb::arg("dtype"), nb::arg("n"), nb::arg("k"), nb::arg("stride"),
            nb::arg("bias").none())
-      .def("add_packed", &add_packed, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"),
-           nb::arg("address"), nb::arg("bytes"), nb::arg("n"), nb::arg("k"), nb::arg("bias").none())
+      .def("add_room", &add_room, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"), nb::arg("n"),
+           nb::arg("k"), nb::arg("bias").none())
       .def("packed", &packed)
       .def("add_vector",
            [](Program& p, Array<const float> v) { return p.add_vector(v.data(), int(v.size())); })

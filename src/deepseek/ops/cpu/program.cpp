@@ -122,23 +122,20 @@ Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, con
 
 int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
                         Kind source_kind, ptrdiff_t stride, const float* bias) {
-  Weight w = new_weight(kind, group, rotated, n, k, bias);
-  w.data = allocate(w.bytes());
+  int index = add_room(kind, group, rotated, n, k, bias);
+  Weight& w = weights_[index];
   std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(size_t(w.k_padded) * 16));
   std::atomic<int> next{0};
   pool_.run([&](int thread) {
     for (int p; (p = next.fetch_add(1)) < w.panels();)
       kernels_.pack_panel(w, source, source_kind, stride, p, scratch[thread].data());
   });
-  weights_.push_back(w);
-  return int(weights_.size()) - 1;
+  return index;
 }
 
-int Program::add_packed(Kind kind, int group, bool rotated, int n, int k, const uint8_t* data,
-                        size_t bytes, const float* bias) {
+int Program::add_room(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
   Weight w = new_weight(kind, group, rotated, n, k, bias);
-  if (w.bytes() != bytes) throw std::invalid_argument("packed weights are of another size");
-  w.data = const_cast<uint8_t*>(data);
+  w.data = allocate(w.bytes());
   weights_.push_back(w);
   return int(weights_.size()) - 1;
 }

@@ -110,9 +110,8 @@ class Program {
   // Weights are packed as they are added; `source` is not needed afterwards.
   int add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
                  Kind source_kind, ptrdiff_t stride, const float* bias);
-  // Weights that were packed before, in place: `data` must stay.
-  int add_packed(Kind kind, int group, bool rotated, int n, int k, const uint8_t* data, size_t bytes,
-                 const float* bias);
+  // Room for weights that were packed before: the caller fills it.
+  int add_room(Kind kind, int group, bool rotated, int n, int k, const float* bias);
   int add_vector(const float* values, int count);
   void start();  // after the last weight
 
