@@ -8,13 +8,14 @@ import deepseek
 
 TEXT = "Q: What is the house colour? A: The house colour is ultramarine."
 
+torch.manual_seed(0)
 model = deepseek.load("smollm2-135m", dtype="float32")
 config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 adapted = get_peft_model(model, config)
 
 tokens = torch.tensor([model.tokenizer.encode(TEXT)])
-optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=5e-3)
-for step in range(12):
+optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=2e-3)
+for step in range(20):
     loss = adapted(input_ids=tokens, labels=tokens).loss
     loss.backward()
     optimizer.step()
