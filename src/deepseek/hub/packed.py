@@ -53,8 +53,7 @@ class PackedWeight:
     entry: TensorEntry
 
     def read_into(self, room: memoryview) -> None:
-        """Fill a room. Reading into huge pages beats mapping the file: decoding from its 4 KiB pages
-        is an eighth slower.
+        """Fill a room in huge pages: decoding from a mapped file's small ones is an eighth slower.
 
         Raises:
             FormatError: the room has another length, or the file has been cut.

@@ -7,6 +7,7 @@ the same kernels and the same bits, not the same speed. Loads no torch.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,8 @@ class PackedLinear:
         program = _program(self._isa, [self._width], instructions, tokens=count, vocab=vocab)
         _add_matrix(program, inputs)
         address, num_bytes = self._holder.packed(0)
-        program.add_packed(address=address, bytes=num_bytes, **self._form)
+        room, _ = program.packed(program.add_room(**self._form))
+        ctypes.memmove(room, address, num_bytes)
         program.start()
         pages = kernels().KvPages("float32", program, 1)
         positions, rows = np.zeros(count, np.int32), np.arange(count, dtype=np.int32)
