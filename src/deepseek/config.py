@@ -118,6 +118,8 @@ def _read_union(value: Any, hint: Any, name: str, owner: str) -> Any:
     choices = get_args(hint)
     if value is None and type(None) in choices:
         return None
+    if isinstance(value, Mapping) and "kind" in value:
+        return _read_kind(cast("Mapping[str, Any]", value), choices, name, owner)
     failure: ConfigError | None = None
     for choice in choices:
         if choice is type(None):
@@ -127,6 +129,21 @@ def _read_union(value: Any, hint: Any, name: str, owner: str) -> Any:
         except ConfigError as error:
             failure = error
     raise failure or ConfigError(describe(name, owner, f"of type {hint}", value))
+
+
+def _read_kind(value: Mapping[str, Any], choices: Sequence[Any], name: str, owner: str) -> Any:
+    """Return the config of a union whose field `kind` defaults to what is given."""
+    kinds: dict[Any, Any] = {
+        field.default: choice
+        for choice in choices
+        if isinstance(choice, type) and issubclass(choice, Config)
+        for field in dataclasses.fields(choice)
+        if field.name == "kind"
+    }
+    if value["kind"] not in kinds:
+        must = f"one of {', '.join(map(repr, kinds))}"
+        raise ConfigError(describe(f"kind of {name}", owner, must, value["kind"]))
+    return _read(value, kinds[value["kind"]], name, owner)
 
 
 def _read_tuple(value: Any, inner: tuple[Any, ...], name: str, owner: str) -> tuple[Any, ...]:

@@ -1,8 +1,53 @@
-"""Text in and out: tokenizers, chat templates and incremental decoding."""
+"""Text in and out: tokenizers, chat templates and incremental decoding; corpora of tokens and the
+order in which training reads them."""
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
 
 from deepseek.data.incremental import IncrementalDecoder
 from deepseek.data.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDecoder", "Tokenizer"]
+if TYPE_CHECKING:
+    from deepseek.data.corpus import Document, TokenCorpus, write_corpus
+    from deepseek.data.order import SampleOrder
+    from deepseek.data.texts import read_texts, text_files, tokenized
+    from deepseek.data.windows import Samples, Windows
+
+__all__ = [
+    "Document",
+    "IncrementalDecoder",
+    "SampleOrder",
+    "Samples",
+    "TokenCorpus",
+    "Tokenizer",
+    "Windows",
+    "read_texts",
+    "text_files",
+    "tokenized",
+    "write_corpus",
+]
+
+# numpy is not loaded for a tokenizer alone
+_HOMES = {
+    "Document": "corpus",
+    "SampleOrder": "order",
+    "Samples": "windows",
+    "TokenCorpus": "corpus",
+    "Windows": "windows",
+    "read_texts": "texts",
+    "text_files": "texts",
+    "tokenized": "texts",
+    "write_corpus": "corpus",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

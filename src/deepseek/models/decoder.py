@@ -22,6 +22,7 @@ from deepseek.models.layers import (
 from deepseek.models.planner import Planner, WindowPlanner
 from deepseek.models.positions import alibi_slopes, rope_tables
 from deepseek.ops.attention import AttentionImpl, KVCache, Layout
+from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.linear import Linear
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class CausalOutput(NamedTuple):
     loss: Tensor | None
     """Mean cross-entropy of the labels in nats, float32; None without labels."""
     logits: Tensor
-    """[B, T, vocab]; [B, 1, vocab] with `last_only`."""
+    """[B, T, vocab]; [B, 1, vocab] with `last_only`; [B, 0, vocab] with `loss_only`."""
     hidden_states: tuple[Tensor, ...] | None
     """Embedding output, then each layer's, the last one normed: layers + 1 tensors [B, T,
     hidden]."""
@@ -156,6 +157,7 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        loss_only: bool = False,
         output_hidden_states: bool | None = False,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -172,6 +174,7 @@ class Decoder(nn.Module):
                 counts.
             cache: keys and values of earlier tokens; appended to.
             last_only: compute logits of each row's last token only.
+            loss_only: with labels, compute the loss without holding the logits (`ops.cross_entropy`).
             output_hidden_states: also return every layer's output.
             output_attentions: must not be True: attention weights are never formed.
             return_dict: accepted and ignored; the output is read by name and by place.
@@ -204,9 +207,19 @@ class Decoder(nn.Module):
             cache.advance(layout)
         if last_only:
             states = _last(states, attention_mask, counts)
+        hidden = None if kept is None else tuple(kept)
+        if loss_only and labels is not None:
+            return CausalOutput(self._loss(states, labels), self.lm_head(states[:, :0]), hidden)
         logits = self.lm_head(states)
         loss = None if labels is None else next_token_loss(logits, labels)
-        return CausalOutput(loss, logits, None if kept is None else tuple(kept))
+        return CausalOutput(loss, logits, hidden)
+
+    def _loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        if type(self.lm_head) is not Linear:  # a low-rank head, say
+            return next_token_loss(self.lm_head(states), labels)
+        targets = labels[:, 1:].flatten()
+        total = linear_cross_entropy(states[:, :-1].flatten(0, 1), self.lm_head.weight, targets)
+        return total / (targets != IGNORED).sum()
 
     def _embed(self, input_ids: Tensor | None) -> Tensor:
         if input_ids is None or input_ids.dim() != 2 or input_ids.shape[1] == 0:

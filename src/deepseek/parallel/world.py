@@ -1,0 +1,54 @@
+"""The processes that compute together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among those that compute together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Return whether the flag is up in any process."""
+        if self.size == 1:
+            return flag
+        flags: list[bool] = [False] * self.size
+        dist.all_gather_object(flags, flag)
+        return any(flags)
+
+
+@contextlib.contextmanager
+def joined_world() -> Iterator[World]:
+    """Yield the world that `torchrun` describes in the environment, joined over gloo; a world of one
+    where it describes none.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World()
+        return
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

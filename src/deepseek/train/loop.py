@@ -1,0 +1,337 @@
+"""The loop: stages one after another, each border and each kill a place to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from deepseek.data import Windows
+from deepseek.errors import ConfigError, describe
+from deepseek.evaluate import default_corpus, perplexity, read_corpus
+from deepseek.hub import Bundle, save
+from deepseek.models import Decoder
+from deepseek.optim import build_optimizers
+from deepseek.parallel import World
+from deepseek.records import Measurement, StageRecord
+from deepseek.train.checkpoint import Checkpoints, Position
+from deepseek.train.config import PYTHON_TOPICS, Run, Stage
+from deepseek.train.ledger import Ledger, next_attempt
+from deepseek.train.places import Places
+from deepseek.train.sources import open_windows
+from deepseek.train.speed import flops_per_token, peak_flops
+from deepseek.train.step import BatchStep, StepResult, choose_parameters
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run says of a step."""
+
+    stage: str
+    step: int
+    """Steps of the stage that are done."""
+    num_steps: int
+    loss: float
+    gradient_norm: float
+    rate: float
+    """Learning rate of the step."""
+    tokens_per_s: float
+    """Of all workers, over this step."""
+    mfu: float
+    """Share of this machine's measured peak that the step's products reached."""
+    left_s: float
+    """Time that the stage's other steps will take at this speed."""
+
+
+Report = Callable[[Progress], None]
+
+
+def num_steps_of(stage: Stage, windows: Windows) -> int:
+    """Return the steps of a stage: as it says, or those of its epochs; a last batch that is not full
+    goes on into the next epoch.
+    """
+    if stage.steps is not None:
+        return stage.steps
+    assert stage.epochs is not None
+    return max(1, math.ceil(stage.epochs * windows.num_windows / stage.batch))
+
+
+class Training:
+    """A run in a folder, on one worker or several.
+
+    All that it writes stands in the folder: the run's settings, tokenised data, checkpoints, the
+    ledger, `metrics.jsonl`, and a bundle for each stage that is done.
+    """
+
+    def __init__(
+        self, run: Run, model: Decoder, places: Places, world: World, *, report: Report
+    ) -> None:
+        """Prepare a run; the folder's newest checkpoint is where it goes on.
+
+        Args:
+            run: what is to be done.
+            model: what it starts from, in float32, with a tokenizer.
+            places: the run's folder.
+            world: the workers.
+            report: called after each step, on the first worker.
+        """
+        self.run, self.model, self._places, self._world = run, model, places, world
+        self._report = report
+        self._checkpoints = Checkpoints(places.checkpoints, world, run.keep_checkpoints)
+        self._stop = False
+
+    def train(self) -> Path:
+        """Run what is left, and return the folder of the last stage's bundle.
+
+        Raises:
+            Interrupted: SIGINT or SIGTERM came; a checkpoint was made.
+            ConfigError: a loss or gradient was not finite; the last checkpoint is whole.
+            CapacityError: a checkpoint could not be written.
+        """
+        found = self._checkpoints.find()
+        position = Position() if found is None else found[1]
+        attempt = next_attempt(self._places.ledger)
+        self._world.barrier()
+        ledger = Ledger(
+            self._places.ledger,
+            attempt=attempt,
+            start=position.total_steps,
+            rank=self._world.rank,
+            size=self._world.size,
+        )
+        _cut_metrics(self._places.metrics, position.total_steps, self._world)
+        resumed = None if found is None else found[0]
+        optimizers: list[Optimizer] = []
+        if position.stage > 0:
+            self.model.bundle = Bundle.open(self._places.stage(self.run.stages[position.stage - 1].name))
+        try:
+            with self._stopping():
+                for number in range(position.stage, len(self.run.stages)):
+                    optimizers = self._run_stage(number, position, optimizers, resumed, ledger)
+                    position = Position(
+                        stage=number + 1,
+                        total_steps=position.total_steps - position.step + self._num_steps,
+                    )
+                    resumed = None
+            self._checkpoints.wait()
+        finally:
+            ledger.close()
+            self._checkpoints.close()
+        return self._places.stage(self.run.stages[-1].name)
+
+    def _run_stage(
+        self,
+        number: int,
+        position: Position,
+        before: Sequence[Optimizer],
+        resumed: Path | None,
+        ledger: Ledger,
+    ) -> list[Optimizer]:
+        stage = self.run.stages[number]
+        windows = open_windows(self.run, number, self.model, self._places, self._world)
+        self._num_steps = num_steps = num_steps_of(stage, windows)
+        parameters = choose_parameters(self.model, stage.trains)
+        optimizers = build_optimizers(stage.optimizer, parameters)
+        if resumed is not None and position.step > 0:
+            self._checkpoints.load(self.model, optimizers, resumed)
+        elif resumed is not None:
+            self._checkpoints.load(self.model, [], resumed)
+        if stage.keeps_moments and position.step == 0:
+            _carry_moments(before, optimizers)
+        batch_step = BatchStep(
+            self.model,
+            parameters,
+            optimizers,
+            stage,
+            windows,
+            world=self._world,
+            seed=self.run.seed + 7919 * number,
+        )
+        clock = _Clock(self.model, stage)
+        start = position.total_steps - position.step
+        self.model.train()
+        with _recomputing(self.model, stage.recompute):
+            for step in range(position.step, num_steps):
+                result = batch_step.run(step, num_steps)
+                _check_finite(result, stage, step, self._checkpoints)
+                samples = result.samples
+                ledger.add(number, step, samples.first, samples.tokens)
+                self._tell(clock.tick(result, step, num_steps), start + step)
+                done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
+                self._maybe_save(done, num_steps, optimizers)
+        self._finish_stage(number, start + num_steps, optimizers)
+        return optimizers
+
+    def _maybe_save(self, done: Position, num_steps: int, optimizers: list[Optimizer]) -> None:
+        stops = self._world.any(self._stop)
+        is_last = done.step == num_steps
+        if stops or (done.step % self.run.checkpoint_every == 0 and not is_last):
+            self._checkpoints.save(done, self.model, optimizers)
+        if stops:
+            self._checkpoints.wait()
+            raise Interrupted
+
+    def _finish_stage(self, number: int, total: int, optimizers: list[Optimizer]) -> None:
+        """Measure the model, write its bundle, and make the checkpoint of the border."""
+        stage = self.run.stages[number]
+        self.model.eval()
+        if self._world.is_first:
+            found = [item for text in stage.evaluate for item in _measured(self.model, text)]
+            settings = {**stage.to_dict(), "run_seed": self.run.seed}
+            record = StageRecord(name=f"train {stage.name}", settings=settings, seed=self.run.seed)
+            folder = self._places.stage(stage.name)
+            self.model.bundle = save(self.model, folder, stage=record, measurements=found)
+        self._world.barrier()
+        done = Position(stage=number + 1, step=0, total_steps=total)
+        kept = optimizers if self._next_keeps_moments(number) else []
+        self._checkpoints.save(done, self.model, kept)
+
+    def _next_keeps_moments(self, number: int) -> bool:
+        rest = self.run.stages[number + 1 : number + 2]
+        return bool(rest) and rest[0].keeps_moments
+
+    def _tell(self, progress: Progress, total_step: int) -> None:
+        if not self._world.is_first:
+            return
+        line = {"total_step": total_step, **dataclasses.asdict(progress)}
+        with self._places.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._report(progress)
+
+    @contextlib.contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM end the run after the step that is being done."""
+
+        def stop(*_: object) -> None:
+            self._stop = True
+
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        old = [signal.signal(kind, stop) for kind in kinds]
+        try:
+            yield
+        finally:
+            for kind, handler in zip(kinds, old, strict=True):
+                signal.signal(kind, handler)
+
+
+class _Clock:
+    def __init__(self, model: Decoder, stage: Stage) -> None:
+        self._stage = stage
+        self._flops = flops_per_token(model, stage.length)
+        self._peak = peak_flops(getattr(torch, stage.precision))
+        self._last = time.perf_counter()
+        self._speeds: list[float] = []
+
+    def tick(self, result: StepResult, step: int, num_steps: int) -> Progress:
+        """Return what is known of a step that is done."""
+        now = time.perf_counter()
+        took, self._last = now - self._last, now
+        self._speeds = [*self._speeds[-9:], took]
+        tokens_per_s = self._stage.batch * self._stage.length / took
+        return Progress(
+            stage=self._stage.name,
+            step=step + 1,
+            num_steps=num_steps,
+            loss=result.loss,
+            gradient_norm=result.gradient_norm,
+            rate=self._stage.optimizer.rate * self._stage.schedule.factor(step, num_steps),
+            tokens_per_s=tokens_per_s,
+            mfu=tokens_per_s * self._flops / self._peak,
+            left_s=sum(self._speeds) / len(self._speeds) * (num_steps - step - 1),
+        )
+
+
+def _check_finite(
+    result: StepResult, stage: Stage, step: int, checkpoints: Checkpoints
+) -> None:
+    if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
+        return
+    checkpoints.wait()
+    newest = checkpoints.newest()
+    left = "there is no checkpoint yet" if newest is None else f"{newest.name} is whole"
+    must = "a finite loss and gradient"
+    got = f"loss {result.loss}, gradient norm {result.gradient_norm}"
+    next_step = f"Take a smaller rate or float32 and start again: {left}"
+    raise ConfigError(describe(f"step {step}", f"stage {stage.name!r}", must, got, next_step))
+
+
+def _measured(model: Decoder, text: str) -> list[Measurement]:
+    corpus = default_corpus() if text == PYTHON_TOPICS else read_corpus(text)
+    return list(perplexity(model, corpus, max_tokens=8192).measurements)
+
+
+def _carry_moments(before: Sequence[Optimizer], optimizers: Sequence[Optimizer]) -> None:
+    known = {value: state for optimizer in before for value, state in optimizer.state.items()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for value in group["params"]:
+                if value in known:
+                    optimizer.state[value] = known[value]
+
+
+@contextlib.contextmanager
+def _recomputing(model: Decoder, is_on: bool) -> Iterator[None]:
+    """Let the layers forget their insides until the backward pass needs them."""
+    layers: list[nn.Module] = list(model.model.layers) if is_on else []
+    for layer in layers:
+        forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        vars(layer)["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del vars(layer)["forward"]
+
+
+def _cut_metrics(path: Path, total_steps: int, world: World) -> None:
+    """Take out the lines of steps that are done again."""
+    if not world.is_first or not path.is_file():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < total_steps]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    try:
+        values: dict[str, Any] = json.loads(line)
+        return int(values["total_step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def check_same_run(run: Run, places: Places) -> None:
+    """Refuse to go on with another run's folder.
+
+    Raises:
+        ConfigError: the folder holds a run of other settings; how often checkpoints are made and
+            kept may differ.
+    """
+    if not places.run.is_file():
+        return
+    old = Run.from_dict(json.loads(places.run.read_text(encoding="utf-8")))
+    free = {"checkpoint_every": run.checkpoint_every, "keep_checkpoints": run.keep_checkpoints}
+    if old.replace(**free) != run:
+        differing = [
+            field.name
+            for field in dataclasses.fields(Run)
+            if field.name not in free and getattr(old, field.name) != getattr(run, field.name)
+        ]
+        step = "Give another --out, or go on with the old settings"
+        must = f"the run that began there (they differ in {', '.join(differing)})"
+        raise ConfigError(describe("run", str(places.folder), must, "another one", step))

@@ -1,0 +1,46 @@
+"""What a step costs in products, and how many this machine does."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from deepseek.models import Decoder
+
+_SIZE = 2048
+
+
+def flops_per_token(model: Decoder, length: int) -> float:
+    """Return floating-point operations of the products of a token, forward and backward.
+
+    Two for each weight of a matrix that a token meets, and those of causal attention, three times
+    over (Chowdhery et al., "PaLM" (2204.02311), appendix B). Weights that are not trained count in
+    full, though they take a third less.
+
+    Args:
+        model: any decoder.
+        length: tokens of a sample.
+    """
+    config, met = model.config, 0.0
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2 or name.startswith("model.embed_tokens"):
+            continue
+        share = 1.0
+        if ".experts." in name and config.experts is not None:
+            share = config.experts.num_active / config.experts.num_experts
+        met += share * parameter.numel()
+    attention = config.num_layers * config.num_heads * config.head_dim * length
+    return 3 * (2 * met + 2 * attention)
+
+
+def peak_flops(dtype: torch.dtype) -> float:
+    """Return the best of five products of two matrices of 2048 x 2048, in operations a second."""
+    first, second = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
+    first @ second
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        first @ second
+        best = min(best, time.perf_counter() - start)
+    return 2 * _SIZE**3 / best

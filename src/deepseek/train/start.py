@@ -1,0 +1,104 @@
+"""A run made ready: its model, its folder, and the proof of what it read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from deepseek import hub
+from deepseek.errors import ConfigError, describe
+from deepseek.hub.atomic import replace_file, writing
+from deepseek.models import Decoder
+from deepseek.models.presets import preset
+from deepseek.parallel import World
+from deepseek.train.checkpoint import Checkpoints
+from deepseek.train.config import Run
+from deepseek.train.ledger import StageProof, prove
+from deepseek.train.loop import Report, Training, check_same_run, num_steps_of
+from deepseek.train.places import Places
+from deepseek.train.sources import open_windows
+
+
+def train(
+    run: Run,
+    folder: str | Path,
+    *,
+    world: World | None = None,
+    report: Report = lambda progress: None,
+) -> Path:
+    """Train in a folder, from where it stands, and return the folder of the last stage's bundle.
+
+    Args:
+        run: what is to be done.
+        folder: new, or one in which this run was begun.
+        world: the workers, of `parallel.joined_world`; None for this process alone.
+        report: called after each step, on the first worker.
+
+    Raises:
+        ConfigError: the run cannot be done, is not the folder's, or diverged.
+        FormatError: data or checkpoints are damaged.
+        CapacityError: a checkpoint could not be written.
+        Interrupted: a signal came; the state is saved.
+    """
+    world = world or World()
+    places = Places(Path(folder))
+    check_same_run(run, places)
+    model = open_model(run)
+    if world.is_first:
+        with writing(places.run):
+            places.folder.mkdir(parents=True, exist_ok=True)
+            replace_file(places.run, json.dumps(run.to_dict(), indent=1).encode() + b"\n")
+    world.barrier()
+    return Training(run, model, places, world, report=report).train()
+
+
+def open_model(run: Run) -> Decoder:
+    """Return the decoder that a run starts from, in float32.
+
+    Raises:
+        ConfigError: it is not there, or is no decoder.
+        FormatError: it is damaged.
+    """
+    if run.model is not None:
+        model = hub.load(run.model, dtype="float32")
+        if not isinstance(model, Decoder):
+            raise ConfigError(describe("model", "the run", "a decoder", run.model))
+        return model
+    assert run.preset is not None and run.tokenizer is not None
+    other = hub.load(run.tokenizer)
+    if other.tokenizer is None:
+        raise ConfigError(describe("tokenizer", "the run", "a bundle that has one", run.tokenizer))
+    config = preset(run.preset).sized(run.size).replace(vocab_size=other.config.vocab_size)
+    torch.manual_seed(run.seed)
+    model = Decoder(config)
+    model.tokenizer = other.tokenizer
+    return model
+
+
+def prove_run(folder: str | Path) -> tuple[list[StageProof], list[int]]:
+    """Return what the ledger of a run's folder shows of each stage that was begun, up to its newest
+    checkpoint, and the workers of each start.
+
+    Raises:
+        ConfigError: there is no run in the folder.
+        FormatError: its data or checkpoints are damaged.
+    """
+    places = Places(Path(folder))
+    if not places.run.is_file():
+        raise ConfigError(describe("folder", "prove", "that of a run", str(folder), "Train first"))
+    run = Run.from_dict(json.loads(places.run.read_text(encoding="utf-8")))
+    checkpoints = Checkpoints(places.checkpoints, World(), run.keep_checkpoints)
+    found = checkpoints.find()
+    if found is None:
+        got = "none yet"
+        raise ConfigError(describe("checkpoint", str(folder), "there", got, "Train on"))
+    model, position = open_model(run), found[1]
+    stages, counts = [], []
+    for number, stage in enumerate(run.stages[: position.stage + 1]):
+        windows = open_windows(run, number, model, places, World())
+        stages.append((stage.name, windows, stage.batch))
+        is_done = number < position.stage
+        counts.append(num_steps_of(stage, windows) if is_done else position.step)
+    return prove(places.ledger, stages, counts)
