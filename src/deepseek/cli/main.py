@@ -23,6 +23,7 @@ VERBS: dict[str, str] = {
     "show": "a bundle's card: what it is, what it was made from, what was measured",
     "chat": "talk to a model",
     "generate": "continue a text, or answer a question",
+    "train": "train a model in stages, exactly, and go on after any stop",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
     "bench": "measure speed and memory beside transformers",
     "explain": "which kernel runs each operation of a model, and what a step costs",

@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deepseek.cli.output import Output
+from deepseek.cli.report import Section
 from deepseek.errors import ConfigError, describe
 from deepseek.records import Measurement
 
 if TYPE_CHECKING:
     from deepseek.hub import Bundle
     from deepseek.models import Decoder
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A bar chart: figures of one kind side by side."""
-
-    title: str
-    labels: tuple[str, ...]
-    values: tuple[float, ...]
-    unit: str
-    limit: float | None = None
-    """A line that the bars must stay under."""
-    is_log: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Section:
-    """What a step gives: words, measurements, charts, and whether what it checks holds."""
-
-    title: str
-    words: str
-    measurements: tuple[Measurement, ...] = ()
-    charts: tuple[Chart, ...] = ()
-    failure: str | None = None
-    """What was checked and does not hold."""
 
 
 class Demo:

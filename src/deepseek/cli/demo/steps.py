@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deepseek.cli.demo.state import Chart, Demo, Section
+from deepseek.cli.demo.state import Demo
+from deepseek.cli.report import Chart, Section
 from deepseek.cli.output import number, size
 from deepseek.records import Measurement
 

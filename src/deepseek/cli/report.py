@@ -1,16 +1,59 @@
-"""The report of a demo: one HTML file with everything in it, plots included."""
+"""Reports: one HTML file with everything in it, plots included."""
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deepseek.cli.demo.state import Chart, Section
 from deepseek.cli.output import labels, number, spread
 from deepseek.errors import missing_extra
 from deepseek.records import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A bar chart: figures of one kind side by side."""
+
+    title: str
+    labels: tuple[str, ...]
+    values: tuple[float, ...]
+    unit: str
+    limit: float | None = None
+    """A line that the bars must stay under."""
+    is_log: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curves:
+    """One or more lines over the same axis."""
+
+    title: str
+    across: str
+    """What the axis counts."""
+    unit: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    """Places and values of each line, by its name."""
+    borders: tuple[float, ...] = ()
+    """Places that a dashed line marks."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """What a step gives: words, measurements, charts, and whether what it checks holds."""
+
+    title: str
+    words: str
+    measurements: tuple[Measurement, ...] = ()
+    charts: tuple[Chart | Curves, ...] = ()
+    failure: str | None = None
+    """What was checked and does not hold."""
+
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -67,7 +110,7 @@ def _conditions(item: Measurement) -> str:
     return ", ".join(f"{name} {value}" for name, value in item.conditions.items())
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Chart | Curves) -> str:
     """Return a chart as an SVG element.
 
     Raises:
@@ -77,8 +120,22 @@ def draw(chart: Chart) -> str:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise missing_extra("matplotlib", "report", "to draw the report's plots") from error
-    figure = Figure(figsize=(7.5, 0.6 + 0.42 * len(chart.labels)), layout="constrained")
+    height = 0.6 + 0.42 * len(chart.labels) if isinstance(chart, Chart) else 3.2
+    figure = Figure(figsize=(7.5, height), layout="constrained")
     axes = figure.subplots()
+    if isinstance(chart, Chart):
+        _draw_bars(axes, chart)
+    else:
+        _draw_lines(axes, chart)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(chart.title, loc="left", fontsize=10)
+    written = io.StringIO()
+    figure.savefig(written, format="svg", metadata={"Date": None})
+    text = written.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw_bars(axes: Axes, chart: Chart) -> None:
     places = range(len(chart.labels))
     bars = axes.barh(places, chart.values, color="#3b6ea5", height=0.6)
     axes.set_yticks(places, chart.labels)
@@ -89,9 +146,14 @@ def draw(chart: Chart) -> str:
     if chart.limit is not None:
         axes.axvline(chart.limit, color="#b00020", linestyle="--")
     axes.margins(x=0.18)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(chart.title, loc="left", fontsize=10)
-    written = io.StringIO()
-    figure.savefig(written, format="svg", metadata={"Date": None})
-    text = written.getvalue()
-    return text[text.index("<svg") :]
+
+
+def _draw_lines(axes: Axes, chart: Curves) -> None:
+    for name, (places, values) in chart.lines.items():
+        axes.plot(places, values, label=name, linewidth=1.2)
+    for place in chart.borders:
+        axes.axvline(place, color="#999", linestyle="--", linewidth=0.8)
+    axes.set_xlabel(chart.across)
+    axes.set_ylabel(chart.unit)
+    if len(chart.lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
