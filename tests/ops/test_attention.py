@@ -48,7 +48,11 @@ def test_reference_equals_loops(data: st.DataObject) -> None:
     assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
 
 
-@pytest.mark.parametrize("impl", [name for name in ATTENTION_IMPLS if name != "reference"])
+GENERAL = [name for name in ATTENTION_IMPLS if name != "blocked"]
+"""Executions that take every layout."""
+
+
+@pytest.mark.parametrize("impl", [name for name in GENERAL if name != "reference"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_executions_equal_reference_with_gradients(impl: str, data: st.DataObject) -> None:
@@ -114,7 +118,7 @@ def shuffle(cache: KVCache) -> None:
     ]
 
 
-@pytest.mark.parametrize("impl", list(ATTENTION_IMPLS))
+@pytest.mark.parametrize("impl", GENERAL)
 def test_a_blind_query_yields_zeros_and_finite_gradients(impl: str) -> None:
     mask = torch.tensor([[False, False, True]])
     queries = torch.randn(1, 2, 3, 4, requires_grad=True)
@@ -168,11 +172,78 @@ def test_bad_calls_say_what_is_wrong() -> None:
     layout = Layout.dense(1, 4)
     kv = DenseKV(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))
     with pytest.raises(
-        ConfigError, match=r"impl of attention must be one of auto, reference, sdpa"
+        ConfigError, match=r"impl of attention must be one of auto, blocked, reference, sdpa"
     ):
         attention(torch.randn(1, 2, 4, 8), kv, layout, impl="flash")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"multiple of the 2 KV heads"):
         attention(torch.randn(1, 3, 4, 8), kv, layout)
     with pytest.raises(ShapeError, match=r"1 rows and 4 queries"):
         attention(torch.randn(1, 2, 3, 8), kv, layout)
-    assert choose() in ATTENTION_IMPLS
+
+
+@pytest.mark.parametrize("heads,kv_heads", HEADS)
+@pytest.mark.parametrize("length", [1, 63, 128, 129, 300])
+def test_blocked_equals_reference_with_gradients(heads: int, kv_heads: int, length: int) -> None:
+    layout = Layout.dense(2, length)
+    inputs = random_inputs(layout, heads, kv_heads)
+    weight = torch.randn(2, heads, length, 6)
+    results = []
+    for impl in ("reference", "blocked"):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        out = attention(leaves[0], DenseKV(leaves[1], leaves[2]), layout, impl=impl)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+def test_blocked_has_the_gradients_of_its_output() -> None:
+    layout = Layout.dense(1, 5)
+    shapes = [(1, 2, 5, 3), (1, 1, 5, 3), (1, 1, 5, 3)]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def run(queries, keys, values):
+        return attention(queries, DenseKV(keys, values), layout, impl="blocked")
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_blocked_in_bfloat16_is_as_near_as_sdpa() -> None:
+    layout = Layout.dense(2, 200)
+    queries, keys, values = random_inputs(layout, 6, 2, 64, 64)
+    exact = attention(queries, DenseKV(keys, values), layout, impl="reference")
+    errors = {}
+    for impl in ("sdpa", "blocked"):
+        kv = DenseKV(keys.bfloat16(), values.bfloat16())
+        found = attention(queries.bfloat16(), kv, layout, impl=impl)
+        errors[impl] = float((found.float() - exact).norm() / exact.norm())
+    assert errors["blocked"] < 2 * errors["sdpa"]
+
+
+def test_blocked_is_refused_where_it_does_not_suit() -> None:
+    queries, keys, values = random_inputs(Layout.dense(1, 4), 2, 1)
+    kv = DenseKV(keys, values)
+    others = [
+        (Layout.dense(1, 4, torch.tensor([[False, True, True, True]])), None),
+        (Layout.dense(1, 4, causal=False), None),
+        (Layout.dense(1, 4), torch.rand(2)),
+    ]
+    for layout, slopes in others:
+        with pytest.raises(ConfigError, match="dense and causal"):
+            attention(queries, kv, layout, slopes=slopes, impl="blocked")
+        assert choose(queries.requires_grad_(), kv, layout, None, slopes) == "sdpa"
+
+
+def test_blocked_runs_in_training_with_bfloat16_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepseek.ops.attention.blocked.computes_bf16", lambda device: True)
+    layout = Layout.dense(1, 4)
+    queries, keys, values = (each.bfloat16() for each in random_inputs(layout, 2, 1))
+    kv = DenseKV(keys, values)
+    assert choose(queries, kv, layout) == "sdpa"
+    queries.requires_grad_()
+    assert choose(queries, kv, layout) == "blocked"
+    with torch.no_grad():
+        assert choose(queries, kv, layout) == "sdpa"
+    assert choose(queries.float(), kv, layout) == "sdpa"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose(queries.float(), kv, layout) == "blocked"

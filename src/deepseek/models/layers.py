@@ -27,8 +27,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return the normed states."""
-        return F.rms_norm(states, self.weight.shape, self.weight, self.eps)
+        """Return the normed states; under autocast in its dtype, once for all products they enter."""
+        normed = F.rms_norm(states, self.weight.shape, self.weight, self.eps)
+        device = states.device.type
+        if torch.is_autocast_enabled(device):
+            return normed.to(torch.get_autocast_dtype(device))
+        return normed
 
 
 class Attention(nn.Module):

@@ -12,6 +12,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.hub.atomic import replace_file, writing
 from deepseek.models import Decoder
 from deepseek.models.presets import preset
+from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
 from deepseek.train.checkpoint import Checkpoints
 from deepseek.train.config import Run
@@ -42,6 +43,7 @@ def train(
         CapacityError: a checkpoint could not be written.
         Interrupted: a signal came; the state is saved.
     """
+    keep_freed_memory()
     world = world or World()
     places = Places(Path(folder))
     check_same_run(run, places)

@@ -8,14 +8,16 @@ from typing import Literal
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.ops.attention.blocked import attention_blocked, pays, suits
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.reference import attention_reference
 from deepseek.ops.attention.sdpa import attention_sdpa
 from deepseek.ops.attention.table import BlockTable
 
-AttentionImpl = Literal["auto", "reference", "sdpa"]
+AttentionImpl = Literal["auto", "blocked", "reference", "sdpa"]
 ATTENTION_IMPLS: dict[str, Callable[..., Tensor]] = {
+    "blocked": attention_blocked,
     "reference": attention_reference,
     "sdpa": attention_sdpa,
 }
@@ -48,7 +50,7 @@ def attention(
         [B, heads, T, value dim], in the dtype of the queries; zeros where a query sees nothing.
 
     Raises:
-        ConfigError: an unknown `impl`.
+        ConfigError: an unknown `impl`, or one that does not run this layout.
         ShapeError: shapes that do not fit one another.
     """
     if impl != "auto" and impl not in ATTENTION_IMPLS:
@@ -61,11 +63,21 @@ def attention(
     if (queries.shape[0], queries.shape[2]) != (layout.num_rows, layout.num_queries):
         must = f"of {layout.num_rows} rows and {layout.num_queries} queries, as the layout says"
         raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
-    run = ATTENTION_IMPLS[choose() if impl == "auto" else impl]
+    if impl == "auto":
+        impl = choose(queries, kv, layout, table, slopes)
+    run = ATTENTION_IMPLS[impl]
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
     return run(queries, kv, layout, table=table, slopes=slopes, scale=scale)
 
 
-def choose() -> Literal["sdpa"]:
-    """Return the name of the execution that "auto" uses."""
+def choose(
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    table: BlockTable | None = None,
+    slopes: Tensor | None = None,
+) -> Literal["blocked", "sdpa"]:
+    """Return the name of the execution that "auto" uses; arguments as in `attention`."""
+    if isinstance(kv, DenseKV) and suits(kv, layout, table, slopes) and pays(queries, kv):
+        return "blocked"
     return "sdpa"
