@@ -15,6 +15,7 @@ from tests.house import PACKAGE, REPO, SOURCE
 IMPORT_NAMES = {
     "lm-eval": "lm_eval",
     "huggingface-hub": "huggingface_hub",
+    "pyyaml": "yaml",
     "pre-commit": "pre_commit",
 }
 """Import names of distributions, where they differ."""

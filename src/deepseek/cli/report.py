@@ -16,6 +16,7 @@ from deepseek.records import Measurement
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chart:
     """A bar chart: figures of one kind side by side."""

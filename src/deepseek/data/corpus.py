@@ -1,8 +1,8 @@
 """Token corpora on the disk: shards of numpy arrays with a checksum each, read in any place.
 
-A corpus is a folder with `corpus.json` and, for each shard, `tokens-00000.npy` (one dimension, uint16
-or uint32) and, where some tokens are only context, `targets-00000.npy` (uint8: 1 where a token is to be
-predicted). It is written beside its place and moved there whole.
+A corpus is a folder with `corpus.json` and, for each shard, `tokens-00000.npy` (one dimension,
+uint16 or uint32) and, where some tokens are only context, `targets-00000.npy` (uint8: 1 where a
+token is to be predicted). It is written beside its place and moved there whole.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class CorpusCard(Config):
 
 
 class TokenCorpus:
-    """A corpus that is read by windows. Each shard's checksum is compared when it is first read, and
-    shards are mapped, so that memory stays bounded.
+    """A corpus that is read by windows. Each shard's checksum is compared when it is first read,
+    and shards are mapped, so that memory stays bounded.
     """
 
     def __init__(self, folder: Path, card: CorpusCard) -> None:
@@ -84,7 +84,9 @@ class TokenCorpus:
         path = folder / CARD
         if not path.is_file():
             step = "Make one by `deepseek.data.write_corpus`"
-            raise ConfigError(describe("corpus", "data", f"a folder with {CARD}", str(folder), step))
+            raise ConfigError(
+                describe("corpus", "data", f"a folder with {CARD}", str(folder), step)
+            )
         try:
             card = CorpusCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
@@ -100,6 +102,12 @@ class TokenCorpus:
         return self.card.num_tokens
 
     @property
+    def sha256(self) -> str:
+        """The hash of its content: of its shards' checksums."""
+        sums = [(shard.tokens_sha256, shard.targets_sha256) for shard in self.card.shards]
+        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+    @property
     def has_targets(self) -> bool:
         """Whether some tokens are only context."""
         return any(shard.targets_sha256 for shard in self.card.shards)
@@ -113,7 +121,9 @@ class TokenCorpus:
         if part == "targets" and not self.has_targets:
             return np.ones(count, np.int64)
         pieces, stop = [], start + count
-        for number in range(int(np.searchsorted(self._starts, start, "right")) - 1, len(self.card.shards)):
+        for number in range(
+            int(np.searchsorted(self._starts, start, "right")) - 1, len(self.card.shards)
+        ):
             first = int(self._starts[number])
             if first >= stop:
                 break
@@ -194,7 +204,9 @@ def write_corpus(
     """
     folder = Path(folder)
     if folder.exists():
-        raise ConfigError(describe("folder", "write_corpus", "new", str(folder), "Give another one"))
+        raise ConfigError(
+            describe("folder", "write_corpus", "new", str(folder), "Give another one")
+        )
     fresh = folder.with_name(f".{folder.name}.new-{os.urandom(4).hex()}")
     try:
         fresh.mkdir(parents=True)
@@ -257,7 +269,9 @@ class _Writer:
         if self._pending:
             self._write(self._pending)
         if not self.shards:
-            raise ConfigError(describe("documents", "write_corpus", "at least one token long", "none"))
+            raise ConfigError(
+                describe("documents", "write_corpus", "at least one token long", "none")
+            )
         return self.shards
 
     def _write(self, count: int) -> None:
@@ -270,9 +284,7 @@ class _Writer:
             targets_sha256 = self._save("targets", targets[:count])
         tokens_sha256 = self._save("tokens", tokens[:count])
         self.shards.append(
-            ShardCard(
-                num_tokens=count, tokens_sha256=tokens_sha256, targets_sha256=targets_sha256
-            )
+            ShardCard(num_tokens=count, tokens_sha256=tokens_sha256, targets_sha256=targets_sha256)
         )
         self._pending -= count
 

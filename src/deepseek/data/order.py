@@ -79,8 +79,8 @@ class SampleOrder:
     """Which window of which source is the n-th sample of a stage.
 
     It depends on the seed, sizes and weights alone: whoever asks, in whatever pieces and on however
-    many workers, sees the same sequence, and where a stage stands is one number. A source gives each
-    of its windows once before it gives any again.
+    many workers, sees the same sequence, and where a stage stands is one number. A source gives
+    each of its windows once before it gives any again.
 
     With weights, every 1024 samples in a row hold each source in its share, to the whole sample.
     Without, all windows of all sources are one pool and each comes once an epoch.

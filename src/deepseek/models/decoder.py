@@ -35,7 +35,7 @@ class CausalOutput(NamedTuple):
     loss: Tensor | None
     """Mean cross-entropy of the labels in nats, float32; None without labels."""
     logits: Tensor
-    """[B, T, vocab]; [B, 1, vocab] with `last_only`; [B, 0, vocab] with `loss_only`."""
+    """[B, T, vocab]; [B, 1, vocab] with `last_only`."""
     hidden_states: tuple[Tensor, ...] | None
     """Embedding output, then each layer's, the last one normed: layers + 1 tensors [B, T,
     hidden]."""
@@ -157,7 +157,6 @@ class Decoder(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
-        loss_only: bool = False,
         output_hidden_states: bool | None = False,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -174,7 +173,6 @@ class Decoder(nn.Module):
                 counts.
             cache: keys and values of earlier tokens; appended to.
             last_only: compute logits of each row's last token only.
-            loss_only: with labels, compute the loss without holding the logits (`ops.cross_entropy`).
             output_hidden_states: also return every layer's output.
             output_attentions: must not be True: attention weights are never formed.
             return_dict: accepted and ignored; the output is read by name and by place.
@@ -193,9 +191,45 @@ class Decoder(nn.Module):
             raise ShapeError(describe("input_ids or inputs_embeds", "Decoder", must, got))
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         _check_labels(labels, states, last_only)
+        states, hidden, counts = self._through_layers(
+            states, attention_mask, position_ids, cache, keeps=bool(output_hidden_states)
+        )
+        if last_only:
+            states = _last(states, attention_mask, counts)
+        logits = self.lm_head(states)
+        loss = None if labels is None else next_token_loss(logits, labels)
+        return CausalOutput(loss, logits, hidden)
+
+    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of `forward` without its logits, which are most of the memory of a
+        training step; it can be differentiated once.
+
+        Args:
+            input_ids: int64 [B, T].
+            labels: int64 [B, T], as in `forward`.
+
+        Raises:
+            ShapeError: they do not fit together.
+        """
+        states = self._embed(input_ids)
+        _check_labels(labels, states, False)
+        states, _, _ = self._through_layers(states, None, None, None, keeps=False)
+        return self._loss(states, labels)
+
+    def _through_layers(
+        self,
+        states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        *,
+        keeps: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[int] | None]:
+        """Return the last layer's output normed, every layer's if wanted, and the tokens of each
+        row where a cache made them be counted."""
         layout, counts = self._place(states, attention_mask, cache)
         context = self._context(states, layout, position_ids, cache)
-        kept = [states] if output_hidden_states else None
+        kept = [states] if keeps else None
         for layer in self.model.layers:
             states = layer(states, context)
             if kept is not None:
@@ -205,14 +239,7 @@ class Decoder(nn.Module):
             kept[-1] = states
         if cache is not None:
             cache.advance(layout)
-        if last_only:
-            states = _last(states, attention_mask, counts)
-        hidden = None if kept is None else tuple(kept)
-        if loss_only and labels is not None:
-            return CausalOutput(self._loss(states, labels), self.lm_head(states[:, :0]), hidden)
-        logits = self.lm_head(states)
-        loss = None if labels is None else next_token_loss(logits, labels)
-        return CausalOutput(loss, logits, hidden)
+        return states, None if kept is None else tuple(kept), counts
 
     def _loss(self, states: Tensor, labels: Tensor) -> Tensor:
         if type(self.lm_head) is not Linear:  # a low-rank head, say

@@ -27,7 +27,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: Tensor) -> Tensor:
-        """Return the normed states; under autocast in its dtype, once for all products they enter."""
+        """Return the normed states; under autocast in its dtype, once for all products they
+        enter."""
         normed = F.rms_norm(states, self.weight.shape, self.weight, self.eps)
         device = states.device.type
         if torch.is_autocast_enabled(device):

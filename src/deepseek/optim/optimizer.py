@@ -47,7 +47,7 @@ class Muon(Config):
     (Liu et al., 2502.16982, equation 4)."""
     momentum: float = 0.95
     weight_decay: float = 0.1
-    adamw: AdamW = AdamW()
+    adamw: AdamW = dataclasses.field(default_factory=AdamW)
     """Of the rest; its rate is not used."""
 
     def __post_init__(self) -> None:
@@ -72,7 +72,9 @@ def build_optimizers(
         raise ConfigError(describe("parameters", "the optimizer", "at least one", "none"))
     if isinstance(config, AdamW):
         return [_adamw(config, named, config.rate)]
-    hidden = [(n, p) for n, p in named if p.ndim == 2 and not any(part in n for part in _NOT_HIDDEN)]
+    hidden = [
+        (n, p) for n, p in named if p.ndim == 2 and not any(part in n for part in _NOT_HIDDEN)
+    ]
     taken = {name for name, _ in hidden}
     rest = [(name, value) for name, value in named if name not in taken]
     found: list[Optimizer] = []

@@ -65,8 +65,8 @@ class Cosine(Config):
 class WarmupStableDecay(Config):
     """A linear rise, a plateau, and a linear fall at the end.
 
-    Source: Hu et al., "MiniCPM" (2404.06395), section 4. Deviation: the fall is linear, as in Hägele
-    et al. (2405.18392).
+    Source: Hu et al., "MiniCPM" (2404.06395), section 4. Deviation: the fall is linear, as in
+    Hägele et al. (2405.18392).
     """
 
     kind: Literal["warmup-stable-decay"] = "warmup-stable-decay"

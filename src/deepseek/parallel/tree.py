@@ -1,9 +1,10 @@
 """Sums in one order, whoever adds: the same bits on 1, 2, 4 … workers.
 
-Addition of floats depends on its order. Here the parts 0 … n-1 of a sum are the leaves of one binary
-tree: neighbours are added, then neighbours of those. A worker that holds an aligned power of two of the
-leaves can form its subtree alone, and the workers' subtrees are joined pair by pair; so how many
-workers there are does not show in the result, as long as parts and workers are powers of two.
+Addition of floats depends on its order. Here the parts 0 … n-1 of a sum are the leaves of one
+binary tree: neighbours are added, then neighbours of those. A worker that holds an aligned power of
+two of the leaves can form its subtree alone, and the workers' subtrees are joined pair by pair; so
+how many workers there are does not show in the result, as long as parts and workers are powers of
+two.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def pairwise_sum(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    torch._foreach_add_(left, right)
+    for one, other in zip(left, right, strict=True):
+        one += other
     return left
 
 

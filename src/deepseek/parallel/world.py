@@ -41,8 +41,8 @@ class World:
 
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:
-    """Yield the world that `torchrun` describes in the environment, joined over gloo; a world of one
-    where it describes none.
+    """Yield the world that `torchrun` describes in the environment, joined over gloo; a world of
+    one where it describes none.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World()

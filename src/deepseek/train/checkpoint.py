@@ -1,8 +1,8 @@
 """Checkpoints: written beside the training, whole or not at all, found again and checked.
 
-A checkpoint is a folder `step-00000120` with the files of `torch.distributed.checkpoint` (weights and
-optimizer state by name, so that another number of workers can read them) and `state.json`: where the
-run stands, and the checksum of each file. It gets its name only when all is on the disk.
+A checkpoint is a folder `step-00000120` with the files of `torch.distributed.checkpoint` (weights
+and optimizer state by name, so that another number of workers can read them) and `state.json`:
+where the run stands, and the checksum of each file. It gets its name only when all is on the disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -30,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 from torch.optim import Optimizer
 
 from deepseek.config import Config
@@ -65,7 +66,11 @@ class Checkpoints:
             keep: how many of the newest stay.
         """
         self._folder, self._world, self._keep = folder, world, keep
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)
+            self._group = group
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -103,18 +108,16 @@ class Checkpoints:
         """Return the newest checkpoint that has a name, damaged or not."""
         return next(iter(self._all()), None)
 
-    def load(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], path: Path
-    ) -> None:
+    def load(self, model: nn.Module, optimizers: Sequence[Optimizer], path: Path) -> None:
         """Fill a model and its optimizers in place from a checkpoint that `find` gave."""
         state = _state(model, optimizers)
         with _one_process_is_fine():
-            dcp.load(state, checkpoint_id=path, process_group=self._group, no_dist=not self._group)
+            load_state(
+                state, checkpoint_id=path, process_group=self._group, no_dist=not self._group
+            )
         set_model_state_dict(model, state["model"], options=_OPTIONS)
         if optimizers:
-            set_optimizer_state_dict(
-                model, list(optimizers), state["optimizer"], options=_OPTIONS
-            )
+            set_optimizer_state_dict(model, list(optimizers), state["optimizer"], options=_OPTIONS)
 
     def find(self) -> tuple[Path, Position] | None:
         """Return the newest checkpoint that is whole, and where it stands; None without any.
@@ -149,7 +152,7 @@ class Checkpoints:
         if self._group is not None:
             dist.barrier(self._group)
         with _one_process_is_fine():
-            dcp.save(
+            save_state(
                 state, checkpoint_id=fresh, process_group=self._group, no_dist=not self._group
             )
         if not self._world.is_first:

@@ -22,14 +22,16 @@ class Source(Config):
     """Where a stage's data comes from."""
 
     path: str
-    """A corpus folder of `deepseek.data.write_corpus`, a file or folder of text, or `python-topics`."""
+    """A corpus folder of `deepseek.data.write_corpus`, a file or folder of text, or
+    `python-topics`."""
     weight: float | None = None
     """Its share of the samples; given for every source or for none (each sample once an epoch)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Config):
-    """One part of a run. At its border data, trained modules, optimizer and rate change together."""
+    """One part of a run. At its border data, trained modules, optimizer and rate change
+    together."""
 
     name: str
     data: tuple[Source, ...]
@@ -46,8 +48,8 @@ class Stage(Config):
     keep the result independent of the number of workers, bit by bit."""
     trains: tuple[str, ...] = ("*",)
     """Patterns of the names of the parameters that are trained (`model.layers.*`)."""
-    optimizer: OptimizerConfig = AdamW()
-    schedule: ScheduleConfig = Cosine()
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
     keeps_moments: bool = False
     """Go on with the optimizer state of the stage before, where the parameters are the same."""
     precision: Literal["float32", "bfloat16"] = "bfloat16"
@@ -63,7 +65,9 @@ class Stage(Config):
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ConfigError(describe("name", "Stage", "letters, digits, '.', '_', '-'", self.name))
+            raise ConfigError(
+                describe("name", "Stage", "letters, digits, '.', '_', '-'", self.name)
+            )
         if not self.data:
             raise ConfigError(describe("data", owner, "at least one source", "none"))
         if (self.steps is None) == (self.epochs is None):
@@ -154,12 +158,16 @@ def _from_yaml(path: Path) -> Run:
         """Reads 1e-3 as a number, which YAML 1.1 takes for a word."""
 
     Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
     )
     try:
-        values: Any = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 (a safe one)
+        values: Any = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(describe("run", str(path), "YAML", " ".join(str(error).split()))) from error
+        raise FormatError(
+            describe("run", str(path), "YAML", " ".join(str(error).split()))
+        ) from error
     if not isinstance(values, dict):
         raise FormatError(describe("run", str(path), "the fields of a Run", values))
     return Run.from_dict(values)

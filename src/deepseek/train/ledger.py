@@ -1,8 +1,8 @@
 """What every worker read, written down as it happens, so that it can be proved afterwards.
 
 Each start of a run is an attempt, and each worker of it writes `attempt-003-of-2-rank-1.jsonl`: for
-every step the samples it took and a hash of their tokens. Steps that a later attempt does again, because
-the run was killed between two checkpoints, count from that attempt only.
+every step the samples it took and a hash of their tokens. Steps that a later attempt does again,
+because the run was killed between two checkpoints, count from that attempt only.
 """
 
 from __future__ import annotations

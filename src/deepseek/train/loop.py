@@ -24,7 +24,7 @@ from deepseek.evaluate import default_corpus, perplexity, read_corpus
 from deepseek.hub import Bundle, save
 from deepseek.models import Decoder
 from deepseek.optim import build_optimizers
-from deepseek.parallel import World
+from deepseek.parallel import TreeSum, World
 from deepseek.records import Measurement, StageRecord
 from deepseek.train.checkpoint import Checkpoints, Position
 from deepseek.train.config import PYTHON_TOPICS, Run, Stage
@@ -63,8 +63,8 @@ Report = Callable[[Progress], None]
 
 
 def num_steps_of(stage: Stage, windows: Windows) -> int:
-    """Return the steps of a stage: as it says, or those of its epochs; a last batch that is not full
-    goes on into the next epoch.
+    """Return the steps of a stage: as it says, or those of its epochs; a last batch that is not
+    full goes on into the next epoch.
     """
     if stage.steps is not None:
         return stage.steps
@@ -92,7 +92,7 @@ class Training:
             report: called after each step, on the first worker.
         """
         self.run, self.model, self._places, self._world = run, model, places, world
-        self._report = report
+        self._report, self._total = report, TreeSum(world)
         self._checkpoints = Checkpoints(places.checkpoints, world, run.keep_checkpoints)
         self._stop = False
 
@@ -119,7 +119,9 @@ class Training:
         resumed = None if found is None else found[0]
         optimizers: list[Optimizer] = []
         if position.stage > 0:
-            self.model.bundle = Bundle.open(self._places.stage(self.run.stages[position.stage - 1].name))
+            self.model.bundle = Bundle.open(
+                self._places.stage(self.run.stages[position.stage - 1].name)
+            )
         try:
             with self._stopping():
                 for number in range(position.stage, len(self.run.stages)):
@@ -161,6 +163,7 @@ class Training:
             stage,
             windows,
             world=self._world,
+            total=self._total,
             seed=self.run.seed + 7919 * number,
         )
         clock = _Clock(self.model, stage)
@@ -234,7 +237,7 @@ class _Clock:
     def __init__(self, model: Decoder, stage: Stage) -> None:
         self._stage = stage
         self._flops = flops_per_token(model, stage.length)
-        self._peak = peak_flops(getattr(torch, stage.precision))
+        self._peak = peak_flops(getattr(torch, stage.precision), torch.get_num_threads())
         self._last = time.perf_counter()
         self._speeds: list[float] = []
 
@@ -257,9 +260,7 @@ class _Clock:
         )
 
 
-def _check_finite(
-    result: StepResult, stage: Stage, step: int, checkpoints: Checkpoints
-) -> None:
+def _check_finite(result: StepResult, stage: Stage, step: int, checkpoints: Checkpoints) -> None:
     if math.isfinite(result.loss) and math.isfinite(result.gradient_norm):
         return
     checkpoints.wait()
@@ -303,7 +304,9 @@ def _cut_metrics(path: Path, total_steps: int, world: World) -> None:
     """Take out the lines of steps that are done again."""
     if not world.is_first or not path.is_file():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < total_steps]
+    kept = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) < total_steps
+    ]
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 

@@ -23,6 +23,11 @@ class Places:
         return self.folder / "data"
 
     @property
+    def data_card(self) -> Path:
+        """Which data each stage began with."""
+        return self.folder / "data.json"
+
+    @property
     def checkpoints(self) -> Path:
         """States to go on from."""
         return self.folder / "checkpoints"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from deepseek.data import TokenCorpus, Windows, read_texts, text_files, tokenized, write_corpus
@@ -12,6 +13,7 @@ from deepseek.data.texts import texts_sha256, tokenizer_sha256
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import default_corpus
+from deepseek.hub.atomic import replace_file
 from deepseek.hub.store import safe_name
 from deepseek.models import Decoder
 from deepseek.parallel import World
@@ -23,7 +25,8 @@ def open_windows(run: Run, number: int, model: Decoder, places: Places, world: W
     """Return the data of a stage; the first worker tokenises what is not yet, the others wait.
 
     Raises:
-        ConfigError: a source is not there, or was made with another tokenizer.
+        ConfigError: a source is not there, was made with another tokenizer, or is not what the
+            stage began with.
         FormatError: a source is damaged.
     """
     stage = run.stages[number]
@@ -36,9 +39,24 @@ def open_windows(run: Run, number: int, model: Decoder, places: Places, world: W
             _open(source, tokenizer, model, places)
     world.barrier()
     corpora = [_open(source, tokenizer, model, places) for source in stage.data]
+    if world.is_first:
+        _check_same_data(stage.name, corpora, places)
     return Windows(
         corpora, length=stage.length, weights=stage.weights, seed=run.seed + 104_729 * number
     )
+
+
+def _check_same_data(stage: str, corpora: Sequence[TokenCorpus], places: Places) -> None:
+    """Note which data a stage begins with, and refuse to go on with other data."""
+    path = places.data_card
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    hashes = [corpus.sha256 for corpus in corpora]
+    if stage not in known:
+        replace_file(path, json.dumps({**known, stage: hashes}, indent=1).encode() + b"\n")
+    elif known[stage] != hashes:
+        step = "Give the old data back, or another --out"
+        must = "what the stage began with"
+        raise ConfigError(describe("data", f"stage {stage!r}", must, "other content", step))
 
 
 def _open(source: Source, tokenizer: Tokenizer, model: Decoder, places: Places) -> TokenCorpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
@@ -34,13 +35,19 @@ def flops_per_token(model: Decoder, length: int) -> float:
     return 3 * (2 * met + 2 * attention)
 
 
-def peak_flops(dtype: torch.dtype) -> float:
-    """Return the best of five products of two matrices of 2048 x 2048, in operations a second."""
+@functools.cache
+def peak_flops(dtype: torch.dtype, num_threads: int) -> float:
+    """Return the best of five products of two matrices of 2048 x 2048, in operations a second.
+
+    Args:
+        dtype: of the matrices.
+        num_threads: those that PyTorch computes with; measured once for each number.
+    """
     first, second = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
-    first @ second
+    torch.mm(first, second)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
-        first @ second
+        torch.mm(first, second)
         best = min(best, time.perf_counter() - start)
     return 2 * _SIZE**3 / best

@@ -66,6 +66,7 @@ class BatchStep:
         windows: Windows,
         *,
         world: World,
+        total: TreeSum,
         seed: int,
     ) -> None:
         """Prepare the steps.
@@ -77,14 +78,20 @@ class BatchStep:
             stage: its batch, precision and schedule.
             windows: its data.
             world: the workers.
+            total: adds up over them.
             seed: of dropout.
 
         Raises:
             ConfigError: there are more workers than parts of a batch.
         """
-        self._model, self._optimizers, self._stage, self._windows = model, optimizers, stage, windows
+        self._model, self._optimizers, self._stage, self._windows = (
+            model,
+            optimizers,
+            stage,
+            windows,
+        )
         self._values = [value for _, value in parameters]
-        self._world, self._seed, self._sum = world, seed, TreeSum(world)
+        self._world, self._seed, self._sum = world, seed, total
         self._parts = self._divide()
 
     @property
@@ -147,8 +154,7 @@ class BatchStep:
             # dropout depends on the part, not on who computes it
             torch.manual_seed((self._seed * 1_000_003 + step) * 65_537 + first)
             with torch.autocast("cpu", torch.bfloat16, enabled=self._stage.precision == "bfloat16"):
-                mean = self._model(tokens, labels=labels, loss_only=True).loss
-            assert mean is not None
+                mean = self._model.loss(tokens, labels)
             loss = mean * (share / num_targets)
             loss.backward()
             found = [

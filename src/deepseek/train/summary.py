@@ -27,7 +27,10 @@ def summarize_run(folder: Path) -> list[Measurement]:
         last = [step["loss"] for step in steps[-max(1, len(steps) // 10) :]]
         found.append(
             Measurement(
-                name="training_loss", value=sum(last) / len(last), unit="nats", conditions=conditions
+                name="training_loss",
+                value=sum(last) / len(last),
+                unit="nats",
+                conditions=conditions,
             )
         )
         for name, unit in (("tokens_per_s", "tokens/s"), ("mfu", "1")):

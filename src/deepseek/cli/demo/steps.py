@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deepseek.cli.demo.state import Demo
-from deepseek.cli.report import Chart, Section
 from deepseek.cli.output import number, size
+from deepseek.cli.report import Chart, Section
 from deepseek.records import Measurement
 
 COMMAND = "deepseek demo"

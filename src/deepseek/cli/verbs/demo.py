@@ -32,9 +32,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
     for package, extra in (("transformers", "transformers"), ("matplotlib", "report")):
         if importlib.util.find_spec(package) is None:
             raise missing_extra(package, extra, "by the demo")
-    from deepseek.cli.report import write_report
     from deepseek.cli.demo.state import Demo
     from deepseek.cli.demo.steps import STEPS
+    from deepseek.cli.report import write_report
 
     if args.threads is not None:
         import torch

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import positive
 from deepseek.cli.output import Output, number
-from deepseek.errors import ConfigError, VerifyError, describe
+from deepseek.errors import VerifyError, describe
 
 if TYPE_CHECKING:
     from deepseek.parallel import World
@@ -90,7 +90,12 @@ def _prove(args: argparse.Namespace, out: Output) -> int:
         f"{args.out}: {len(workers)} starts, workers of each: {', '.join(map(str, workers))}",
         ("stage", "steps", "samples", "each once, in order"),
         [
-            (each.name, str(each.num_steps), str(each.num_samples), "no" if each.problems else "yes")
+            (
+                each.name,
+                str(each.num_steps),
+                str(each.num_samples),
+                "no" if each.problems else "yes",
+            )
             for each in stages
         ],
     )
@@ -202,9 +207,7 @@ def _write_report(folder: Path, found: Sequence[Measurement]) -> Path | None:
         }
         charts.append(Curves(title=title, across="step", unit=unit, lines=lines, borders=borders))
     words = (folder / "run.json").read_text(encoding="utf-8")
-    section = Section(
-        title="The run", words=words, measurements=tuple(found), charts=tuple(charts)
-    )
+    section = Section(title="The run", words=words, measurements=tuple(found), charts=tuple(charts))
     path = folder / "report.html"
     write_report(path, f"deepseek train: {folder.name}", [section])
     return path

@@ -1,4 +1,5 @@
-"""Dense causal attention with gradients by products of blocks of queries: what training uses on a CPU.
+"""Dense causal attention with gradients by products of blocks of queries: what training uses on a
+CPU.
 
 PyTorch's attention on a CPU is made of small products that reach a fraction of what the processor
 can do. Here a block of queries meets all keys before its end in one batched product, and what lies
@@ -33,8 +34,8 @@ def attention_blocked(
     slopes: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Return the same as `attention_reference`, scores and probabilities in the dtype of the inputs,
-    or that of autocast.
+    """Return the same as `attention_reference`, scores and probabilities in the dtype of the
+    inputs, or that of autocast.
 
     Raises:
         ConfigError: it is not dense causal attention of whole rows without padding and bias.
@@ -121,7 +122,7 @@ class _Blocked(torch.autograd.Function):
             block = queries[:, :, start:stop].reshape(groups, -1, dim)
             to_values[:, :stop] += chances.transpose(1, 2) @ inner
             slope = inner @ values[:, :stop].transpose(1, 2)
-            slope = torch._softmax_backward_data(slope, chances, -1, dtype)
+            slope = torch.ops.aten._softmax_backward_data(slope, chances, -1, dtype)
             part = slope @ keys[:, :stop]
             to_queries[:, :, start:stop] = part.view(groups, repeats, stop - start, dim)
             to_keys[:, :stop] += slope.transpose(1, 2) @ block
