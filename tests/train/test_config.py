@@ -41,7 +41,8 @@ def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
 
 def test_yaml_and_python_say_the_same(tmp_path: Path) -> None:
     assert read_run(written(tmp_path, GOOD)) == EXPECTED
-    code = f"from deepseek.train import Run\ndef run():\n    return Run.from_dict({EXPECTED.to_dict()!r})\n"
+    body = f"return Run.from_dict({EXPECTED.to_dict()!r})"
+    code = f"from deepseek.train import Run\ndef run():\n    {body}\n"
     assert read_run(written(tmp_path, code, "run.py")) == EXPECTED
     assert Run.from_dict(EXPECTED.to_dict()) == EXPECTED
 

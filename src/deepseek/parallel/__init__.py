@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from deepseek.parallel.launch import run_workers
 from deepseek.parallel.tree import TreeSum, pairwise_sum
 from deepseek.parallel.world import World, joined_world
 
-__all__ = ["TreeSum", "World", "joined_world", "pairwise_sum"]
+__all__ = ["TreeSum", "World", "joined_world", "pairwise_sum", "run_workers"]

@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from deepseek.parallel.launch import STORE
+
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -41,13 +43,21 @@ class World:
 
 @contextlib.contextmanager
 def joined_world() -> Iterator[World]:
-    """Yield the world that `torchrun` describes in the environment, joined over gloo; a world of
-    one where it describes none.
+    """Yield the world that `run_workers` or `torchrun` describes in the environment, joined over
+    gloo; a world of one where none is described.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         yield World()
         return
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    store = os.environ.get(STORE)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}" if store else "env://",
+        rank=int(os.environ["RANK"]),
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:

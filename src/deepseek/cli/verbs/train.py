@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import importlib.util
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """Train, or prove what was read."""
     if args.prove:
         return _prove(args, out)
-    if args.workers > 1 and "RANK" not in os.environ:
+    if args.workers > 1:
         return _launch(args)
     from deepseek.parallel import joined_world
     from deepseek.train import Interrupted, read_run, train
@@ -113,20 +112,13 @@ def _prove(args: argparse.Namespace, out: Output) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """Start the workers by `torchrun`, and return its exit code."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words += ["--nproc-per-node", str(args.workers), "-m", "deepseek", "train", args.run]
-    words += ["--out", args.out, "--workers", str(args.workers)]
+    """Run the workers, and return their exit code."""
+    from deepseek.parallel import run_workers
+
+    words = [sys.executable, "-m", "deepseek", "train", args.run, "--out", args.out]
     words += ["--threads", str(args.threads)] if args.threads else []
     words += ["--json"] if args.json else []
-    process = subprocess.Popen(words)
-    while True:
-        try:
-            code = process.wait()
-            break
-        except KeyboardInterrupt:
-            continue  # the workers heard it too: they save and leave
-    return 130 if code < 0 else code
+    return run_workers(words, args.workers)
 
 
 def _set_threads(asked: int | None, world: World) -> None:
