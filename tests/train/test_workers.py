@@ -1,4 +1,5 @@
-"""Several processes over gloo: killed, and started again in another number, the bits are the same."""
+"""Several processes over gloo: killed, and started again in another number, the bits are the
+same."""
 
 from __future__ import annotations
 
