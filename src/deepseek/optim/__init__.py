@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deepseek.optim.mixed_precision import MixedPrecisionTrainer
 from deepseek.optim.optimizer import AdamW, Muon, OptimizerConfig, build_optimizers
 from deepseek.optim.schedule import Constant, Cosine, ScheduleConfig, WarmupStableDecay
 
@@ -9,6 +10,7 @@ __all__ = [
     "AdamW",
     "Constant",
     "Cosine",
+    "MixedPrecisionTrainer",
     "Muon",
     "OptimizerConfig",
     "ScheduleConfig",

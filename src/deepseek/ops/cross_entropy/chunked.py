@@ -18,8 +18,8 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
     Products run in the dtype of autocast, where it is on, the softmax in float32. Gradients are
     formed on the way, while a chunk's logits are there (Hsu et al., "Liger Kernel", 2410.10989,
-    section 3.2); deviation: they are held in the dtype of states and weight, and scaled in the
-    backward pass. They cannot be differentiated again.
+    section 3.2); deviation: they are held until the backward pass, which scales them: those of the
+    weight in float32. They cannot be differentiated again.
 
     Args:
         states: [N, H].
@@ -41,7 +41,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = states.new_zeros((), dtype=torch.float32)
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         to_states = torch.empty_like(states) if needs_states else None
-        to_weight = torch.zeros_like(weight) if needs_weight else None
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         rows = max(1, _CHUNK_LOGITS // weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels), rows):
@@ -53,6 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if to_weight is not None:
                     to_weight += slope.T @ inputs[part]
         ctx.save_for_backward(to_states, to_weight)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -61,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
         to_states, to_weight = ctx.saved_tensors
         return (
             None if to_states is None else to_states * gradient.to(to_states.dtype),
-            None if to_weight is None else to_weight * gradient.to(to_weight.dtype),
+            None if to_weight is None else (to_weight * gradient).to(ctx.weight_dtype),
             None,
         )
 
