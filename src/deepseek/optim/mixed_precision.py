@@ -90,7 +90,7 @@ class MixedPrecisionTrainer:
                 ("float8", fp8_params), ("bfloat16", bf16_params), ("float16", fp16_params)
             ]  # fmt: skip
             self.decisions = _matched(self._parameters, rules)
-        self._storages = {each.name: each.storage for each in self.decisions}
+        self._storages: dict[str, Storage] = {each.name: each.storage for each in self.decisions}
         self._moments: dict[str, dict[str, Any]] = {}
         for name, value in self._parameters.items():
             value.data = self._rounded(name, value.data)
@@ -209,8 +209,9 @@ class MixedPrecisionTrainer:
         if not isinstance(state, Tensor) or state.shape != value.shape:
             return state
         storage = self._storages[name]
-        # float16 has too little range for squares of gradients
-        return keep(state, "bfloat16" if storage == "float16" else storage, self._generator)
+        if storage == "float16":  # too little range for squares of gradients
+            storage = "bfloat16"
+        return keep(state, storage, self._generator)
 
     def _rounded(self, name: str, value: Tensor) -> Tensor:
         storage = self._storages[name]
