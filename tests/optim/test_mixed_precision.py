@@ -123,6 +123,17 @@ def test_without_patterns_it_is_the_optimizer() -> None:
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_the_scale_does_not_show_in_the_step() -> None:
+    """With SGD, to which the size of a gradient matters."""
+    models = [decoder(), decoder()]
+    for model, scale in zip(models, (1.0, 1024.0), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = MixedPrecisionTrainer(model=model, optimizer=optimizer, loss_scale=scale)
+        trainer.step(lambda model=model: model.loss(batch(0), batch(0)))
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def test_overflow_leaves_the_weights_and_halves_the_scale() -> None:
     model = decoder()
     trainer = MixedPrecisionTrainer(model=model, optimizer=adamw(model), fp16_params=["*"])
