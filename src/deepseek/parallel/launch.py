@@ -35,10 +35,18 @@ def run_workers(words: Sequence[str], num_workers: int) -> int:
         ]
         with _handing_on(started):
             codes = _wait(started)
-        failed = [rank for rank, code in enumerate(codes) if code != 0]
-        if failed and 0 not in failed:
-            os.write(2, logs[failed[0]].read_bytes())
-        return codes[failed[0]] if failed else 0
+        return _judge(codes, logs)
+
+
+def _judge(codes: Sequence[int], logs: Sequence[Path]) -> int:
+    """Return the exit code of the first worker that failed by itself, and show what it said."""
+    by_itself = [rank for rank, code in enumerate(codes) if code > 0]
+    if by_itself:
+        if by_itself[0] != 0:
+            os.write(2, logs[by_itself[0]].read_bytes())
+        return codes[by_itself[0]]
+    # the others were ended by a signal, as a shell tells it
+    return max((128 - code for code in codes if code < 0), default=0)
 
 
 def _start(
