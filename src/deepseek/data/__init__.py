@@ -10,8 +10,10 @@ from deepseek.data.incremental import IncrementalDecoder
 from deepseek.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from deepseek.data.conversations import conversation
     from deepseek.data.corpus import Document, TokenCorpus, write_corpus
     from deepseek.data.order import SampleOrder
+    from deepseek.data.packing import packed
     from deepseek.data.texts import read_texts, text_files, tokenized
     from deepseek.data.windows import Samples, Windows
 
@@ -23,6 +25,8 @@ __all__ = [
     "TokenCorpus",
     "Tokenizer",
     "Windows",
+    "conversation",
+    "packed",
     "read_texts",
     "text_files",
     "tokenized",
@@ -36,6 +40,8 @@ _HOMES = {
     "Samples": "windows",
     "TokenCorpus": "corpus",
     "Windows": "windows",
+    "conversation": "conversations",
+    "packed": "packing",
     "read_texts": "texts",
     "text_files": "texts",
     "tokenized": "texts",

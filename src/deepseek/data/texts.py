@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from deepseek.data.conversations import conversation
 from deepseek.data.corpus import Document
 from deepseek.data.tokenizer import Tokenizer
 from deepseek.errors import ConfigError, FormatError, describe
@@ -28,43 +31,80 @@ def text_files(path: Path) -> list[Path]:
     return files
 
 
-def read_texts(files: list[Path]) -> Iterator[str]:
-    """Yield the texts: a file is one, and so is each line of a `.jsonl`, under `text`.
+Record = str | list[dict[str, object]]
+"""A text, or the messages of a conversation."""
+
+
+def read_texts(files: list[Path]) -> Iterator[Record]:
+    """Yield the texts: a file is one, and so is each line of a `.jsonl`, under `text`; a line with
+    `messages` is a conversation.
 
     Raises:
-        FormatError: a file is not UTF-8, or a line is not an object with a text.
+        FormatError: a file is not UTF-8, or a line is not an object with a text or messages.
     """
     for file in files:
-        try:
-            if file.suffix != ".jsonl":
+        if file.suffix != ".jsonl":
+            with _must_be_utf8(file):
                 yield file.read_text(encoding="utf-8")
+            continue
+        for number, fields in read_lines(file):
+            yield _record_of(fields, file, number)
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number and the object of each line of a `.jsonl` file that is not empty.
+
+    Raises:
+        FormatError: the file is not UTF-8, or a line is no object.
+    """
+    with _must_be_utf8(file), file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
                 continue
-            with file.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield _text_of(line, file, number)
-        except UnicodeDecodeError as error:
-            raise FormatError(
-                describe("text", str(file), "UTF-8", str(error), "Convert the file")
-            ) from error
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise _wrong_line(file, number, "JSON", line.strip()) from error
+            if not isinstance(fields, dict):
+                raise _wrong_line(file, number, "an object", fields)
+            yield number, fields
 
 
-def _text_of(line: str, file: Path, number: int) -> str:
+@contextlib.contextmanager
+def _must_be_utf8(file: Path) -> Iterator[None]:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        must = 'an object with "text"'
-        raise FormatError(describe(f"line {number}", str(file), must, line.strip())) from error
-    if not isinstance(text, str):
-        raise FormatError(describe(f'"text" of line {number}', str(file), "a string", text))
-    return text
+        yield
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            describe("text", str(file), "UTF-8", str(error), "Convert the file")
+        ) from error
 
 
-def tokenized(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[Document]:
+def _record_of(fields: dict[str, Any], file: Path, number: int) -> Record:
+    if isinstance(fields.get("text"), str):
+        return fields["text"]
+    messages = fields.get("messages")
+    if not isinstance(messages, list):
+        must = 'an object with a "text", or with the "messages" of a conversation'
+        raise _wrong_line(file, number, must, fields)
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+            raise _wrong_line(file, number, "messages with a role each", message)
+    return messages
+
+
+def _wrong_line(file: Path, number: int, must: str, got: object) -> FormatError:
+    return FormatError(describe(f"line {number}", str(file), must, got))
+
+
+def tokenized(texts: Iterator[Record], tokenizer: Tokenizer) -> Iterator[Document]:
     """Yield the tokens of each text, with the token behind it that ends a text, where there is
-    one."""
+    one; of a conversation those of the model's chat template, the assistant's to be learned."""
     end = tokenizer.eos_token_id
     for text in texts:
+        if not isinstance(text, str):
+            yield conversation(text, tokenizer)
+            continue
         tokens = tokenizer.encode(text, add_special_tokens=False)
         yield Document([*tokens, end] if end is not None else tokens)
 

@@ -211,10 +211,21 @@ class Decoder(nn.Module):
         Raises:
             ShapeError: they do not fit together.
         """
-        states = self._embed(input_ids)
-        _check_labels(labels, states, False)
-        states, _, _ = self._through_layers(states, None, None, None, keeps=False)
-        return self._loss(states, labels)
+        embedded = self._embed(input_ids)
+        _check_labels(labels, embedded, False)
+        return self._loss(self._through_layers(embedded, None, None, None, keeps=False)[0], labels)
+
+    def final_states(
+        self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """Return what the head reads: the last layer's output, normed, [B, T, hidden].
+
+        Args:
+            input_ids: int64 [B, T], all of them tokens; or give
+            inputs_embeds: [B, T, hidden].
+        """
+        states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        return self._through_layers(states, None, None, None, keeps=False)[0]
 
     def _through_layers(
         self,

@@ -72,17 +72,29 @@ def round_int4(weight: Tensor, group: int) -> Tensor:
 
     Scale and least value are float16. The range is the group's own, or narrowed by up to 20 %.
     """
+    levels, scale, least = int4_levels(weight, group)
+    return (levels * scale + least).flatten(-2)
+
+
+def int4_levels(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the levels of `round_int4`, 0 … 15 [N, K / group, group], and each group's scale and
+    least value [N, K / group, 1]; all float32, the last two of them float16 numbers.
+    """
     blocks = weight.unflatten(-1, (-1, group))
     low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-    best, best_error = blocks, torch.full_like(low, float("inf"))
+    best, best_scale, best_least = torch.zeros_like(blocks), torch.zeros_like(low), low
+    best_error = torch.full_like(low, float("inf"))
     for shrink in _SHRINKS:
         least = ((high + low) / 2 - (high - low) / 2 * shrink).half().float()
         scale = ((high - low) * shrink / 15).half().float()
-        rounded = _levels(blocks - least, scale).round().clamp(0, 15) * scale + least
-        error = (rounded - blocks).square().sum(-1, keepdim=True)
-        best = torch.where(error < best_error, rounded, best)
+        levels = _levels(blocks - least, scale).round().clamp(0, 15)
+        error = (levels * scale + least - blocks).square().sum(-1, keepdim=True)
+        is_better = error < best_error
+        best = torch.where(is_better, levels, best)
+        best_scale = torch.where(is_better, scale, best_scale)
+        best_least = torch.where(is_better, least, best_least)
         best_error = torch.minimum(error, best_error)
-    return best.flatten(-2)
+    return best, best_scale, best_least
 
 
 def _levels(values: Tensor, scale: Tensor) -> Tensor:
