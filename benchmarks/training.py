@@ -68,7 +68,7 @@ def ours(options: argparse.Namespace) -> Times:
         optimizers = build_optimizers(stage.optimizer, parameters)
         step = BatchStep(
             model, parameters, optimizers, stage, windows,
-            world=world, total=TreeSum(world), seed=0,
+            world=world, transport=TreeSum(world), seed=0,
         )  # fmt: skip
         for number in range(WARM_STEPS + STEPS):
             start = time.perf_counter()

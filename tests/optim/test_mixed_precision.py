@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError
 from deepseek.models import Decoder
 from deepseek.optim import MixedPrecisionTrainer
-from deepseek.optim.mixed_precision import kept_bytes
+from deepseek.optim.mixed_precision import TABLE, kept_bytes
 from deepseek.optim.scale import LossScale
-from deepseek.optim.storage import Storage, keep, stochastic
+from deepseek.optim.storage import BLOCK, CHUNK, Noise, Storage, keep, stochastic
 from tests.generate.conftest import TINY
 
 STORAGES: list[Storage] = ["float16", "bfloat16", "float8"]
@@ -40,6 +40,10 @@ def batch(step: int) -> Tensor:
     return starts + torch.arange(16)
 
 
+def noise(seed: int = 0) -> Noise:
+    return Noise(torch.Generator().manual_seed(seed))
+
+
 def train(model: Decoder, trainer: MixedPrecisionTrainer, steps: int) -> list[float]:
     return [trainer.step(lambda at=at: model.loss(batch(at), batch(at))) for at in range(steps)]
 
@@ -48,9 +52,8 @@ def train(model: Decoder, trainer: MixedPrecisionTrainer, steps: int) -> list[fl
 @given(scale=st.integers(-10, 6), seed=st.integers(0, 100))
 @settings(max_examples=20, deadline=None)
 def test_what_is_kept_is_near(storage: Storage, scale: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(7, 50, generator=generator) * 2.0**scale
-    found = keep(values, storage, generator).read()
+    values = torch.randn(7, 50, generator=torch.Generator().manual_seed(seed)) * 2.0**scale
+    found = keep(values, storage, noise(seed)).read()
     bound = LEVEL[storage] * values.abs()
     if storage == "float8":
         bound = bound + values.abs().max() / 448 * 2**-6
@@ -58,22 +61,94 @@ def test_what_is_kept_is_near(storage: Storage, scale: int, seed: int) -> None:
     assert bool(((found - values).abs() <= bound + 1e-7).all())
 
 
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+DTYPES = [torch.float16, torch.bfloat16, *FLOAT8]
+
+
+def neighbours(value: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the levels of a type below and above a number."""
+    bits = torch.arange(256 if dtype.itemsize == 1 else 65536)
+    kind = torch.uint8 if dtype.itemsize == 1 else torch.uint16
+    levels = bits.to(kind).view(dtype).double()
+    levels = levels[levels.isfinite()]
+    return levels[levels <= value].max().item(), levels[levels >= value].min().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [1.3, -0.77, 0.031, 3.1e-3, -4.5e-5, 1e-6])
+def test_roundings_go_to_a_neighbour_and_are_right_in_the_mean(
+    dtype: torch.dtype, value: float
+) -> None:
+    """Below the smallest normal number too; over more than a chunk, and not whole ones."""
+    count = CHUNK * 3 // 2 + 1
+    exact = torch.tensor(value).item()
+    found = stochastic(torch.full((count,), value), dtype, noise()).double()
+    low, high = neighbours(exact, dtype)
+    assert set(found.unique().tolist()) == {low, high}
+    share = (exact - low) / (high - low)
+    deviation = (high - low) * (share * (1 - share) / count) ** 0.5
+    # the bits that are dropped are finite, which is seen below the smallest normal number
+    assert found.mean().item() == pytest.approx(exact, abs=5 * deviation + (high - low) * 2**-13)
+
+
+def test_two_values_are_rounded_independently() -> None:
+    """Neighbours, values a chunk apart, and one value in two steps."""
+    half = torch.full((2 * CHUNK,), 1 + 2.0**-8)
+    ups = [(stochastic(half, torch.bfloat16, noise(seed)) > 1).double() for seed in (0, 1)]
+    one = ups[0]
+    for other in (one.roll(1), one.roll(CHUNK), ups[1]):
+        both = (one * other).mean().item()
+        assert both == pytest.approx(0.25, abs=5 * 0.25 / CHUNK**0.5)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
-def test_roundings_are_right_in_the_mean(storage: Storage) -> None:
-    """Where rounding to the nearest would always give the same level."""
-    values = torch.full((1 << 16,), 1.0 + LEVEL[storage] / 8)
-    values[::128] = 448.0 if storage == "float8" else values[0]
-    found = keep(values, storage, torch.Generator().manual_seed(0)).read()
-    inner = found[1::128]
-    assert inner.unique().numel() == 2
-    assert inner.mean().item() == pytest.approx(values[1].item(), rel=LEVEL[storage] / 8)
+def test_threads_do_not_show(storage: Storage) -> None:
+    values, found = torch.randn(CHUNK + 777), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(keep(values, storage, noise()).read())
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def levels(dtype: torch.dtype) -> Tensor:
+    """Return the finite numbers of a float8."""
+    found = torch.arange(256).to(torch.uint8).view(dtype).float()
+    return found[found.isfinite()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_levels_and_what_is_no_number_stay(dtype: torch.dtype) -> None:
-    values = torch.tensor([0.0, -0.0, 1.0, -2.0, float("inf"), float("-inf"), float("nan")])
-    found = stochastic(values, dtype, None).float()
-    assert torch.equal(found[:-1], values[:-1]) and bool(found[-1].isnan())
+    for kind in FLOAT8 if dtype not in FLOAT8 else [dtype]:
+        assert torch.equal(stochastic(levels(kind), dtype, noise()).float(), levels(kind))
+    all_bits = torch.tensor([-1, 0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    assert bool(stochastic(all_bits, dtype, noise()).float().isnan().all())
+    if dtype not in FLOAT8:
+        ends = torch.tensor([float("inf"), float("-inf")])
+        assert torch.equal(stochastic(ends, dtype, noise()).float(), ends)
+
+
+def test_float8_is_read_exactly_and_odd_sizes_end_right() -> None:
+    values = levels(torch.float8_e4m3fn)
+    assert torch.equal(keep(values, "float8", noise()).read(), values)
+    squares = levels(torch.float8_e5m2).abs().unique()[1:]
+    assert torch.equal(keep(squares, "float8", noise()).read(), squares)
+    for count in (1, BLOCK - 1, CHUNK + 1):
+        largest = torch.full((count,), -448.0)
+        assert torch.equal(keep(largest, "float8", noise()).read(), largest)
+    assert torch.equal(keep(torch.zeros(5), "float8", noise()).read(), torch.zeros(5))
+
+
+def test_no_mean_of_squares_is_lost() -> None:
+    """A step is divided by its root: of 0 it would be thousands of times too long."""
+    squares = torch.logspace(-20, 0, BLOCK * 9).view(9, BLOCK).T.reshape(-1)
+    found = keep(squares, "float8", noise()).read()
+    smallest = 2.0**-16 / 57344 * squares.view(-1, BLOCK).amax(1).repeat_interleave(BLOCK)
+    assert bool((found >= smallest * 0.999).all())
+    assert bool(((found - squares).abs() <= 0.25 * squares + smallest).all())
 
 
 @pytest.mark.parametrize(
@@ -171,18 +246,18 @@ def test_it_goes_on_in_the_same_bits() -> None:
 
 
 def test_auto_keeps_what_is_sensitive() -> None:
-    """A weight that bfloat16 rounds away decides the loss; the others hardly matter."""
+    """The loss grows with the square of an error, in some weights steeply."""
 
     class Toy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fine = nn.Parameter(torch.tensor([1.0 + 2.0**-9]))
-            self.finer = nn.Parameter(torch.tensor([1.0 + 2.0**-13]))
-            self.coarse = nn.Parameter(torch.tensor([1.0]))
+            self.fine = nn.Parameter(torch.ones(64))
+            self.finer = nn.Parameter(torch.ones(64))
+            self.coarse = nn.Parameter(torch.ones(64))
 
         def forward(self) -> Tensor:
-            found = self.coarse + 1e4 * (self.fine - 1) + 1e4 * (self.finer - 1)
-            return found.sum()
+            errors = [(each - 1).square().sum() for each in (self.fine, self.finer, self.coarse)]
+            return 1 + 10 * errors[0] + 1e3 * errors[1] + 0.1 * errors[2]
 
     model = Toy()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -191,7 +266,10 @@ def test_auto_keeps_what_is_sensitive() -> None:
     )
     chosen = {each.name: each.storage for each in trainer.decisions}
     assert chosen == {"fine": "float16", "finer": "float32", "coarse": "bfloat16"}
-    assert [row[2] for row in trainer.table()] == ["float16", "float32", "bfloat16"]
+    rows = [dict(zip(TABLE, row, strict=True)) for row in trainer.table()]
+    assert [row["storage"] for row in rows] == ["float16", "float32", "bfloat16", ""]
+    assert [row["gain"] for row in rows] == ["16.67 %", "0.00 %", "16.67 %", "33.33 %"]
+    assert (rows[-1]["bytes before"], rows[-1]["bytes after"]) == ("3072", "2048")
 
 
 def test_mistakes_say_what_is_wrong() -> None:

@@ -47,7 +47,14 @@ def take_step(windows: Windows, settings: Stage, *, dtype: torch.dtype = torch.f
     optimizers = build_optimizers(AdamW(rate=1e-2), parameters)
     world = World()
     step = BatchStep(
-        model, parameters, optimizers, settings, windows, world=world, total=TreeSum(world), seed=0
+        model,
+        parameters,
+        optimizers,
+        settings,
+        windows,
+        world=world,
+        transport=TreeSum(world),
+        seed=0,
     )
     result = step.run(0, 1)
     model.result = result  # type: ignore[assignment]
@@ -109,14 +116,14 @@ def test_workers_share_a_batch(windows: Windows, size: int) -> None:
     for rank in range(size):
         step = BatchStep(
             model, parameters, [], stage(micro_batch=2), windows,
-            world=World(rank, size), total=TreeSum(World()), seed=0,
+            world=World(rank, size), transport=TreeSum(World()), seed=0,
         )  # fmt: skip
         taken += step._parts
     assert taken == [(0, 2), (2, 4), (4, 6), (6, 8)]
     with pytest.raises(ConfigError, match="one a worker"):
         BatchStep(
             model, parameters, [], stage(micro_batch=4), windows,
-            world=World(0, 3), total=TreeSum(World()), seed=0,
+            world=World(0, 3), transport=TreeSum(World()), seed=0,
         )  # fmt: skip
 
 

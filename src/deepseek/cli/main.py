@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "chat": "talk to a model",
     "generate": "continue a text, or answer a question",
     "train": "train a model in stages, exactly, and go on after any stop",
+    "adapt": "adapt a model to a domain, to conversations or to preferences",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
     "bench": "measure speed and memory beside transformers",
     "explain": "which kernel runs each operation of a model, and what a step costs",

@@ -93,7 +93,7 @@ class LatentAttention(nn.Module):
         latent = _latent(config)
         self.layer, self.latent, self.num_heads = layer, latent, config.num_heads
         self.interleaved = config.rope.interleaved
-        query_dim = latent.nope_dim + latent.rope_dim
+        self.query_dim = query_dim = latent.nope_dim + latent.rope_dim
         self.scale = query_dim**-0.5 * latent_score_factor(config.rope)
         hidden, bias = config.hidden_size, config.qkv_bias
         if latent.query_rank is None:
@@ -137,18 +137,17 @@ class LatentAttention(nn.Module):
         else:
             queries = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(states)))
         rows, length, _ = states.shape
-        return queries.view(rows, length, self.num_heads, -1).transpose(1, 2)
+        return queries.view(rows, length, -1, self.query_dim).transpose(1, 2)
 
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, content: Tensor, k_rope: Tensor, context: PassContext
     ) -> Tensor:
         latent = self.latent
         rows, length = content.shape[0], content.shape[2]
-        expanded = (
-            self.kv_b_proj(content[:, 0]).view(rows, length, self.num_heads, -1).transpose(1, 2)
-        )
-        k_nope, values = expanded.split([latent.nope_dim, latent.value_dim], dim=-1)
-        keys = torch.cat((k_nope, k_rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        dims = [latent.nope_dim, latent.value_dim]
+        expanded = self.kv_b_proj(content[:, 0]).view(rows, length, -1, sum(dims)).transpose(1, 2)
+        k_nope, values = expanded.split(dims, dim=-1)
+        keys = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
         kv = context.store(self.layer, keys, values)
         table = context.plan(self.layer, queries, kv)
@@ -229,6 +228,11 @@ class ExpertWeights(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.width, hidden))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, config.width))
 
+    def forward(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts [N, k] of each token: [N, hidden] to
+        [N, hidden]."""
+        return experts_swiglu(tokens, self.gate_up_proj, self.down_proj, chosen, weights)
+
 
 class Experts(nn.Module):
     """Mixture of experts: routed experts, plus shared ones where the config has them."""
@@ -243,10 +247,7 @@ class Experts(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """Return the mixed feed-forward: [..., hidden] to [..., hidden]."""
         tokens = states.reshape(-1, states.shape[-1])
-        chosen, weights = self.gate(tokens)
-        stacked = self.experts
-        out = experts_swiglu(tokens, stacked.gate_up_proj, stacked.down_proj, chosen, weights)
-        out = out.view_as(states)
+        out = self.experts(tokens, *self.gate(tokens)).view_as(states)
         return out if self.shared_experts is None else out + self.shared_experts(states)
 
 

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from deepseek.errors import ConfigError, describe
 from deepseek.optim.scale import LossScale
-from deepseek.optim.storage import BLOCK, Kept, Storage, keep, stochastic
+from deepseek.optim.storage import BLOCK, Kept, Noise, Storage, keep, stochastic
 
 BYTES: Mapping[Storage, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 2}
 """Of a weight, and of its gradient. float8 keeps moments; its weights are bfloat16."""
+TABLE = ("parameter", "values", "storage", "bytes before", "bytes after", "gain", "why")
+"""The columns of `MixedPrecisionTrainer.table`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Decision:
     loss_change: float | None = None
     """Change of the sample's loss when the weight alone is rounded; None where it was not
     measured."""
+
+    @property
+    def bytes_before(self) -> int:
+        """Of weight, gradient and two moments in float32."""
+        return kept_bytes("float32", self.num_values)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of the same as they are kept."""
+        return kept_bytes(self.storage, self.num_values)
 
 
 class MixedPrecisionTrainer:
@@ -92,8 +104,9 @@ class MixedPrecisionTrainer:
             self.decisions = _matched(self._parameters, rules)
         self._storages: dict[str, Storage] = {each.name: each.storage for each in self.decisions}
         self._moments: dict[str, dict[str, Any]] = {}
+        noise = Noise(self._generator)
         for name, value in self._parameters.items():
-            value.data = self._rounded(name, value.data)
+            value.data = self._rounded(name, value.data, noise)
 
     @property
     def loss_scale(self) -> float:
@@ -130,18 +143,20 @@ class MixedPrecisionTrainer:
         return found.item()
 
     def table(self) -> list[tuple[str, ...]]:
-        """Return a row for each decision: name, values, storage, bytes before and after, why."""
-        return [
-            (
-                each.name,
-                str(each.num_values),
-                each.storage,
-                str(16 * each.num_values),
-                str(kept_bytes(each.storage, each.num_values)),
-                each.why,
-            )
+        """Return the columns of `TABLE` for each decision, and for all together.
+
+        The gain is the share of the training's bytes that a decision saves. It is of memory alone:
+        each step is computed in float32, and the roundings take time.
+        """
+        before = sum(each.bytes_before for each in self.decisions)
+        after = sum(each.bytes_after for each in self.decisions)
+        rows = [
+            _row(each.name, each.num_values, each.storage, (each.bytes_before, each.bytes_after),
+                 before, each.why)
             for each in self.decisions
-        ]
+        ]  # fmt: skip
+        num_values = sum(each.num_values for each in self.decisions)
+        return [*rows, _row("all", num_values, "", (before, after), before, "memory, not time")]
 
     def state_dict(self) -> dict[str, Any]:
         """Return moments, loss scale and random state; weights are the model's."""
@@ -166,12 +181,13 @@ class MixedPrecisionTrainer:
 
     def _update(self) -> None:
         """Step each parameter in float32 by itself, and keep what comes out."""
+        noise = Noise(self._generator)
         with self._alone() as groups:
             for group, names in groups:
                 for name in names:
-                    self._update_one(group, name)
+                    self._update_one(group, name, noise)
 
-    def _update_one(self, group: dict[str, Any], name: str) -> None:
+    def _update_one(self, group: dict[str, Any], name: str, noise: Noise) -> None:
         value = self._parameters[name]
         if value.grad is None:
             return
@@ -184,8 +200,10 @@ class MixedPrecisionTrainer:
         self._optimizer.step()
         group["params"] = []
         states = self._optimizer.state.pop(wide, {})
-        self._moments[name] = {key: self._kept(name, wide, each) for key, each in states.items()}
-        value.data = self._rounded(name, wide.data)
+        self._moments[name] = {
+            key: self._kept(name, wide, each, noise) for key, each in states.items()
+        }
+        value.data = self._rounded(name, wide.data, noise)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[list[tuple[dict[str, Any], list[str]]]]:
@@ -204,21 +222,21 @@ class MixedPrecisionTrainer:
             for group, values in zip(groups, before, strict=True):
                 group["params"] = values
 
-    def _kept(self, name: str, value: Tensor, state: Any) -> Any:
+    def _kept(self, name: str, value: Tensor, state: Any, noise: Noise) -> Any:
         """Return a moment as it is kept; counters stay as they are."""
         if not isinstance(state, Tensor) or state.shape != value.shape:
             return state
         storage = self._storages[name]
         if storage == "float16":  # too little range for squares of gradients
             storage = "bfloat16"
-        return keep(state, storage, self._generator)
+        return keep(state, storage, noise)
 
-    def _rounded(self, name: str, value: Tensor) -> Tensor:
+    def _rounded(self, name: str, value: Tensor, noise: Noise) -> Tensor:
         storage = self._storages[name]
         if storage == "float32":
             return value
         dtype = torch.float16 if storage == "float16" else torch.bfloat16
-        return stochastic(value.float(), dtype, self._generator)
+        return stochastic(value.float(), dtype, noise)
 
 
 @contextlib.contextmanager
@@ -256,6 +274,14 @@ def kept_bytes(storage: Storage, num_values: int) -> int:
     if storage == "float8":
         return num_values * 4 + 2 * (BLOCK + 4) * -(-num_values // BLOCK)
     return 4 * BYTES[storage] * num_values
+
+
+def _row(
+    name: str, num_values: int, storage: str, sizes: tuple[int, int], whole: int, why: str
+) -> tuple[str, ...]:
+    before, after = sizes
+    gain = f"{100 * (before - after) / whole:.2f} %"
+    return (name, str(num_values), storage, str(before), str(after), gain, why)
 
 
 def _trained(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
@@ -301,7 +327,7 @@ def _matched(
 def _measured(
     parameters: Mapping[str, nn.Parameter], sample: Callable[[], Tensor], tolerance: float
 ) -> list[Decision]:
-    """Round each parameter by itself, and give it the fewest bits that the sample allows."""
+    """Disturb each parameter by itself, and give it the fewest bits that the sample allows."""
     with torch.no_grad():
         base = sample().item()
         decisions = []
@@ -314,12 +340,11 @@ def _least(
     name: str, value: nn.Parameter, sample: Callable[[], Tensor], base: float, tolerance: float
 ) -> Decision:
     whole, change = value.data, 0.0
-    tried: list[tuple[Storage, Callable[[Tensor], Tensor]]] = [
-        ("bfloat16", lambda each: each.bfloat16().float()),
-        ("float16", lambda each: each.half().float()),
-    ]
-    for storage, rounded in tried:
-        value.data = rounded(whole)
+    tried: list[tuple[Storage, torch.dtype]] = [
+        ("bfloat16", torch.bfloat16), ("float16", torch.float16)
+    ]  # fmt: skip
+    for storage, dtype in tried:
+        value.data = _disturbed(whole, dtype)
         change = sample().item() - base
         value.data = whole
         if abs(change) <= tolerance * abs(base):
@@ -327,6 +352,17 @@ def _least(
             return Decision(name, value.numel(), storage, why, change)
     why = f"16 bits change the loss by {change:+.1e}"
     return Decision(name, value.numel(), "float32", why, change)
+
+
+def _disturbed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values moved by up to half a level and rounded.
+
+    Rounding alone would change nothing where the weights come from a file of few bits; the first
+    step takes them off its levels.
+    """
+    chances = torch.rand(values.shape, generator=torch.Generator().manual_seed(0))
+    moved = values * (1 + (chances - 0.5) * torch.finfo(dtype).eps)
+    return moved.to(dtype).float()
 
 
 def _read(state: Any) -> Any:

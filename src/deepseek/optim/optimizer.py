@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -94,14 +94,14 @@ def build_optimizers(
 
 
 def _adamw(config: AdamW, named: list[tuple[str, nn.Parameter]], rate: float) -> Optimizer:
-    matrices = [value for _, value in named if value.ndim > 1]
-    vectors = [value for _, value in named if value.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups: dict[object, dict[str, Any]] = {}
+    for _, value in named:
+        decay = config.weight_decay if value.ndim > 1 else 0.0
+        # values of a divided model are updated with those that are divided over the same processes
+        key = (decay, getattr(value, "device_mesh", None))
+        groups.setdefault(key, {"params": [], "weight_decay": decay})["params"].append(value)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        list(groups.values()),
         lr=rate,
         betas=config.betas,
         eps=config.eps,

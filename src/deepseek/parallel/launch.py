@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -12,16 +13,20 @@ from pathlib import Path
 
 STORE = "DEEPSEEK_STORE"
 """Names the file by which the processes of `run_workers` find each other."""
+SETTLE_S = 5.0
+"""How long the others may take to end by themselves when one has failed: a mistake in the command
+ends them all, and each says so."""
 GRACE_S = 30.0
-"""How long the others may take to end when one has failed."""
+"""How long they may take to end after that, when they are told to."""
 
 
 def run_workers(words: Sequence[str], num_workers: int) -> int:
     """Run a command in several processes that find each other by `joined_world`; return the exit
-    code of the first that failed, or 0.
+    code of the one that failed first, or 0.
 
     SIGINT and SIGTERM are handed on, and waited for. What the first worker says is shown; what
-    another says to standard error is shown where it alone failed.
+    another says to standard error is shown where that one failed first, and the first worker did
+    not end by the same code.
 
     Args:
         words: the command.
@@ -34,17 +39,17 @@ def run_workers(words: Sequence[str], num_workers: int) -> int:
             for rank in range(num_workers)
         ]
         with _handing_on(started):
-            codes = _wait(started)
-        return _judge(codes, logs)
+            codes, first = _wait(started)
+        return _judge(codes, first, logs)
 
 
-def _judge(codes: Sequence[int], logs: Sequence[Path]) -> int:
-    """Return the exit code of the first worker that failed by itself, and show what it said."""
-    by_itself = [rank for rank, code in enumerate(codes) if code > 0]
-    if by_itself:
-        if by_itself[0] != 0:
-            os.write(2, logs[by_itself[0]].read_bytes())
-        return codes[by_itself[0]]
+def _judge(codes: Sequence[int], first: int | None, logs: Sequence[Path]) -> int:
+    """Return the exit code of the worker that failed first by itself, and show what it said, unless
+    the first worker has said the same."""
+    if first is not None:
+        if codes[0] != codes[first]:
+            os.write(2, logs[first].read_bytes())
+        return codes[first]
     # the others were ended by a signal, as a shell tells it
     return max((128 - code for code in codes if code < 0), default=0)
 
@@ -62,21 +67,31 @@ def _start(
     if rank == 0:
         return subprocess.Popen(words, env=environment)
     with log.open("wb") as file:
-        return subprocess.Popen(words, env=environment, stdout=file, stderr=file)
+        return subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=file)
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]]) -> list[int]:
-    """Return the exit codes; when one fails the others are ended."""
-    deadline = None
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> tuple[list[int], int | None]:
+    """Return the exit codes, and which worker failed first by itself; when one fails the others are
+    ended."""
+    failed_at, first, is_told = math.inf, None, False
     while any(process.poll() is None for process in started):
-        has_failed = any(process.poll() not in (None, 0) for process in started)
-        if has_failed and deadline is None:
-            deadline = time.monotonic() + GRACE_S
-            _signal(started, signal.SIGTERM)
-        if deadline is not None and time.monotonic() > deadline:
+        now, codes = time.monotonic(), [process.poll() or 0 for process in started]
+        first = _first_failed(codes) if first is None else first
+        if any(codes):
+            failed_at = min(failed_at, now)
+        if now > failed_at + SETTLE_S + GRACE_S:
             _signal(started, signal.SIGKILL)
+        elif now > failed_at + SETTLE_S and not is_told:
+            is_told = True
+            _signal(started, signal.SIGTERM)
         time.sleep(0.05)
-    return [process.wait() for process in started]
+    codes = [process.wait() for process in started]
+    return codes, _first_failed(codes) if first is None else first
+
+
+def _first_failed(codes: Sequence[int]) -> int | None:
+    """Return the first worker that ended by an error of its own, not by a signal."""
+    return next((rank for rank, code in enumerate(codes) if code > 0), None)
 
 
 def _signal(started: Sequence[subprocess.Popen[bytes]], kind: signal.Signals) -> None:

@@ -9,16 +9,14 @@ two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepseek.parallel.base import Transport
 from deepseek.parallel.world import World
-
-BUCKET_BYTES = 32 << 20
-"""What is sent at once."""
 
 
 def pairwise_sum(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
@@ -29,34 +27,53 @@ def pairwise_sum(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
     Args:
         parts: each of the same shapes, at least one.
     """
-    waiting: list[tuple[int, list[Tensor]]] = []
+    total, last = PairwiseSum(), None
     for part in parts:
+        if last is not None:
+            total.add(last)
+        last = part
+    assert last is not None
+    return [total.finish(number, value) for number, value in enumerate(last)]
+
+
+class PairwiseSum:
+    """A sum in the order of the tree whose last part may come tensor by tensor."""
+
+    def __init__(self) -> None:
+        """Begin with nothing."""
+        self._waiting: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, part: Sequence[Tensor]) -> None:
+        """Add a part that is not the last; it is used up."""
         height, total = 0, list(part)
-        while waiting and waiting[-1][0] == height:
-            total = _added(waiting.pop()[1], total)
-            height += 1
-        waiting.append((height, total))
-    total = waiting.pop()[1]
-    while waiting:
-        total = _added(waiting.pop()[1], total)
-    return total
+        while self._waiting and self._waiting[-1][0] == height:
+            left = self._waiting.pop()[1]
+            for one, other in zip(left, total, strict=True):
+                one += other
+            height, total = height + 1, left
+        self._waiting.append((height, total))
+
+    def finish(self, number: int, value: Tensor) -> Tensor:
+        """Return the sum of one tensor, given the last part's; both are used up.
+
+        Args:
+            number: of the tensor within its part.
+            value: of the last part.
+        """
+        for _, part in reversed(self._waiting):
+            value = part[number].add_(value)
+        return value
 
 
-def _added(left: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    for one, other in zip(left, right, strict=True):
-        one += other
-    return left
-
-
-class TreeSum:
-    """Adds up tensors over the workers, in place."""
+class TreeSum(Transport):
+    """Adds up tensors over the workers, in place, as they are."""
 
     def __init__(self, world: World) -> None:
         """Make the groups of two that meet at each height; every worker must do so together."""
         self._world = world
         self._partners: list[dist.ProcessGroup] = []
         self.is_exact = world.size & (world.size - 1) == 0
-        """Whether the number of workers does not show in the result."""
+        self.num_bytes = 0
         distance = 1
         while self.is_exact and distance < world.size:
             for first in range(world.size):
@@ -69,28 +86,28 @@ class TreeSum:
                     self._partners.append(group)
             distance *= 2
 
-    def __call__(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the workers."""
+    def sum_bucket(self, number: int, tensors: Sequence[Tensor]) -> None:
+        """Replace the tensors, of one dtype, by their sums over the workers."""
         if self._world.size == 1:
             return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            for group in self._partners or [dist.group.WORLD]:
-                dist.all_reduce(flat, group=group)
-            sizes = [tensor.numel() for tensor in bucket]
-            for tensor, part in zip(bucket, flat.split(sizes), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        for group in self._partners or [dist.group.WORLD]:
+            dist.all_reduce(flat, group=group)
+        # gloo reduces in a ring: of two that is all of it, of n workers 2 (n - 1) / n times it
+        size = self._world.size
+        self.num_bytes += len(self._partners) * flat.nbytes or 2 * (size - 1) * flat.nbytes // size
+        put_back(flat, tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: a tree remembers nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Do nothing: a tree remembers nothing."""
 
 
-def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    """Yield neighbours of one dtype, together of bounded size."""
-    bucket: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        if bucket and (size >= BUCKET_BYTES or bucket[0].dtype != tensor.dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.nbytes
-    if bucket:
-        yield bucket
+def put_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy values that lie one after another into the tensors that they are of."""
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, part in zip(tensors, flat.split(sizes), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from deepseek.parallel.launch import STORE
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(hours=1)
+"""How long one may wait for the others; the first may have much to tokenise."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,15 +6,26 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deepseek.train.config import Run, Source, Stage, read_run
+    from deepseek.train.config import LowRank, Run, Source, Stage, read_run
     from deepseek.train.loop import Interrupted, Progress
     from deepseek.train.start import prove_run, train
 
-__all__ = ["Interrupted", "Progress", "Run", "Source", "Stage", "prove_run", "read_run", "train"]
+__all__ = [
+    "Interrupted",
+    "LowRank",
+    "Progress",
+    "Run",
+    "Source",
+    "Stage",
+    "prove_run",
+    "read_run",
+    "train",
+]
 
 # No module is named like what it gives: importing it would hide the function in this room.
 _HOMES = {
     "Interrupted": "loop",
+    "LowRank": "config",
     "Progress": "loop",
     "Run": "config",
     "Source": "config",

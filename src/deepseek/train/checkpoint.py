@@ -1,8 +1,9 @@
 """Checkpoints: written beside the training, whole or not at all, found again and checked.
 
 A checkpoint is a folder `step-00000120` with the files of `torch.distributed.checkpoint` (weights
-and optimizer state by name, so that another number of workers can read them) and `state.json`:
-where the run stands, and the checksum of each file. It gets its name only when all is on the disk.
+and optimizer state by name, so that another number of workers can read them, and what each worker's
+transport remembers, in a file that this worker writes) and `state.json`: where the run stands, and
+the checksum of each file. It gets its name only when all is on the disk.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -39,6 +43,7 @@ from deepseek.parallel import World
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.json"
+_TRANSPORT = "transport"
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -74,15 +79,29 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, position: Position, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    def save(
+        self,
+        position: Position,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        remembered: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Copy the state, and write it while training goes on.
+
+        Args:
+            position: where the run stands.
+            model: the same on all workers.
+            optimizers: likewise.
+            remembered: of this worker's transport, under names that no other worker's has.
 
         Raises:
             CapacityError: the checkpoint before this one could not be written.
         """
         self.wait()
-        state = _copied(_state(model, optimizers))
-        self._pending = self._writer.submit(self._write, position, state)
+        state = _state(model, optimizers)
+        if remembered:
+            state[_TRANSPORT] = dict(remembered)
+        self._pending = self._writer.submit(self._write, position, _copied(state))
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is there.
@@ -118,6 +137,10 @@ class Checkpoints:
         set_model_state_dict(model, state["model"], options=_OPTIONS)
         if optimizers:
             set_optimizer_state_dict(model, list(optimizers), state["optimizer"], options=_OPTIONS)
+
+    def remembered(self, path: Path) -> Mapping[str, Tensor]:
+        """Return what the transports of all workers remembered in a checkpoint that `find` gave."""
+        return _Remembered(path)
 
     def find(self) -> tuple[Path, Position] | None:
         """Return the newest checkpoint that is whole, and where it stands; None without any.
@@ -167,6 +190,29 @@ class Checkpoints:
         fresh.rename(path)
         for old in list(self._all())[self._keep :]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+class _Remembered(Mapping[str, Tensor]):
+    """Tensors of a checkpoint of which only those that are asked for are read, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._sizes = path, dict[str, torch.Size]()
+        for name, entry in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+            part, _, rest = name.partition(".")
+            if part == _TRANSPORT and isinstance(entry, TensorStorageMetadata):
+                self._sizes[rest] = entry.size
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = torch.empty(self._sizes[name])
+        with _one_process_is_fine():
+            load_state({_TRANSPORT: {name: value}}, checkpoint_id=self._path, no_dist=True)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
 
 
 def _state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Any]]:

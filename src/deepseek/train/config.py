@@ -12,9 +12,14 @@ from typing import Any, Literal
 from deepseek.config import Config
 from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
+from deepseek.parallel import Exact, TransportConfig
 
 PYTHON_TOPICS = "python-topics"
 """The text that every Python carries, as a source of data."""
+ALL_LINEAR = "all-linear"
+"""Every linear layer, as the targets of adapters."""
+TEACHER_TEXT = "teacher-text"
+"""What the teacher writes by itself, as a source of data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,10 +27,58 @@ class Source(Config):
     """Where a stage's data comes from."""
 
     path: str
-    """A corpus folder of `deepseek.data.write_corpus`, a file or folder of text, or
-    `python-topics`."""
+    """A corpus folder of `deepseek.data.write_corpus`, a file or folder of text, `python-topics`,
+    or `teacher-text`: what the run's teacher writes by itself, half of it conversations where it
+    has a chat template."""
     weight: float | None = None
     """Its share of the samples; given for every source or for none (each sample once an epoch)."""
+    target: Literal["tokens", "teacher"] = "tokens"
+    """What is learned of a sample: its tokens, or the chances that the run's teacher gives to each
+    token (distillation; a model's own start as teacher holds what it knew)."""
+    num_tokens: int | None = None
+    """How much the teacher writes; for `teacher-text` alone."""
+
+    def __post_init__(self) -> None:
+        is_written = self.path == TEACHER_TEXT
+        if is_written != (self.num_tokens is not None):
+            must = "given for teacher-text, and for nothing else"
+            raise ConfigError(
+                describe("num_tokens", f"source {self.path!r}", must, self.num_tokens)
+            )
+        if self.num_tokens is not None and self.num_tokens < 1:
+            raise ConfigError(describe("num_tokens", "Source", "positive", self.num_tokens))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it asks anything of the teacher."""
+        return self.target == "teacher" or self.path == TEACHER_TEXT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Config):
+    """Low-rank adapters in place of whole matrices, by PEFT; merged where the stage ends.
+
+    Source: Hu et al., "LoRA" (2106.09685); with `base` "int4" Dettmers et al., "QLoRA"
+    (2305.14314).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    """The update is scaled by `alpha / rank`."""
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    """Last parts of the names of the layers that are adapted; or `all-linear` alone."""
+    dropout: float = 0.0
+    """Of the adapters' inputs."""
+    base: Literal["float32", "int4"] = "float32"
+    """How the layers' matrices are kept while the adapters train. Those in int4 are rounded to the
+    engine's grid, and stay so in the merged model."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.targets:
+            got = f"rank {self.rank}, targets {self.targets}"
+            raise ConfigError(describe("rank and targets", "LowRank", "at least one each", got))
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(describe("dropout", "LowRank", "from 0 to below 1", self.dropout))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +101,8 @@ class Stage(Config):
     keep the result independent of the number of workers, bit by bit."""
     trains: tuple[str, ...] = ("*",)
     """Patterns of the names of the parameters that are trained (`model.layers.*`)."""
+    adapter: LowRank | None = None
+    """Train adapters, and `trains` not at all."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
     schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
     keeps_moments: bool = False
@@ -56,11 +111,17 @@ class Stage(Config):
     """Of products; weights, sums and the optimizer are float32."""
     max_grad_norm: float | None = 1.0
     """Longer gradients are shortened to it; None for as they are."""
+    transport: TransportConfig = dataclasses.field(default_factory=Exact)
+    """How gradients go from worker to worker."""
+    sends_early: bool = True
+    """Send gradients while the backward pass goes on; when they are sent does not show in the
+    bits."""
     recompute: bool = False
     """Forget the layers' insides in the forward pass and compute them again in the backward pass:
     less memory, a third more work."""
     evaluate: tuple[str, ...] = ()
-    """Texts whose perplexity is measured at the end: files, or `python-topics`."""
+    """Texts whose perplexity is measured at the end: files, or `python-topics`; of a `.jsonl` of
+    conversations that of the answers."""
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
@@ -84,6 +145,10 @@ class Stage(Config):
         if self.epochs is not None and weighted == {True}:
             step = "Say how many steps"
             raise ConfigError(describe("epochs", owner, "left out with weights", self.epochs, step))
+        if self.adapter is not None and (self.keeps_moments or self.trains != ("*",)):
+            must = "left as they are: adapters are all that is trained, and they are new"
+            got = f"trains {self.trains}, keeps_moments {self.keeps_moments}"
+            raise ConfigError(describe("trains and keeps_moments", owner, must, got))
 
     @property
     def weights(self) -> tuple[float, ...] | None:
@@ -104,6 +169,10 @@ class Run(Config):
     stages: tuple[Stage, ...]
     model: str | None = None
     """A bundle to start from: a name or folder; or give `preset`."""
+    layers: tuple[int, ...] | None = None
+    """Start from these layers of `model` alone, counted from 0."""
+    teacher: str | None = None
+    """A bundle that sources learn from; None for `model`, as it is at the start."""
     preset: str | None = None
     """A preset of `deepseek.models` to start from with random weights."""
     size: Literal["full", "small", "tiny"] = "small"
@@ -123,14 +192,23 @@ class Run(Config):
         if self.preset is not None and self.tokenizer is None:
             step = "Name a bundle, such as smollm2-135m"
             raise ConfigError(describe("tokenizer", "Run", "given with a preset", None, step))
+        if self.layers is not None and self.model is None:
+            raise ConfigError(describe("layers", "Run", "given with a model", self.layers))
         if not self.stages:
             raise ConfigError(describe("stages", "Run", "at least one", "none"))
+        if self.needs_teacher and self.teacher is None and self.model is None:
+            raise ConfigError(describe("teacher", "Run", "given with a preset", None))
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ConfigError(describe("stages", "Run", "of different names", names))
         for name in ("checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(describe(name, "Run", "at least 1", getattr(self, name)))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a source asks anything of the teacher."""
+        return any(source.needs_teacher for stage in self.stages for source in stage.data)
 
 
 def read_run(path: str | Path) -> Run:

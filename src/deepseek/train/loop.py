@@ -20,17 +20,18 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek.data import Windows
 from deepseek.errors import ConfigError, describe
-from deepseek.evaluate import default_corpus, perplexity, read_corpus
 from deepseek.hub import Bundle, save
 from deepseek.models import Decoder
 from deepseek.optim import build_optimizers
-from deepseek.parallel import TreeSum, World
-from deepseek.records import Measurement, StageRecord
+from deepseek.parallel import Transport, World, open_transport
+from deepseek.records import StageRecord
+from deepseek.train.adapter import TRAINED, insert_adapter, merge_adapter, save_adapter
 from deepseek.train.checkpoint import Checkpoints, Position
-from deepseek.train.config import PYTHON_TOPICS, Run, Stage
+from deepseek.train.config import Run, Stage
+from deepseek.train.held_out import measure_on
 from deepseek.train.ledger import Ledger, next_attempt
 from deepseek.train.places import Places
-from deepseek.train.sources import open_windows
+from deepseek.train.sources import Opener
 from deepseek.train.speed import flops_per_token, peak_flops
 from deepseek.train.step import BatchStep, StepResult, choose_parameters
 
@@ -60,6 +61,8 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Preparing = Callable[[str, float], None]
+"""Told of long work before the first step: what, and the share that is done."""
 
 
 def num_steps_of(stage: Stage, windows: Windows) -> int:
@@ -80,7 +83,15 @@ class Training:
     """
 
     def __init__(
-        self, run: Run, model: Decoder, places: Places, world: World, *, report: Report
+        self,
+        run: Run,
+        model: Decoder,
+        places: Places,
+        world: World,
+        *,
+        report: Report,
+        preparing: Preparing,
+        teacher: Decoder | None = None,
     ) -> None:
         """Prepare a run; the folder's newest checkpoint is where it goes on.
 
@@ -90,9 +101,17 @@ class Training:
             places: the run's folder.
             world: the workers.
             report: called after each step, on the first worker.
+            preparing: called during long work before a stage, on the first worker.
+            teacher: that sources learn from, where one does.
         """
         self.run, self.model, self._places, self._world = run, model, places, world
-        self._report, self._total = report, TreeSum(world)
+        self._report, self._teacher = report, teacher
+        self._opener = dataclasses.replace(
+            Opener.of(run, model, places, world),
+            teacher=teacher,
+            goes_on=self._go_on,
+            report=preparing,
+        )
         self._checkpoints = Checkpoints(places.checkpoints, world, run.keep_checkpoints)
         self._stop = False
 
@@ -146,14 +165,20 @@ class Training:
         ledger: Ledger,
     ) -> list[Optimizer]:
         stage = self.run.stages[number]
-        windows = open_windows(self.run, number, self.model, self._places, self._world)
+        windows = self._opener.open(number)
         self._num_steps = num_steps = num_steps_of(stage, windows)
-        parameters = choose_parameters(self.model, stage.trains)
+        if resumed is not None and position.step == 0:
+            self._checkpoints.load(self.model, [], resumed)
+        if stage.adapter is not None:
+            insert_adapter(self.model, stage.adapter, self.run.seed + 7919 * number)
+        trained = stage.trains if stage.adapter is None else TRAINED
+        parameters = choose_parameters(self.model, trained)
         optimizers = build_optimizers(stage.optimizer, parameters)
         if resumed is not None and position.step > 0:
             self._checkpoints.load(self.model, optimizers, resumed)
-        elif resumed is not None:
-            self._checkpoints.load(self.model, [], resumed)
+        transport = open_transport(stage.transport, self._world)
+        if resumed is not None and position.step > 0:
+            transport.load_state_dict(self._checkpoints.remembered(resumed))
         if stage.keeps_moments and position.step == 0:
             _carry_moments(before, optimizers)
         batch_step = BatchStep(
@@ -163,13 +188,14 @@ class Training:
             stage,
             windows,
             world=self._world,
-            total=self._total,
+            transport=transport,
             seed=self.run.seed + 7919 * number,
+            teacher=self._teacher,
         )
         clock = _Clock(self.model, stage)
         start = position.total_steps - position.step
         self.model.train()
-        with _recomputing(self.model, stage.recompute):
+        with _recomputing(self.model, stage.recompute), contextlib.closing(batch_step):
             for step in range(position.step, num_steps):
                 result = batch_step.run(step, num_steps)
                 _check_finite(result, stage, step, self._checkpoints)
@@ -177,15 +203,17 @@ class Training:
                 ledger.add(number, step, samples.first, samples.tokens)
                 self._tell(clock.tick(result, step, num_steps), start + step)
                 done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
-                self._maybe_save(done, num_steps, optimizers)
+                self._maybe_save(done, num_steps, optimizers, transport)
         self._finish_stage(number, start + num_steps, optimizers)
         return optimizers
 
-    def _maybe_save(self, done: Position, num_steps: int, optimizers: list[Optimizer]) -> None:
+    def _maybe_save(
+        self, done: Position, num_steps: int, optimizers: list[Optimizer], transport: Transport
+    ) -> None:
         stops = self._world.any(self._stop)
         is_last = done.step == num_steps
         if stops or (done.step % self.run.checkpoint_every == 0 and not is_last):
-            self._checkpoints.save(done, self.model, optimizers)
+            self._checkpoints.save(done, self.model, optimizers, transport.state_dict())
         if stops:
             self._checkpoints.wait()
             raise Interrupted
@@ -194,8 +222,12 @@ class Training:
         """Measure the model, write its bundle, and make the checkpoint of the border."""
         stage = self.run.stages[number]
         self.model.eval()
+        if stage.adapter is not None:
+            if self._world.is_first:
+                save_adapter(self.model, stage.adapter, self._places.adapter(stage.name))
+            merge_adapter(self.model)
         if self._world.is_first:
-            found = [item for text in stage.evaluate for item in _measured(self.model, text)]
+            found = [item for text in stage.evaluate for item in measure_on(self.model, text)]
             settings = {**stage.to_dict(), "run_seed": self.run.seed}
             record = StageRecord(name=f"train {stage.name}", settings=settings, seed=self.run.seed)
             folder = self._places.stage(stage.name)
@@ -204,6 +236,11 @@ class Training:
         done = Position(stage=number + 1, step=0, total_steps=total)
         kept = optimizers if self._next_keeps_moments(number) else []
         self._checkpoints.save(done, self.model, kept)
+
+    def _go_on(self) -> None:
+        """Raise where the run is to stop before a step."""
+        if self._stop:
+            raise Interrupted
 
     def _next_keeps_moments(self, number: int) -> bool:
         rest = self.run.stages[number + 1 : number + 2]
@@ -270,11 +307,6 @@ def _check_finite(result: StepResult, stage: Stage, step: int, checkpoints: Chec
     got = f"loss {result.loss}, gradient norm {result.gradient_norm}"
     next_step = f"Take a smaller rate or float32 and start again: {left}"
     raise ConfigError(describe(f"step {step}", f"stage {stage.name!r}", must, got, next_step))
-
-
-def _measured(model: Decoder, text: str) -> list[Measurement]:
-    corpus = default_corpus() if text == PYTHON_TOPICS else read_corpus(text)
-    return list(perplexity(model, corpus, max_tokens=8192).measurements)
 
 
 def _carry_moments(before: Sequence[Optimizer], optimizers: Sequence[Optimizer]) -> None:

@@ -45,3 +45,7 @@ class Places:
     def stage(self, name: str) -> Path:
         """Return the bundle of a stage that is done."""
         return self.folder / "stages" / name
+
+    def adapter(self, name: str) -> Path:
+        """Return the adapters of a stage that trained some, as PEFT reads them."""
+        return self.folder / "adapters" / name

@@ -2,48 +2,143 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from deepseek.data import TokenCorpus, Windows, read_texts, text_files, tokenized, write_corpus
+from deepseek.data import (
+    Document,
+    TokenCorpus,
+    Tokenizer,
+    Windows,
+    packed,
+    read_texts,
+    text_files,
+    tokenized,
+    write_corpus,
+)
 from deepseek.data.corpus import CARD
 from deepseek.data.texts import texts_sha256, tokenizer_sha256
-from deepseek.data.tokenizer import Tokenizer
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import default_corpus
 from deepseek.hub.atomic import replace_file
 from deepseek.hub.store import safe_name
 from deepseek.models import Decoder
 from deepseek.parallel import World
-from deepseek.train.config import PYTHON_TOPICS, Run, Source
+from deepseek.train.config import PYTHON_TOPICS, TEACHER_TEXT, Run, Source, Stage
 from deepseek.train.places import Places
+from deepseek.train.teacher import write_texts
 
 
-def open_windows(run: Run, number: int, model: Decoder, places: Places, world: World) -> Windows:
-    """Return the data of a stage; the first worker tokenises what is not yet, the others wait.
+@dataclasses.dataclass(frozen=True)
+class Opener:
+    """Opens the data of a run's stages."""
 
-    Raises:
-        ConfigError: a source is not there, was made with another tokenizer, or is not what the
-            stage began with.
-        FormatError: a source is damaged.
-    """
-    stage = run.stages[number]
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        step = "Take a bundle with a tokenizer"
-        raise ConfigError(describe("tokenizer", "the model", "there", None, step))
-    if world.is_first:
-        for source in stage.data:
-            _open(source, tokenizer, model, places)
-    world.barrier()
-    corpora = [_open(source, tokenizer, model, places) for source in stage.data]
-    if world.is_first:
-        _check_same_data(stage.name, corpora, places)
-    return Windows(
-        corpora, length=stage.length, weights=stage.weights, seed=run.seed + 104_729 * number
-    )
+    run: Run
+    places: Places
+    world: World
+    tokenizer: Tokenizer
+    vocab_size: int
+    teacher: Decoder | None = None
+    goes_on: Callable[[], None] = lambda: None
+    """Called between pieces of long work; raises where it is to stop."""
+    report: Callable[[str, float], None] = lambda words, share: None
+    """Told of long work before the first step: what, and the share that is done."""
+
+    @classmethod
+    def of(cls, run: Run, model: Decoder, places: Places, world: World) -> Opener:
+        """Return one for the data of a model.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
+        if model.tokenizer is None:
+            step = "Take a bundle with a tokenizer"
+            raise ConfigError(describe("tokenizer", "the model", "there", None, step))
+        return cls(run, places, world, model.tokenizer, model.config.vocab_size)
+
+    def open(self, number: int) -> Windows:
+        """Return the data of a stage; the first worker tokenises what is not yet, the others wait.
+
+        Raises:
+            ConfigError: a source is not there, was made with another tokenizer, or is not what the
+                stage began with.
+            FormatError: a source is damaged.
+        """
+        stage = self.run.stages[number]
+        if self.world.is_first:
+            for source in stage.data:
+                self._open(source, stage)
+        self.world.barrier()
+        corpora = [self._open(source, stage) for source in stage.data]
+        if self.world.is_first:
+            _check_same_data(stage.name, corpora, self.places)
+        seed = self.run.seed + 104_729 * number
+        return Windows(corpora, length=stage.length, weights=stage.weights, seed=seed)
+
+    def _open(self, source: Source, stage: Stage) -> TokenCorpus:
+        known = tokenizer_sha256(self.tokenizer)
+        folder = Path(source.path)
+        if source.path in (PYTHON_TOPICS, TEACHER_TEXT) or not (folder / CARD).is_file():
+            folder = self._tokenised(source, stage, known)
+        corpus = TokenCorpus.open(folder)
+        if corpus.card.tokenizer_sha256 != known:
+            must, got = "tokens of the model's tokenizer", "those of another"
+            raise ConfigError(describe("data", source.path, must, got, "Tokenise the text again"))
+        return corpus
+
+    def _tokenised(self, source: Source, stage: Stage, tokenizer_hash: str) -> Path:
+        """Return the corpus of a text, made where it is not there yet."""
+        documents, text_hash = self._documents(source)
+        key_of = [text_hash, tokenizer_hash]
+        first = next(iter(documents), None)
+        documents = itertools.chain([] if first is None else [first], documents)
+        if first is not None and first.targets is not None:
+            # conversations are kept whole, so their rows depend on the length
+            key_of.append(str(stage.length))
+            fill = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+            documents = packed(documents, stage.length, fill)
+        key = hashlib.sha256(" ".join(key_of).encode()).hexdigest()[:12]
+        folder = self.places.data / f"{safe_name(Path(source.path).name)}-{key}"
+        if not folder.is_dir():
+            write_corpus(
+                folder,
+                documents,
+                name=Path(source.path).name,
+                vocab_size=self.vocab_size,
+                tokenizer_sha256=tokenizer_hash,
+                source_sha256=text_hash,
+            )
+        return folder
+
+    def _documents(self, source: Source) -> tuple[Iterable[Document], str]:
+        """Return the documents of a text, and its hash."""
+        if source.path == TEACHER_TEXT:
+            return self._written(source)
+        if source.path == PYTHON_TOPICS:
+            corpus = default_corpus()
+            return tokenized(iter(corpus.documents()), self.tokenizer), corpus.sha256
+        files = text_files(Path(source.path))
+        return tokenized(read_texts(files), self.tokenizer), texts_sha256(files)
+
+    def _written(self, source: Source) -> tuple[Iterable[Document], str]:
+        assert source.num_tokens is not None
+        teacher = self.run.teacher or self.run.model
+        parts = f"{teacher} {source.num_tokens} {self.run.seed}"
+        text_hash = hashlib.sha256(parts.encode()).hexdigest()
+        path = self.places.data / f"{TEACHER_TEXT}-{text_hash[:12]}.jsonl"
+        documents = write_texts(
+            self.teacher,
+            path,
+            num_tokens=source.num_tokens,
+            seed=self.run.seed,
+            goes_on=self.goes_on,
+            report=self.report,
+        )
+        return documents, text_hash
 
 
 def _check_same_data(stage: str, corpora: Sequence[TokenCorpus], places: Places) -> None:
@@ -57,40 +152,3 @@ def _check_same_data(stage: str, corpora: Sequence[TokenCorpus], places: Places)
         step = "Give the old data back, or another --out"
         must = "what the stage began with"
         raise ConfigError(describe("data", f"stage {stage!r}", must, "other content", step))
-
-
-def _open(source: Source, tokenizer: Tokenizer, model: Decoder, places: Places) -> TokenCorpus:
-    known = tokenizer_sha256(tokenizer)
-    folder = Path(source.path)
-    if source.path == PYTHON_TOPICS or not (folder / CARD).is_file():
-        folder = _tokenised(source.path, tokenizer, known, model.config.vocab_size, places)
-    corpus = TokenCorpus.open(folder)
-    if corpus.card.tokenizer_sha256 != known:
-        must, got = "tokens of the model's tokenizer", "those of another"
-        raise ConfigError(describe("data", source.path, must, got, "Tokenise the text again"))
-    return corpus
-
-
-def _tokenised(
-    path: str, tokenizer: Tokenizer, tokenizer_hash: str, vocab_size: int, places: Places
-) -> Path:
-    """Return the corpus of a text, made where it is not there yet."""
-    texts: Iterator[str]
-    if path == PYTHON_TOPICS:
-        corpus = default_corpus()
-        texts, text_hash = iter(corpus.documents()), corpus.sha256
-    else:
-        files = text_files(Path(path))
-        texts, text_hash = read_texts(files), texts_sha256(files)
-    key = hashlib.sha256(f"{text_hash} {tokenizer_hash}".encode()).hexdigest()[:12]
-    folder = places.data / f"{safe_name(Path(path).name)}-{key}"
-    if not folder.is_dir():
-        write_corpus(
-            folder,
-            tokenized(texts, tokenizer),
-            name=Path(path).name,
-            vocab_size=vocab_size,
-            tokenizer_sha256=tokenizer_hash,
-            source_sha256=text_hash,
-        )
-    return folder

@@ -11,15 +11,17 @@ from deepseek import hub
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.atomic import replace_file, writing
 from deepseek.models import Decoder
+from deepseek.models.depth import keep_layers
 from deepseek.models.presets import preset
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
 from deepseek.train.checkpoint import Checkpoints
 from deepseek.train.config import Run
 from deepseek.train.ledger import StageProof, prove
-from deepseek.train.loop import Report, Training, check_same_run, num_steps_of
+from deepseek.train.loop import Preparing, Report, Training, check_same_run, num_steps_of
 from deepseek.train.places import Places
-from deepseek.train.sources import open_windows
+from deepseek.train.sources import Opener
+from deepseek.train.teacher import check_teacher
 
 
 def train(
@@ -28,6 +30,7 @@ def train(
     *,
     world: World | None = None,
     report: Report = lambda progress: None,
+    preparing: Preparing = lambda words, share: None,
 ) -> Path:
     """Train in a folder, from where it stands, and return the folder of the last stage's bundle.
 
@@ -36,6 +39,8 @@ def train(
         folder: new, or one in which this run was begun.
         world: the workers, of `parallel.joined_world`; None for this process alone.
         report: called after each step, on the first worker.
+        preparing: called during long work before a stage, with what it is and the share that is
+            done, on the first worker.
 
     Raises:
         ConfigError: the run cannot be done, is not the folder's, or diverged.
@@ -47,13 +52,18 @@ def train(
     world = world or World()
     places = Places(Path(folder))
     check_same_run(run, places)
-    model = open_model(run)
+    model, teacher = open_model(run), open_teacher(run)
+    if teacher is not None:
+        check_teacher(model, teacher)
     if world.is_first:
         with writing(places.run):
             places.folder.mkdir(parents=True, exist_ok=True)
             replace_file(places.run, json.dumps(run.to_dict(), indent=1).encode() + b"\n")
     world.barrier()
-    return Training(run, model, places, world, report=report).train()
+    training = Training(
+        run, model, places, world, report=report, preparing=preparing, teacher=teacher
+    )
+    return training.train()
 
 
 def open_model(run: Run) -> Decoder:
@@ -67,7 +77,7 @@ def open_model(run: Run) -> Decoder:
         model = hub.load(run.model, dtype="float32")
         if not isinstance(model, Decoder):
             raise ConfigError(describe("model", "the run", "a decoder", run.model))
-        return model
+        return model if run.layers is None else keep_layers(model, run.layers)
     assert run.preset is not None and run.tokenizer is not None
     other = hub.load(run.tokenizer)
     if other.tokenizer is None:
@@ -77,6 +87,25 @@ def open_model(run: Run) -> Decoder:
     model = Decoder(config)
     model.tokenizer = other.tokenizer
     return model
+
+
+def open_teacher(run: Run) -> Decoder | None:
+    """Return the decoder that the run's sources learn from, or None where none does. It is in the
+    dtype of the run's products, and is not trained.
+
+    Raises:
+        ConfigError: it is not there, or is no decoder.
+        FormatError: it is damaged.
+    """
+    if not run.needs_teacher:
+        return None
+    name = run.teacher or run.model
+    assert name is not None
+    is_exact = any(stage.precision == "float32" for stage in run.stages)
+    teacher = hub.load(name, dtype="float32" if is_exact else "bfloat16")
+    if not isinstance(teacher, Decoder):
+        raise ConfigError(describe("teacher", "the run", "a decoder", name))
+    return teacher.requires_grad_(False).eval()
 
 
 def prove_run(folder: str | Path) -> tuple[list[StageProof], list[int]]:
@@ -99,7 +128,7 @@ def prove_run(folder: str | Path) -> tuple[list[StageProof], list[int]]:
     model, position = open_model(run), found[1]
     stages, counts = [], []
     for number, stage in enumerate(run.stages[: position.stage + 1]):
-        windows = open_windows(run, number, model, places, World())
+        windows = Opener.of(run, model, places, World()).open(number)
         stages.append((stage.name, windows, stage.batch))
         is_done = number < position.stage
         counts.append(num_steps_of(stage, windows) if is_done else position.step)

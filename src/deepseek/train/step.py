@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,8 +18,9 @@ from deepseek.data import Samples, Windows
 from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder
 from deepseek.ops.cross_entropy import IGNORED
-from deepseek.parallel import TreeSum, World, pairwise_sum
+from deepseek.parallel import EarlySum, PairwiseSum, Transport, World
 from deepseek.train.config import Stage
+from deepseek.train.teacher import taught_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,18 @@ def choose_parameters(model: nn.Module, patterns: Sequence[str]) -> list[tuple[s
     return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """What this worker has of a step's batch."""
+
+    samples: Samples
+    start: int
+    """Of its first sample within the batch."""
+    step: int
+    num_targets: int
+    """Of the whole batch."""
+
+
 class BatchStep:
     """Steps of one stage on one worker.
 
@@ -66,8 +82,9 @@ class BatchStep:
         windows: Windows,
         *,
         world: World,
-        total: TreeSum,
+        transport: Transport,
         seed: int,
+        teacher: Decoder | None = None,
     ) -> None:
         """Prepare the steps.
 
@@ -78,8 +95,9 @@ class BatchStep:
             stage: its batch, precision and schedule.
             windows: its data.
             world: the workers.
-            total: adds up over them.
+            transport: adds up over them.
             seed: of dropout.
+            teacher: of the sources that have one.
 
         Raises:
             ConfigError: there are more workers than parts of a batch.
@@ -91,14 +109,20 @@ class BatchStep:
             windows,
         )
         self._values = [value for _, value in parameters]
-        self._world, self._seed, self._sum = world, seed, total
+        self._teacher = teacher
+        self._taught = np.array([source.target == "teacher" for source in stage.data])
+        self._world, self._seed, self._transport = world, seed, transport
+        self._is_early = stage.sends_early and world.size > 1
+        # the loss goes with the gradients, last
+        summed = [*self._values, torch.zeros(1)]
+        self._sums = EarlySum(transport, summed, in_background=self._is_early)
         self._parts = self._divide()
 
     @property
     def is_exact(self) -> bool:
         """Whether another number of workers would give the same bits."""
         count = math.ceil(self._stage.batch / self._micro_batch())
-        return self._sum.is_exact and count & (count - 1) == 0
+        return self._transport.is_exact and count & (count - 1) == 0
 
     def _micro_batch(self) -> int:
         """Return the samples of a part: as asked for, or one part a worker."""
@@ -132,38 +156,57 @@ class BatchStep:
         if num_targets == 0:
             must = "some tokens to predict in every batch"
             raise ConfigError(describe("batch", f"step {step}", must, 0, "Take a larger batch"))
-        *gradients, loss = pairwise_sum(self._gradients(samples, start, step, num_targets))
-        self._sum([*gradients, loss])
+        batch = _Batch(samples, start, step, num_targets)
+        *gradients, loss = self._summed(batch)
         norm = self._apply(gradients, self._stage.schedule.factor(step, num_steps))
         return StepResult(loss.item(), norm, num_targets, samples)
 
-    def _gradients(
-        self, samples: Samples, start: int, step: int, num_targets: int
-    ) -> Iterator[list[Tensor]]:
-        """Yield the gradients of each part, and last its loss."""
-        for first, stop in self._parts:
-            rows = slice(first - start, stop - start)
-            tokens = torch.from_numpy(samples.tokens[rows])
-            counted = torch.from_numpy(samples.targets[rows])
-            labels = torch.where(counted, tokens, IGNORED)
-            share = int(counted.sum())
-            if share == 0:
-                zeros = [torch.zeros_like(value) for value in self._values]
-                yield [*zeros, torch.zeros(1)]
-                continue
-            # dropout depends on the part, not on who computes it
-            torch.manual_seed((self._seed * 1_000_003 + step) * 65_537 + first)
-            with torch.autocast("cpu", torch.bfloat16, enabled=self._stage.precision == "bfloat16"):
-                mean = self._model.loss(tokens, labels)
-            loss = mean * (share / num_targets)
-            loss.backward()
-            found = [
-                torch.zeros_like(value) if value.grad is None else value.grad
-                for value in self._values
-            ]
-            for value in self._values:
-                value.grad = None
-            yield [*found, loss.detach().reshape(1)]
+    def close(self) -> None:
+        """End what works in the background."""
+        self._sums.close()
+
+    def _summed(self, batch: _Batch) -> list[Tensor]:
+        """Return the gradients, and last the loss, over all parts of all workers."""
+        tree, found = PairwiseSum(), dict[int, Tensor]()
+        for part in self._parts[:-1]:
+            loss = self._backward(part, batch)
+            tree.add([*map(_taken, self._values), loss])
+
+        def give(number: int, value: Tensor) -> None:
+            found[number] = tree.finish(number, value)
+            self._sums.give(number, found[number])
+
+        with _handing_over(self._values if self._is_early else (), give):
+            loss = self._backward(self._parts[-1], batch)
+        for number, value in enumerate(self._values):
+            if number not in found:
+                give(number, _taken(value))
+        give(len(self._values), loss)
+        self._sums.finish()
+        return [found[number] for number in range(len(found))]
+
+    def _backward(self, part: tuple[int, int], batch: _Batch) -> Tensor:
+        """Leave a part's gradients at the parameters, none where it has no targets, and return its
+        loss [1]."""
+        first, stop = part
+        samples, rows = batch.samples, slice(first - batch.start, stop - batch.start)
+        tokens = torch.from_numpy(samples.tokens[rows])
+        counted = torch.from_numpy(samples.targets[rows])
+        is_taught = torch.from_numpy(self._taught[samples.places.source[rows]])
+        share = int(counted.sum())
+        if share == 0:
+            return torch.zeros(1)
+        # dropout depends on the part, not on who computes it
+        torch.manual_seed((self._seed * 1_000_003 + batch.step) * 65_537 + first)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._stage.precision == "bfloat16"):
+            if self._teacher is not None and bool(is_taught.any()):
+                total = taught_loss(self._model, self._teacher, tokens, counted, is_taught)
+                loss = total / batch.num_targets
+            else:
+                mean = self._model.loss(tokens, torch.where(counted, tokens, IGNORED))
+                loss = mean * (share / batch.num_targets)
+        loss.backward()
+        return loss.detach().reshape(1)
 
     def _apply(self, gradients: Sequence[Tensor], factor: float) -> float:
         """Take the step and return the norm of the gradient; leave all as it is where that is not
@@ -181,3 +224,31 @@ class BatchStep:
             optimizer.step()
             optimizer.zero_grad()
         return norm.item()
+
+
+def _taken(value: nn.Parameter) -> Tensor:
+    """Take a parameter's gradient away from it; zeros where there is none."""
+    gradient, value.grad = value.grad, None
+    return torch.zeros_like(value) if gradient is None else gradient
+
+
+@contextlib.contextmanager
+def _handing_over(
+    values: Sequence[nn.Parameter], give: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Give away each parameter's gradient, with its number, once a backward pass has it."""
+
+    def hook(number: int, value: Tensor) -> None:
+        assert value.grad is not None
+        gradient, value.grad = value.grad, None
+        give(number, gradient)
+
+    hooks = [
+        value.register_post_accumulate_grad_hook(functools.partial(hook, number))
+        for number, value in enumerate(values)
+    ]
+    try:
+        yield
+    finally:
+        for each in hooks:
+            each.remove()

@@ -45,26 +45,47 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.prove:
         return _prove(args, out)
     if args.workers > 1:
-        return _launch(args)
+        return launch(["train", args.run, "--out", args.out], args)
     from deepseek.parallel import joined_world
-    from deepseek.train import Interrupted, read_run, train
+    from deepseek.train import read_run
 
     asked = read_run(args.run)
-    _fetch(asked, out)
     with joined_world() as world:
-        _set_threads(args.threads, world)
-        if not world.is_first:
-            out = Output(as_json=True)  # only the first worker speaks
-        try:
-            with _reporting(out, world) as report:
-                folder = train(asked, args.out, world=world, report=report)
-        except Interrupted:
-            if world.is_first:
-                out.note("stopped, and saved. The same command goes on from here.")
-            raise
-    if not world.is_first:
-        return 0
-    return _finish(folder, args, out)
+        folder = train_here(asked, args, out, world)
+    return _finish(folder, args, out) if world.is_first else 0
+
+
+def train_here(asked: Run, args: argparse.Namespace, out: Output, world: World) -> Path:
+    """Train in this process, one of a world, and return the last bundle's folder.
+
+    Args:
+        asked: the run.
+        args: with `out` and `threads`.
+        out: told by the first worker alone.
+        world: the workers.
+    """
+    from deepseek.train import train
+
+    if world.is_first:
+        fetch(asked, out)
+    world.barrier()
+    set_threads(args.threads, world)
+    told = out if world.is_first else Output(as_json=True)
+    with saying_that_it_is_saved(told, world), _reporting(told, world) as (report, preparing):
+        return train(asked, args.out, world=world, report=report, preparing=preparing)
+
+
+@contextlib.contextmanager
+def saying_that_it_is_saved(out: Output, world: World | None = None) -> Iterator[None]:
+    """Say, where a signal stops what runs inside, that it goes on from there."""
+    from deepseek.train import Interrupted
+
+    try:
+        yield
+    except Interrupted:
+        if world is None or world.is_first:
+            out.note("stopped, and saved. The same command goes on from here.")
+        raise
 
 
 def _finish(folder: Path, args: argparse.Namespace, out: Output) -> int:
@@ -111,17 +132,23 @@ def _prove(args: argparse.Namespace, out: Output) -> int:
     return out.finish({"out": args.out, "workers": workers, "stages": facts})
 
 
-def _launch(args: argparse.Namespace) -> int:
-    """Run the workers, and return their exit code."""
+def launch(words: Sequence[str], args: argparse.Namespace) -> int:
+    """Run a verb in `--workers` processes that find each other, and return their exit code.
+
+    Args:
+        words: the verb and its arguments, without those of the workers.
+        args: with `workers`, `threads` and `json`.
+    """
     from deepseek.parallel import run_workers
 
-    words = [sys.executable, "-m", "deepseek", "train", args.run, "--out", args.out]
+    words = [sys.executable, "-m", "deepseek", *words]
     words += ["--threads", str(args.threads)] if args.threads else []
     words += ["--json"] if args.json else []
     return run_workers(words, args.workers)
 
 
-def _set_threads(asked: int | None, world: World) -> None:
+def set_threads(asked: int | None, world: World) -> None:
+    """Compute with so many threads; None for this process' share of the cores."""
     import torch
 
     from deepseek.ops.cpu import default_threads
@@ -130,10 +157,11 @@ def _set_threads(asked: int | None, world: World) -> None:
     torch.set_num_threads(asked or max(1, default_threads() // local))
 
 
-def _fetch(asked: Run, out: Output) -> None:
+def fetch(asked: Run, out: Output) -> None:
+    """Pull the models of a run that are known and not here."""
     from deepseek.cli.models import ready
 
-    for name in (asked.model, asked.tokenizer):
+    for name in (asked.model, asked.tokenizer, asked.teacher):
         if name is not None:
             ready(name, out)
 
@@ -144,24 +172,35 @@ class _Lines:
     def __init__(self, out: Output) -> None:
         self._out, self._last = out, 0.0
 
-    def __call__(self, progress: Progress) -> None:
+    def say(self, words: str, share: float) -> None:
         now = time.monotonic()
-        if now - self._last >= _LINE_EVERY_S or progress.step == progress.num_steps:
+        if now - self._last >= _LINE_EVERY_S or share >= 1.0:
             self._last = now
-            self._out.note(_words(progress))
+            self._out.note(words)
+
+
+_Told = tuple["Callable[[Progress], None]", "Callable[[str, float], None]"]
 
 
 @contextlib.contextmanager
-def _reporting(out: Output, world: World) -> Iterator[Callable[[Progress], None]]:
-    """Yield what is told of each step: a bar on a terminal, lines elsewhere, nothing beside the
-    first worker."""
-    if not world.is_first:
-        yield lambda progress: None
-    elif sys.stderr.isatty():
+def telling(out: Output) -> Iterator[Callable[[str, float], None]]:
+    """Yield what long work reports to: a bar on a terminal, lines now and then elsewhere."""
+    if sys.stderr.isatty():
         with out.progress() as bar:
-            yield lambda progress: bar(_words(progress), progress.step / progress.num_steps)
+            yield bar
     else:
-        yield _Lines(out)
+        yield _Lines(out).say
+
+
+@contextlib.contextmanager
+def _reporting(out: Output, world: World) -> Iterator[_Told]:
+    """Yield what is told of each step and of long work before the first; nothing beside the first
+    worker."""
+    if not world.is_first:
+        yield (lambda progress: None), (lambda words, share: None)
+        return
+    with telling(out) as say:
+        yield (lambda progress: say(_words(progress), progress.step / progress.num_steps)), say
 
 
 def _words(progress: Progress) -> str:

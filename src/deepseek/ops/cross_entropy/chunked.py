@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.cross_entropy.reference import IGNORED
+from deepseek.ops.cross_entropy.split import is_split, linear_cross_entropy_split
 
 _CHUNK_LOGITS = 1 << 26
 """Logits of a chunk: 256 MiB in float32."""
@@ -23,9 +24,11 @@ def linear_cross_entropy(states: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
     Args:
         states: [N, H].
-        weight: of the head [V, H].
+        weight: of the head [V, H]; its rows may be divided over processes, as a DTensor.
         labels: int64 [N], -100 where none counts.
     """
+    if is_split(weight):
+        return linear_cross_entropy_split(states, weight, labels)  # type: ignore[arg-type]
     loss: Tensor = _ChunkedLoss.apply(states, weight, labels)  # type: ignore[assignment]
     return loss
 
