@@ -60,6 +60,8 @@ class Outcome:
     """Weights, gradients and moments."""
     step_s: float
     """Median over the steps."""
+    num_skipped: int
+    """Steps that were not taken, as gradients overflowed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,15 +123,16 @@ def fine_tune(
     """Take the steps of one mode and seed; return what came of them, and what took them."""
     model = deepseek.load(options.model, dtype="float32")
     assert isinstance(model, Decoder)
-    rows, times = read_rows(model, options), []
+    rows, times, num_skipped = read_rows(model, options), [], 0
     trainer = make_trainer(model.train(), mode, seed, rows, options)
     for tokens in batches(rows, seed, options):
-        start = time.perf_counter()
+        start, scale = time.perf_counter(), trainer.loss_scale
         trainer.step(lambda tokens=tokens: model.loss(tokens, tokens))
         times.append(time.perf_counter() - start)
+        num_skipped += trainer.loss_scale < scale
     num_bytes = trainer.num_bytes
     loss = held_out_loss(model, rows, options)
-    return Outcome(loss, num_bytes, statistics.median(times)), trainer
+    return Outcome(loss, num_bytes, statistics.median(times), num_skipped), trainer
 
 
 def held_out_loss(model: Decoder, rows: Rows, options: argparse.Namespace) -> float:
@@ -164,7 +167,8 @@ def measure(
         outcomes[mode].append(found)
         if mode == "auto":
             decided = trainer.table()
-        print(f"seed {seed}, {mode}: loss {found.loss:.5f}, {found.step_s:.2f} s a step",
+        print(f"seed {seed}, {mode}: loss {found.loss:.5f}, {found.step_s:.2f} s a step, {found.num_skipped} "
+            "skipped",
               file=sys.stderr, flush=True)  # fmt: skip
     names = ("model", "steps", "batch", "length", "rate", "threads", "seeds", "held_out")
     about = {name: getattr(options, name) for name in names}
@@ -194,6 +198,7 @@ def figures(
             **said,
         ),
         Measurement(name="training_bytes", value=found[0].num_bytes, unit="bytes", **said),
+        summarize("skipped_steps", [each.num_skipped for each in found], "1", **said),
         summarize("step_s", [each.step_s for each in found], "s", **said),
     ]
     if whole is not None and mode != "float32":

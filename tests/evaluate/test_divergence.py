@@ -18,22 +18,25 @@ TEXT = default_corpus().text[1000:1400]
 
 def test_a_model_against_itself_gives_exactly_nothing(tiny: nn.Module, tokenizer: object) -> None:
     found = divergence(tiny, tiny, TEXT, tokenizer=tokenizer, window=64)
-    kl, agreement = found.measurements
+    kl, agreement, acceptance = found.measurements
     assert (kl.name, kl.value) == ("kl_divergence", 0.0)
     assert (agreement.name, agreement.value) == ("top1_agreement", 1.0)
+    assert acceptance.name == "acceptance" and acceptance.value == pytest.approx(1.0)
     assert not found.divergences.any()
     assert agreement.spread is not None and agreement.spread.low < 1
 
 
 def test_values_equal_the_definition(tiny: nn.Module, other: nn.Module) -> None:
     ids = torch.tensor([list(TEXT.encode()[:80])])
-    found, agreed = token_divergences(other, tiny, ids[0], window=80, stride=40)
+    found, agreed, accepted = token_divergences(other, tiny, ids[0], window=80, stride=40)
     theirs, ours = (model(ids).logits[0, :-1].double().detach() for model in (tiny, other))
     expected = F.kl_div(
         ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True
     ).sum(1)
     assert torch.allclose(found, expected, atol=1e-5)
     assert torch.equal(agreed, theirs.argmax(1) == ours.argmax(1))
+    overlap = torch.minimum(theirs.softmax(1), ours.softmax(1)).sum(1)
+    assert torch.allclose(accepted, overlap, atol=1e-6)
 
 
 def test_windows_and_callables_change_nothing(tiny: nn.Module, other: nn.Module) -> None:
@@ -67,7 +70,7 @@ def constant(*logits: float) -> object:
 def test_extreme_logits(
     reference: tuple[float, ...], model: tuple[float, ...], expected: float
 ) -> None:
-    found, _ = token_divergences(constant(*model), constant(*reference), [0, 1, 1], 4, 2)
+    found, _, _ = token_divergences(constant(*model), constant(*reference), [0, 1, 1], 4, 2)
     assert found.tolist() == pytest.approx([expected] * 2, abs=1e-7)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -155,6 +156,32 @@ def whole_gradients(divided: DividedDecoder, grid: Grid) -> dict[str, Tensor]:
 
 def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
+
+
+Case = tuple[str, Mesh]
+"""A family and what it is divided over."""
+
+
+def train_each(world: World, cases: list[Case]) -> list[Outcome]:
+    """Return what each case gives in this process."""
+    return [trained_divided(world, FAMILIES[family], mesh) for family, mesh in cases]
+
+
+def assert_each_same(found: list[list[Outcome]], cases: list[Case]) -> None:
+    """Fail unless every case gave in all processes what the whole gives."""
+    for number, (family, mesh) in enumerate(cases):
+        expected = trained_whole(FAMILIES[family])
+        try:
+            assert_same([each[number] for each in found], expected)
+        except AssertionError as error:
+            raise AssertionError(f"{family} over {mesh}: {error}") from error
+
+
+def assert_each_differs(found: list[list[Outcome]], cases: list[Case]) -> None:
+    """Fail where a planted fault did not show."""
+    for case, each in zip(cases, zip(*found, strict=True), strict=True):
+        with pytest.raises(AssertionError):
+            assert_each_same([[one] for one in each], [case])
 
 
 def assert_same(outcomes: list[Outcome], expected: Outcome) -> None:

@@ -39,11 +39,14 @@ class DivergenceResult:
     """What `divergence` found."""
 
     measurements: list[Measurement]
-    """`kl_divergence` and `top1_agreement`."""
+    """`kl_divergence`, `top1_agreement` and `acceptance`."""
     divergences: Tensor
     """KL(reference || model) at each position [tokens - 1] fp64, in nats."""
     agreements: Tensor
     """Whether the likeliest token is the same, at each position [tokens - 1]."""
+    acceptances: Tensor
+    """The chance that a token drawn from the model is accepted by speculative sampling of the
+    reference, at each position [tokens - 1] fp64."""
 
 
 def divergence(
@@ -77,7 +80,9 @@ def divergence(
 
     Returns:
         mean KL(reference || model) with a block bootstrap interval, top-1 agreement with a Wilson
-        interval over the same blocks, and both at every position.
+        interval over the same blocks, the mean chance that a token which the model drafts is
+        accepted (Leviathan et al., "Speculative decoding" (2211.17192), theorem 3.5), and all three
+        at every position.
 
     Raises:
         ConfigError: fewer than two tokens, no tokenizer, or a window or stride out of range.
@@ -92,7 +97,7 @@ def divergence(
         raise ConfigError(
             describe("text", "divergence", "at least 2 tokens long", corpus.text[:40])
         )
-    divergences, agreements = token_divergences(
+    divergences, agreements, acceptances = token_divergences(
         model, reference, ids, window, stride, progress=progress
     )
     conditions: dict[str, Condition] = {**model_conditions(model), **corpus.conditions()}
@@ -109,9 +114,8 @@ def divergence(
     }
     flags |= {"stride": stride, "max_tokens": max_tokens, "seed": seed}
     command = repeat_command(model, "divergence", flags, repeatable=corpus.is_repeatable)
-    return DivergenceResult(
-        _measurements(divergences, agreements, seed, conditions, command), divergences, agreements
-    )
+    found = _measurements(divergences, agreements, acceptances, seed, conditions, command)
+    return DivergenceResult(found, divergences, agreements, acceptances)
 
 
 _SHOWN = ("model", "implementation", "dtype")
@@ -125,8 +129,8 @@ def token_divergences(
     stride: int,
     *,
     progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return KL(reference || model) and top-1 agreement at each position.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL(reference || model), top-1 agreement and acceptance at each position.
 
     Args:
         model: see `base.CausalModel`.
@@ -137,8 +141,8 @@ def token_divergences(
         progress: called after each batch.
 
     Returns:
-        divergences [tokens - 1] fp64 in nats, and whether the likeliest token is the same
-        [tokens - 1].
+        divergences [tokens - 1] fp64 in nats, whether the likeliest token is the same
+        [tokens - 1], and the chance that a drafted token is accepted [tokens - 1] fp64.
 
     Raises:
         ShapeError: the vocabularies differ.
@@ -146,6 +150,7 @@ def token_divergences(
     tokens = torch.as_tensor(ids, dtype=torch.int64).cpu()
     divergences: list[Tensor] = []
     agreements: list[Tensor] = []
+    acceptances: list[Tensor] = []
     num_done = 0
     with measuring(model), measuring(reference):
         for windows, (length, num_scored) in window_batches(
@@ -159,29 +164,33 @@ def token_divergences(
                     must = f"over the reference's vocabulary of {expected.shape[-1]}"
                     got = found.shape[-1]
                     raise ShapeError(describe("logits", type(model).__name__, must, got))
-                divergence_of_rows, agreement_of_rows = _compare(expected, found)
+                divergence_of_rows, agreement_of_rows, accepted = _compare(expected, found)
                 divergences.append(divergence_of_rows)
                 agreements.append(agreement_of_rows)
+                acceptances.append(accepted)
             num_done += num_scored * len(windows)
             if progress is not None:
                 progress("divergence", num_done / max(len(tokens) - 1, 1))
-    return torch.cat(divergences), torch.cat(agreements)
+    return torch.cat(divergences), torch.cat(agreements), torch.cat(acceptances)
 
 
-def _compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(reference || model) [N] fp64 and argmax agreement [N] of logits [N, V]."""
+def _compare(reference: Tensor, model: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL(reference || model) [N] fp64, argmax agreement [N] and the overlap of the chances
+    [N] fp64 of logits [N, V]."""
     theirs = reference.float().log_softmax(dim=1)
     ours = model.to(reference.device).float().log_softmax(dim=1)
     chances = theirs.exp()
     # What the reference gives no chance adds nothing, even where both logarithms are infinite.
     terms = torch.where(chances == 0, 0.0, chances * (theirs - ours))
     agreement = theirs.argmax(dim=1) == ours.argmax(dim=1)
-    return terms.sum(dim=1, dtype=torch.float64).cpu(), agreement.cpu()
+    overlap = torch.minimum(chances, ours.exp()).sum(dim=1, dtype=torch.float64)
+    return terms.sum(dim=1, dtype=torch.float64).cpu(), agreement.cpu(), overlap.cpu()
 
 
 def _measurements(
     divergences: Tensor,
     agreements: Tensor,
+    acceptances: Tensor,
     seed: int,
     conditions: dict[str, Condition],
     command: str,
@@ -189,6 +198,7 @@ def _measurements(
     block = block_length(len(divergences))
     sums, sizes = block_sums(divergences.numpy(), block)
     agreed, _ = block_sums(agreements.numpy().astype(np.float64), block)
+    accepted, _ = block_sums(acceptances.numpy(), block)
     blocks = f"{len(sums)} blocks of {block} tokens"
     return [
         Measurement(
@@ -210,6 +220,17 @@ def _measurements(
             conditions={
                 **conditions,
                 "interval": f"Wilson at the effective number of tokens, {blocks}",
+            },
+            command=command,
+        ),
+        Measurement(
+            name="acceptance",
+            value=float(acceptances.mean()),
+            unit="1",
+            spread=bootstrap_ratio(accepted, sizes, seed=seed),
+            conditions={
+                **conditions,
+                "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples",
             },
             command=command,
         ),

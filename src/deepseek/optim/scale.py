@@ -14,13 +14,14 @@ class LossScale:
     """
 
     def __init__(
-        self, scale: float | Literal["dynamic"], *, start: float = 2.0**16, patience: int = 2000
+        self, scale: float | Literal["dynamic"], *, start: float = 2.0**12, patience: int = 2000
     ) -> None:
         """Make the factor.
 
         Args:
             scale: a number, or "dynamic".
-            start: the first factor of a dynamic one.
+            start: the first factor of a dynamic one. Gradients of a mean loss are seldom above 16;
+                each halving costs a step.
             patience: steps without overflow after which it is doubled.
 
         Raises:
