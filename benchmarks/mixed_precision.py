@@ -155,6 +155,11 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, Sprea
     return mean, Spread("ci95", mean - half, mean + half)
 
 
+def tell(words: str) -> None:
+    """Say how far it is."""
+    print(f"mixed_precision: {words}", file=sys.stderr, flush=True)
+
+
 def measure(
     options: argparse.Namespace, command: str, bar: Progress
 ) -> tuple[list[Measurement], list[tuple[str, ...]]]:
@@ -167,9 +172,7 @@ def measure(
         outcomes[mode].append(found)
         if mode == "auto":
             decided = trainer.table()
-        print(f"seed {seed}, {mode}: loss {found.loss:.5f}, {found.step_s:.2f} s a step, {found.num_skipped} "
-            "skipped",
-              file=sys.stderr, flush=True)  # fmt: skip
+        tell(f"seed {seed}, {mode}: loss {found.loss:.5f}, {found.step_s:.2f} s a step")
     names = ("model", "steps", "batch", "length", "rate", "threads", "seeds", "held_out")
     about = {name: getattr(options, name) for name in names}
     rest = {"command": command}

@@ -14,6 +14,7 @@ from tests.house import PACKAGE, REPO, SOURCE
 
 IMPORT_NAMES = {
     "lm-eval": "lm_eval",
+    "mlflow-skinny": "mlflow",
     "huggingface-hub": "huggingface_hub",
     "pyyaml": "yaml",
     "pre-commit": "pre_commit",

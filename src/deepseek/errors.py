@@ -66,6 +66,23 @@ def describe(name: str, owner: str, must: str, got: Any, next_step: str = "") ->
     return f"{message} {next_step}." if next_step else message
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "std::bad_alloc",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out: Python's own, or one of PyTorch's, which are
+    known by their words."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(part in words for part in _OUT_OF_MEMORY)
+    )
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtra:
     """Return the error for an optional package that is not installed, with the pip line that cures
     it."""

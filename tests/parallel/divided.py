@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deepseek.models import Decoder, DecoderConfig, ExpertsConfig, LatentConfig
 from deepseek.models.divided import DividedDecoder
 from deepseek.ops.cross_entropy import IGNORED
-from deepseek.optim import AdamW, build_optimizers
+from deepseek.optim import AdamW, OptimizerConfig, build_optimizers
 from deepseek.parallel import GradientSum, Grid, Mesh, World, gradient_of, whole_state
 from tests.tolerances import assert_close
 
@@ -82,13 +82,13 @@ def num_targets(labels: Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def trained_whole(config: DecoderConfig, num_steps: int = STEPS) -> Outcome:
+def trained_whole(config: DecoderConfig, optimizer: OptimizerConfig = OPTIMIZER) -> Outcome:
     """Train by nothing but the model's logits and PyTorch's cross-entropy."""
     model, (tokens, labels) = made(config), samples()
     parameters = list(model.named_parameters())
-    optimizers = build_optimizers(OPTIMIZER, parameters)
+    optimizers = build_optimizers(optimizer, parameters)
     found = Outcome([], [], {}, {})
-    for step in range(num_steps):
+    for step in range(STEPS):
         model.zero_grad()
         logits = model(tokens).logits[:, :-1]
         targets = labels[:, 1:]
@@ -98,8 +98,8 @@ def trained_whole(config: DecoderConfig, num_steps: int = STEPS) -> Outcome:
             found.gradients = {name: gradient_of(value) for name, value in parameters}
         found.norms.append(_norm([gradient_of(value) for _, value in parameters]))
         found.losses.append(loss.item())
-        for optimizer in optimizers:
-            optimizer.step()
+        for each in optimizers:
+            each.step()
     found.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return found
 
@@ -109,7 +109,7 @@ def _norm(gradients: list[Tensor]) -> float:
 
 
 def trained_divided(
-    world: World, config: DecoderConfig, mesh: Mesh, num_steps: int = STEPS
+    world: World, config: DecoderConfig, mesh: Mesh, optimizer: OptimizerConfig = OPTIMIZER
 ) -> Outcome:
     """Train over a mesh; gradients and weights are given on the first process alone."""
     grid = Grid(mesh, world)
@@ -120,10 +120,10 @@ def trained_divided(
     num_parts = min(share, max(PARTS, grid.size("pipeline")))
     own = slice(grid.reader.rank * share, (grid.reader.rank + 1) * share)
     parameters = divided.named_parameters()
-    optimizers = build_optimizers(OPTIMIZER, parameters)
+    optimizers = build_optimizers(optimizer, parameters)
     total = GradientSum(grid, parameters, divided.axes)
     found = Outcome([], [], {}, {})
-    for step in range(num_steps):
+    for step in range(STEPS):
         for _, value in parameters:
             value.grad = None
         loss = divided.backward(tokens[own], labels[own], num_parts, 1 / count)
@@ -136,8 +136,8 @@ def trained_divided(
             found.gradients = whole_gradients(divided, grid)
         found.norms.append(total.norm(gradients).item())
         found.losses.append(loss.item())
-        for optimizer in optimizers:
-            optimizer.step()
+        for each in optimizers:
+            each.step()
     found.weights = _copied(whole_state(divided.decoder, grid))
     return found
 

@@ -17,8 +17,10 @@ from deepseek.parallel.overlap import EarlySum
 STEPS = 3
 CONFIGS = {
     "exact": Exact(),
-    "float8": Sparse24(),
-    "bfloat16": Sparse24(values="bfloat16"),
+    "float8": Sparse24(feedback=1.0),
+    "bfloat16": Sparse24(values="bfloat16", feedback=1.0),
+    "halving": Sparse24(feedback=0.5),
+    "forgetting": Sparse24(feedback=0.0),
 }
 
 
@@ -41,6 +43,10 @@ def run(world: World, folder: Path) -> None:
                 sums.give(number, others[number])
             sums.finish()
             found[f"{name}.{step}"], found[f"{name}.{step}.early"] = tensors, others
+            if step == 0:
+                found[f"{name}.first"] = {
+                    key: error.clone() for key, error in whole.state_dict().items()
+                }
         sums.close()
         found[f"{name}.bytes"], found[f"{name}.state"] = whole.num_bytes, whole.state_dict()
         bad = gradients(world.rank, 0)

@@ -6,19 +6,25 @@ from __future__ import annotations
 import pytest
 
 from deepseek.models import divided
+from deepseek.optim import Muon
 from deepseek.parallel import Mesh, Rule, World
 from tests.parallel.divided import (
     FAMILIES,
+    OPTIMIZER,
     Outcome,
     assert_each_differs,
     assert_each_same,
+    made,
     train_each,
+    trained_divided,
+    trained_whole,
 )
 from tests.parallel.worlds import in_processes
 
 pytestmark = pytest.mark.dist
 
 TWO = [(family, Mesh(tensor=2)) for family in FAMILIES]
+MUON = Muon(rate=1e-2, adamw=OPTIMIZER)
 FOUR = [
     ("llama-tied", Mesh(data=2, tensor=2)),
     ("llama-biased", Mesh(tensor=2, pipeline=2)),
@@ -41,8 +47,9 @@ def train_with_a_fault(world: World, how: str) -> list[Outcome]:
 
 
 def train_two(world: World) -> list[list[Outcome]]:
-    """Return what the cases give, then what each fault gives."""
-    return [train_each(world, TWO), *(train_with_a_fault(world, how) for how in FAULTS)]
+    """Return what the cases give, then what each fault gives, and last what Muon gives."""
+    found = [train_each(world, TWO), *(train_with_a_fault(world, how) for how in FAULTS)]
+    return [*found, [trained_divided(world, FAMILIES["qwen3"], Mesh(tensor=2), MUON)]]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,16 @@ def by_two() -> list[list[list[Outcome]]]:
 
 def test_two_processes_are_as_one(by_two: list[list[list[Outcome]]]) -> None:
     assert_each_same([each[0] for each in by_two], TWO)
+
+
+def test_muon_orthogonalizes_the_whole_matrix(by_two: list[list[list[Outcome]]]) -> None:
+    """It computes in bfloat16, where a last bit of float32 may become one of that."""
+    expected = trained_whole(FAMILIES["qwen3"], MUON)
+    start = dict(made(FAMILIES["qwen3"]).named_parameters())
+    found = by_two[0][-1][0].weights
+    for name, value in start.items():
+        moved = (expected.weights[name] - value).norm()
+        assert (found[name] - expected.weights[name]).norm() < 0.02 * moved, name
 
 
 def test_four_processes_are_as_one() -> None:

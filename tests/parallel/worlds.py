@@ -19,7 +19,9 @@ def in_processes(work: Callable[..., Any], num_processes: int, *arguments: Any) 
     """Return what `work(world, *arguments)` gives in each process, in the order of their ranks."""
     with tempfile.TemporaryDirectory() as place:
         mp.spawn(_run, (work, num_processes, place, arguments), nprocs=num_processes)
-        return [torch.load(Path(place) / f"{rank}", weights_only=False) for rank in range(num_processes)]
+        return [
+            torch.load(Path(place) / f"{rank}", weights_only=False) for rank in range(num_processes)
+        ]
 
 
 def _run(

@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from deepseek.cli.output import Output
-from deepseek.errors import ConfigError, DeepseekError, VerifyError
+from deepseek.errors import (
+    CapacityError,
+    ConfigError,
+    DeepseekError,
+    VerifyError,
+    describe,
+    is_out_of_memory,
+)
 
 VERBS: dict[str, str] = {
     "demo": "the main job, start to end, on a real model",
@@ -76,6 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
+        if is_out_of_memory(error):
+            step = "Close other programs, or take a smaller model or fewer tokens"
+            told = describe("memory", "deepseek", "enough for what was asked", str(error), step)
+            return out.fail(CapacityError(told), EXIT_USER_MISTAKE)
         step = f"This is a defect of deepseek: please report it with what {DEBUG_VARIABLE}=1 shows."
         return out.fail(RuntimeError(f"{type(error).__name__}: {error}. {step}"), EXIT_DEFECT)
 

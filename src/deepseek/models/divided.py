@@ -29,6 +29,9 @@ class DividedDecoder:
         num_layers = decoder.config.num_layers
         first, stop = layers_of(num_layers, grid.place("pipeline"), grid.size("pipeline"))
         self.decoder, self.grid = decoder, grid
+        with torch.device("meta"):
+            self.whole = Decoder(decoder.config)
+            """What the decoder was, without its weights."""
         self.stage = DecoderStage(decoder, first, stop)
         self.axes = split_model(decoder, decoder_splits(decoder.config), grid)
         """For each parameter the axes along which its gradient is still to be added up."""

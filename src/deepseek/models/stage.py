@@ -38,6 +38,8 @@ class DecoderStage(nn.Module):
         num_layers = len(decoder.model.layers)
         stop = num_layers if stop is None else stop
         self.decoder, self.is_first, self.is_last = decoder, first == 0, stop == num_layers
+        self.products = torch.float32
+        """Dtype of products; may be changed between passes."""
         for layer in range(num_layers):
             if not first <= layer < stop:
                 decoder.model.layers[layer] = Absent()
@@ -57,6 +59,12 @@ class DecoderStage(nn.Module):
             inputs: int64 [B, T] tokens in the first stage, states [B, T, hidden] in others.
             labels: int64 [B, T] for the last stage: the tokens themselves, -100 where none counts.
         """
+        with torch.autocast(
+            inputs.device.type, self.products, enabled=self.products != torch.float32
+        ):
+            return self._forward(inputs, labels)
+
+    def _forward(self, inputs: Tensor, labels: Tensor | None) -> Tensor:
         if self.is_first:
             states = self.decoder.final_states(inputs)
         else:

@@ -145,15 +145,17 @@ def _moved(values: Tensor, chances: Tensor, dtype: torch.dtype) -> Tensor:
     # any NaN becomes the one with bits to spare: of another, the sum may run over into a number
     values = values.nan_to_num(math.nan, math.inf, -math.inf)
     smallest = torch.finfo(dtype).smallest_normal
-    is_narrow = smallest > torch.finfo(torch.float32).smallest_normal
-    if is_narrow:
-        # levels below the smallest normal number are as far apart as those just above it: they
-        # are found there. Comparing in place is several times as fast as by `where`
-        raised = values.abs().lt_(smallest).mul_(smallest).copysign_(values)
-        values += raised
-    words = chances.add_(values.view(torch.int32)).bitwise_and_(-(1 << _BITS[dtype]))
-    moved = words.view(torch.float32)
-    return moved.sub_(raised) if is_narrow else moved
+    if smallest == torch.finfo(torch.float32).smallest_normal:
+        return _cut(values, chances, _BITS[dtype])
+    # levels below the smallest normal number are as far apart as those just above it: they are
+    # found there. Comparing in place is several times as fast as by `where`
+    raised = values.abs().lt_(smallest).mul_(smallest).copysign_(values)
+    return _cut(values.add_(raised), chances, _BITS[dtype]).sub_(raised)
+
+
+def _cut(values: Tensor, chances: Tensor, bits: int) -> Tensor:
+    words = chances.add_(values.view(torch.int32)).bitwise_and_(-(1 << bits))
+    return words.view(torch.float32)
 
 
 def _read_float8(values: Tensor) -> Tensor:

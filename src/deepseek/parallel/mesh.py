@@ -60,7 +60,15 @@ class Mesh(Config):
         if self.data is None or self.data * others != num_processes:
             must = f"one whose sizes multiply to the {num_processes} processes"
             got = sizes if self.data is None else f"{sizes}, data {self.data}"
-            raise ConfigError(describe("mesh", "the run", must, got, "Start another number"))
+            raise ConfigError(
+                describe(
+                    "mesh",
+                    "the run",
+                    must,
+                    got,
+                    "Start another number of workers, or change its sizes",
+                )
+            )
         return self
 
 

@@ -13,6 +13,9 @@ Adam" (Tang et al., 2102.02888, algorithm 1, whose delta is our worker's error, 
 owner's). A worker's error in its own slice is that of the sum, in the others' slices that of what
 it sent; so one tensor holds both, and the errors of all workers added up are what the training has
 not seen yet. That sum is what is kept when the workers change.
+
+Of an error only a share may be remembered, as in Wu et al., "Error compensated quantized SGD"
+(1806.08054), whose decay factor this is.
 """
 
 from __future__ import annotations
@@ -36,14 +39,16 @@ _NAME = re.compile(r"bucket-(\d+)\.worker-(\d+)-of-(\d+)")
 class SparseSum(Transport):
     """Adds up matrices over the workers in few bits, and all else as it is."""
 
-    def __init__(self, world: World, values: Values) -> None:
+    def __init__(self, world: World, values: Values, feedback: float = 1.0) -> None:
         """Begin without errors; every worker must do so together.
 
         Args:
             world: the workers. One alone sends nothing and loses nothing.
             values: what kept values are sent as.
+            feedback: share of what is lost that is remembered.
         """
         self._world, self._codec, self._exact = world, Codec(values), TreeSum(world)
+        self._feedback = feedback
         self._errors: dict[int, Tensor] = {}
         self.num_bytes = 0
         self.is_exact = False
@@ -76,7 +81,9 @@ class SparseSum(Transport):
             flat[:count] += error
         self._errors.pop(number, None)
         if self._world.size > 1:
-            self._errors[number] = self._exchange(flat)[:count]
+            lost = self._exchange(flat)[:count]
+            if self._feedback > 0:
+                self._errors[number] = lost.mul_(self._feedback)
         put_back(flat[:count], tensors)
 
     def _exchange(self, flat: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from deepseek.config import Config
+from deepseek.errors import ConfigError, describe
 from deepseek.parallel.base import Transport
 from deepseek.parallel.sparse import SparseSum
 from deepseek.parallel.tree import TreeSum
@@ -26,6 +27,14 @@ class Sparse24(Config):
     kind: Literal["sparse24"] = "sparse24"
     values: Literal["float8", "bfloat16"] = "float8"
     """What the kept values are sent as: 5.03 or 9 bits for each value, kept or not."""
+    feedback: float = 0.25
+    """Share of what is not sent that is added to the next step's gradient, from 0 to 1. With 1
+    nothing is lost, as an optimizer that is linear in its gradients wants it; AdamW, which divides
+    by their recent size, learns more slowly from what comes late and at once."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.feedback <= 1:
+            raise ConfigError(describe("feedback", "Sparse24", "from 0 to 1", self.feedback))
 
 
 TransportConfig = Exact | Sparse24
@@ -39,5 +48,5 @@ def open_transport(config: TransportConfig, world: World) -> Transport:
         world: the workers.
     """
     if isinstance(config, Sparse24):
-        return SparseSum(world, config.values)
+        return SparseSum(world, config.values, config.feedback)
     return TreeSum(world)

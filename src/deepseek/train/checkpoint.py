@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from deepseek.config import Config
 from deepseek.errors import CapacityError, FormatError, describe
-from deepseek.parallel import World
+from deepseek.parallel import World, local_of
 
 _LOG = logging.getLogger(__name__)
 _STATE = "state.json"
@@ -226,12 +226,14 @@ def _state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[
 
 def _copied(state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Return copies that training does not change; tensors that share memory share it again."""
-    copies: dict[int, Tensor] = {}
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
 
     def copied(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        return copies.setdefault(value.data_ptr(), value.detach().clone())
+        # a tensor that is divided over workers has no address of its own, only its part here has
+        key = local_of(value).data_ptr(), value.shape
+        return copies.setdefault(key, value.detach().clone())
 
     return {
         part: {name: copied(value) for name, value in values.items()}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from deepseek.config import Config
 from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
-from deepseek.parallel import Exact, TransportConfig
+from deepseek.parallel import Exact, Mesh, TransportConfig
 
 PYTHON_TOPICS = "python-topics"
 """The text that every Python carries, as a source of data."""
@@ -115,7 +115,7 @@ class Stage(Config):
     """How gradients go from worker to worker."""
     sends_early: bool = True
     """Send gradients while the backward pass goes on; when they are sent does not show in the
-    bits."""
+    bits, and may change between starts."""
     recompute: bool = False
     """Forget the layers' insides in the forward pass and compute them again in the backward pass:
     less memory, a third more work."""
@@ -171,6 +171,8 @@ class Run(Config):
     """A bundle to start from: a name or folder; or give `preset`."""
     layers: tuple[int, ...] | None = None
     """Start from these layers of `model` alone, counted from 0."""
+    mesh: Mesh = Mesh()
+    """How the workers divide model and data between them; may change between starts."""
     teacher: str | None = None
     """A bundle that sources learn from; None for `model`, as it is at the start."""
     preset: str | None = None

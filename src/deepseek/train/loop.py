@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.hub import Bundle, save
 from deepseek.models import Decoder
 from deepseek.optim import build_optimizers
-from deepseek.parallel import Transport, World, open_transport
+from deepseek.parallel import Mesh, Transport, World, open_transport
 from deepseek.records import StageRecord
 from deepseek.train.adapter import TRAINED, insert_adapter, merge_adapter, save_adapter
 from deepseek.train.checkpoint import Checkpoints, Position
@@ -34,6 +34,10 @@ from deepseek.train.places import Places
 from deepseek.train.sources import Opener
 from deepseek.train.speed import flops_per_token, peak_flops
 from deepseek.train.step import BatchStep, StepResult, choose_parameters
+
+if TYPE_CHECKING:
+    from deepseek.models.divided import DividedDecoder
+    from deepseek.train.divided import DividedStep
 
 
 class Interrupted(KeyboardInterrupt):
@@ -48,6 +52,8 @@ class Progress:
     step: int
     """Steps of the stage that are done."""
     num_steps: int
+    total_step: int
+    """Steps of the whole run that were done before it."""
     loss: float
     gradient_norm: float
     rate: float
@@ -114,6 +120,11 @@ class Training:
         )
         self._checkpoints = Checkpoints(places.checkpoints, world, run.keep_checkpoints)
         self._stop = False
+        self._divided: DividedDecoder | None = None
+        if run.mesh.sized(world.size).is_divided:
+            from deepseek.train.divided import divide
+
+            self._divided = divide(run, model, world)
 
     def train(self) -> Path:
         """Run what is left, and return the folder of the last stage's bundle.
@@ -172,8 +183,9 @@ class Training:
         if stage.adapter is not None:
             insert_adapter(self.model, stage.adapter, self.run.seed + 7919 * number)
         trained = stage.trains if stage.adapter is None else TRAINED
-        parameters = choose_parameters(self.model, trained)
-        optimizers = build_optimizers(stage.optimizer, parameters)
+        parameters = self._choose(trained)
+        is_idle = self._divided is not None and not parameters
+        optimizers = [] if is_idle else build_optimizers(stage.optimizer, parameters)
         if resumed is not None and position.step > 0:
             self._checkpoints.load(self.model, optimizers, resumed)
         transport = open_transport(stage.transport, self._world)
@@ -181,7 +193,45 @@ class Training:
             transport.load_state_dict(self._checkpoints.remembered(resumed))
         if stage.keeps_moments and position.step == 0:
             _carry_moments(before, optimizers)
-        batch_step = BatchStep(
+        batch_step = self._prepare_step(number, windows, parameters, optimizers, transport)
+        clock = _Clock(self.model if self._divided is None else self._divided.whole, stage)
+        start = position.total_steps - position.step
+        self.model.train()
+        with _recomputing(self.model, stage.recompute), contextlib.closing(batch_step):
+            for step in range(position.step, num_steps):
+                result = batch_step.run(step, num_steps)
+                _check_finite(result, stage, step, self._checkpoints)
+                samples = result.samples
+                if self._divided is None or self._divided.grid.is_counted:
+                    ledger.add(number, step, samples.first, samples.tokens)
+                self._tell(clock.tick(result, step, num_steps, start + step))
+                done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
+                self._maybe_save(done, num_steps, optimizers, transport)
+        self._finish_stage(number, start + num_steps, optimizers)
+        return optimizers
+
+    def _choose(self, patterns: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+        """Return what is trained; of a divided model this worker's part of it, maybe none."""
+        if self._divided is None:
+            return choose_parameters(self.model, patterns)
+        from deepseek.train.divided import choose_divided
+
+        return choose_divided(self._divided, patterns)
+
+    def _prepare_step(
+        self,
+        number: int,
+        windows: Windows,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        optimizers: Sequence[Optimizer],
+        transport: Transport,
+    ) -> BatchStep | DividedStep:
+        stage = self.run.stages[number]
+        if self._divided is not None:
+            from deepseek.train.divided import DividedStep
+
+            return DividedStep(self._divided, parameters, optimizers, stage, windows)
+        return BatchStep(
             self.model,
             parameters,
             optimizers,
@@ -192,20 +242,14 @@ class Training:
             seed=self.run.seed + 7919 * number,
             teacher=self._teacher,
         )
-        clock = _Clock(self.model, stage)
-        start = position.total_steps - position.step
-        self.model.train()
-        with _recomputing(self.model, stage.recompute), contextlib.closing(batch_step):
-            for step in range(position.step, num_steps):
-                result = batch_step.run(step, num_steps)
-                _check_finite(result, stage, step, self._checkpoints)
-                samples = result.samples
-                ledger.add(number, step, samples.first, samples.tokens)
-                self._tell(clock.tick(result, step, num_steps), start + step)
-                done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
-                self._maybe_save(done, num_steps, optimizers, transport)
-        self._finish_stage(number, start + num_steps, optimizers)
-        return optimizers
+
+    def _whole(self) -> Decoder:
+        """Return the model; of a divided one the whole on the first worker."""
+        if self._divided is None:
+            return self.model
+        from deepseek.train.divided import whole_decoder
+
+        return whole_decoder(self._divided)
 
     def _maybe_save(
         self, done: Position, num_steps: int, optimizers: list[Optimizer], transport: Transport
@@ -226,12 +270,13 @@ class Training:
             if self._world.is_first:
                 save_adapter(self.model, stage.adapter, self._places.adapter(stage.name))
             merge_adapter(self.model)
+        whole = self._whole()
         if self._world.is_first:
-            found = [item for text in stage.evaluate for item in measure_on(self.model, text)]
+            found = [item for text in stage.evaluate for item in measure_on(whole, text)]
             settings = {**stage.to_dict(), "run_seed": self.run.seed}
             record = StageRecord(name=f"train {stage.name}", settings=settings, seed=self.run.seed)
             folder = self._places.stage(stage.name)
-            self.model.bundle = save(self.model, folder, stage=record, measurements=found)
+            self.model.bundle = save(whole, folder, stage=record, measurements=found)
         self._world.barrier()
         done = Position(stage=number + 1, step=0, total_steps=total)
         kept = optimizers if self._next_keeps_moments(number) else []
@@ -246,12 +291,11 @@ class Training:
         rest = self.run.stages[number + 1 : number + 2]
         return bool(rest) and rest[0].keeps_moments
 
-    def _tell(self, progress: Progress, total_step: int) -> None:
+    def _tell(self, progress: Progress) -> None:
         if not self._world.is_first:
             return
-        line = {"total_step": total_step, **dataclasses.asdict(progress)}
         with self._places.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(dataclasses.asdict(progress)) + "\n")
         self._report(progress)
 
     @contextlib.contextmanager
@@ -278,7 +322,7 @@ class _Clock:
         self._last = time.perf_counter()
         self._speeds: list[float] = []
 
-    def tick(self, result: StepResult, step: int, num_steps: int) -> Progress:
+    def tick(self, result: StepResult, step: int, num_steps: int, total_step: int) -> Progress:
         """Return what is known of a step that is done."""
         now = time.perf_counter()
         took, self._last = now - self._last, now
@@ -288,6 +332,7 @@ class _Clock:
             stage=self._stage.name,
             step=step + 1,
             num_steps=num_steps,
+            total_step=total_step,
             loss=result.loss,
             gradient_norm=result.gradient_norm,
             rate=self._stage.optimizer.rate * self._stage.schedule.factor(step, num_steps),
@@ -354,19 +399,26 @@ def check_same_run(run: Run, places: Places) -> None:
     """Refuse to go on with another run's folder.
 
     Raises:
-        ConfigError: the folder holds a run of other settings; how often checkpoints are made and
-            kept may differ.
+        ConfigError: the folder holds a run of other settings; those of checkpoints, memory, mesh
+            and of when gradients are sent may differ.
     """
     if not places.run.is_file():
         return
     old = Run.from_dict(json.loads(places.run.read_text(encoding="utf-8")))
-    free = {"checkpoint_every": run.checkpoint_every, "keep_checkpoints": run.keep_checkpoints}
-    if old.replace(**free) != run:
+    old, new = _without_free_settings(old), _without_free_settings(run)
+    if old != new:
         differing = [
             field.name
             for field in dataclasses.fields(Run)
-            if field.name not in free and getattr(old, field.name) != getattr(run, field.name)
+            if getattr(old, field.name) != getattr(new, field.name)
         ]
         step = "Give another --out, or go on with the old settings"
         must = f"the run that began there (they differ in {', '.join(differing)})"
         raise ConfigError(describe("run", str(places.folder), must, "another one", step))
+
+
+def _without_free_settings(run: Run) -> Run:
+    """Return a run as if it had the usual checkpoints, memory, mesh and time of sending."""
+    usual = {"micro_batch": None, "recompute": False, "sends_early": True}
+    stages = tuple(stage.replace(**usual) for stage in run.stages)
+    return run.replace(checkpoint_every=1, keep_checkpoints=1, mesh=Mesh(), stages=stages)

@@ -15,6 +15,7 @@ from deepseek.models.depth import keep_layers
 from deepseek.models.presets import preset
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
+from deepseek.train.capacity import memory_errors_told
 from deepseek.train.checkpoint import Checkpoints
 from deepseek.train.config import Run
 from deepseek.train.ledger import StageProof, prove
@@ -45,7 +46,7 @@ def train(
     Raises:
         ConfigError: the run cannot be done, is not the folder's, or diverged.
         FormatError: data or checkpoints are damaged.
-        CapacityError: a checkpoint could not be written.
+        CapacityError: a checkpoint could not be written, or memory ran out.
         Interrupted: a signal came; the state is saved.
     """
     keep_freed_memory()
@@ -63,7 +64,8 @@ def train(
     training = Training(
         run, model, places, world, report=report, preparing=preparing, teacher=teacher
     )
-    return training.train()
+    with memory_errors_told(places):
+        return training.train()
 
 
 def open_model(run: Run) -> Decoder:

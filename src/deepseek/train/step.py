@@ -218,12 +218,17 @@ class BatchStep:
             value.grad = gradient
         if self._stage.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._values, self._stage.max_grad_norm, norm)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self._stage.optimizer.rate * factor
-            optimizer.step()
-            optimizer.zero_grad()
+        take_step(self._optimizers, self._stage.optimizer.rate * factor)
         return norm.item()
+
+
+def take_step(optimizers: Sequence[Optimizer], rate: float) -> None:
+    """Take a step of each optimizer at a rate, and forget the gradients."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _taken(value: nn.Parameter) -> Tensor:

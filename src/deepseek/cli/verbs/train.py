@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import positive
 from deepseek.cli.output import Output, number
+from deepseek.cli.trackers import Tracker, add_tracker_arguments, tracker_words, tracking
 from deepseek.errors import VerifyError, describe
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prove", action="store_true", help="train nothing: check what the ledger says was read"
     )
+    add_tracker_arguments(parser)
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -45,17 +47,24 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.prove:
         return _prove(args, out)
     if args.workers > 1:
-        return launch(["train", args.run, "--out", args.out], args)
+        return launch(["train", args.run, "--out", args.out, *tracker_words(args)], args)
     from deepseek.parallel import joined_world
     from deepseek.train import read_run
 
     asked = read_run(args.run)
-    with joined_world() as world:
-        folder = train_here(asked, args, out, world)
+    with joined_world() as world, contextlib.ExitStack() as stack:
+        trackers = stack.enter_context(tracking(args, out.note)) if world.is_first else ()
+        folder = train_here(asked, args, out, world, trackers)
     return _finish(folder, args, out) if world.is_first else 0
 
 
-def train_here(asked: Run, args: argparse.Namespace, out: Output, world: World) -> Path:
+def train_here(
+    asked: Run,
+    args: argparse.Namespace,
+    out: Output,
+    world: World,
+    trackers: Sequence[Tracker] = (),
+) -> Path:
     """Train in this process, one of a world, and return the last bundle's folder.
 
     Args:
@@ -63,6 +72,7 @@ def train_here(asked: Run, args: argparse.Namespace, out: Output, world: World) 
         args: with `out` and `threads`.
         out: told by the first worker alone.
         world: the workers.
+        trackers: told of each step too.
     """
     from deepseek.train import train
 
@@ -71,7 +81,12 @@ def train_here(asked: Run, args: argparse.Namespace, out: Output, world: World) 
     world.barrier()
     set_threads(args.threads, world)
     told = out if world.is_first else Output(as_json=True)
-    with saying_that_it_is_saved(told, world), _reporting(told, world) as (report, preparing):
+    with saying_that_it_is_saved(told, world), _reporting(told, world) as (say, preparing):
+
+        def report(progress: Progress) -> None:
+            for each in (say, *trackers):
+                each(progress)
+
         return train(asked, args.out, world=world, report=report, preparing=preparing)
 
 
