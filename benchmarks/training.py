@@ -47,7 +47,7 @@ def ours(options: argparse.Namespace) -> Times:
     from deepseek.parallel import TreeSum, World
     from deepseek.train import Run, Source, Stage
     from deepseek.train.places import Places
-    from deepseek.train.sources import open_windows
+    from deepseek.train.sources import Opener
     from deepseek.train.start import open_model
     from deepseek.train.step import BatchStep, choose_parameters
 
@@ -63,7 +63,7 @@ def ours(options: argparse.Namespace) -> Times:
     run, world = Run(model=options.model, stages=(stage,)), World()
     model = open_model(run).train()
     with tempfile.TemporaryDirectory() as folder:
-        windows = open_windows(run, 0, model, Places(Path(folder)), world)
+        windows = Opener.of(run, model, Places(Path(folder)), world).open(0)
         parameters = choose_parameters(model, stage.trains)
         optimizers = build_optimizers(stage.optimizer, parameters)
         step = BatchStep(

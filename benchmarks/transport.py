@@ -1,7 +1,7 @@
 """Gradients in few bits between workers: the loss that training ends with, bytes, and when it pays.
 
     python benchmarks/transport.py                       # a model of 0.9 million, from scratch
-    python benchmarks/transport.py --model smollm2-135m --steps 20 --seeds 0 --batch 4
+    python benchmarks/transport.py --model smollm2-135m --rate 2e-5 --steps 20 --batch 4
     python benchmarks/transport.py --quick
 
 Every way trains the same model on the same samples (`python-topics`), by turns, in several worker
@@ -350,7 +350,7 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=positive, default=3, help="of the timing (3)")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
-    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (3e-3)")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate (1e-3)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--quick", action="store_true", help="only show that it runs")
     parser.add_argument("--late", action="store_true", help=argparse.SUPPRESS)

@@ -76,7 +76,7 @@ def test_root_loads_nothing_heavy_and_is_quick() -> None:
 
 
 def test_ground_floor_loads_nothing_heavy() -> None:
-    modules = "deepseek.config, deepseek.errors, deepseek.records"
+    modules = "deepseek.config, deepseek.errors, deepseek.records, deepseek.registry"
     assert probe(modules)[1] == []
 
 

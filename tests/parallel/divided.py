@@ -62,7 +62,7 @@ def made(config: DecoderConfig) -> Decoder:
     torch.manual_seed(0)
     model = Decoder(config)
     with torch.no_grad():
-        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        for value in [*model.parameters(), *model.buffers()]:
             if value.ndim == 1:
                 value.add_(0.1 * torch.randn_like(value))
     return model

@@ -46,7 +46,8 @@ def test_what_all_say_is_shown_once(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_who_failed_first_is_told_though_others_follow(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
-        "import os, sys, time; first = os.environ['RANK'] == '1'; time.sleep(0.0 if first else 1.0);"
+        "import os, sys, time; first = os.environ['RANK'] == '1';"
+        "time.sleep(0.0 if first else 1.0);"
         "print('cause' if first else 'effect', file=sys.stderr); sys.exit(3 if first else 70)"
     )
     assert run_workers([sys.executable, "-c", code], 3) == 3

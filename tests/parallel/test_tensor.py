@@ -62,13 +62,14 @@ def test_two_processes_are_as_one(by_two: list[list[list[Outcome]]]) -> None:
 
 
 def test_muon_orthogonalizes_the_whole_matrix(by_two: list[list[list[Outcome]]]) -> None:
-    """It computes in bfloat16, where a last bit of float32 may become one of that."""
+    """It computes in bfloat16, where a last bit of float32 may become one of that; halves that are
+    orthogonalized by themselves are a third of the way apart or more."""
     expected = trained_whole(FAMILIES["qwen3"], MUON)
     start = dict(made(FAMILIES["qwen3"]).named_parameters())
     found = by_two[0][-1][0].weights
     for name, value in start.items():
         moved = (expected.weights[name] - value).norm()
-        assert (found[name] - expected.weights[name]).norm() < 0.02 * moved, name
+        assert (found[name] - expected.weights[name]).norm() < 0.1 * moved, name
 
 
 def test_four_processes_are_as_one() -> None:

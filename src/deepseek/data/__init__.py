@@ -3,11 +3,11 @@ order in which training reads them."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from deepseek.data.incremental import IncrementalDecoder
 from deepseek.data.tokenizer import Tokenizer
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.data.conversations import conversation
@@ -48,12 +48,4 @@ _HOMES = {
     "write_corpus": "corpus",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -4,8 +4,9 @@ no torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.hub.bundle import Bundle, list_bundles
@@ -25,12 +26,4 @@ _PLACES = {
     "save": "saving",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _PLACES, __all__)

@@ -4,7 +4,6 @@ loads no torch.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from deepseek.models.config import (
@@ -14,16 +13,22 @@ from deepseek.models.config import (
     LatentConfig,
     RopeConfig,
 )
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
+    from deepseek.models.divided import DividedDecoder
     from deepseek.models.encoder import Encoder, EncoderOutput
     from deepseek.models.planner import Planner, WindowPlanner
+    from deepseek.models.splits import check_mesh, decoder_splits
+    from deepseek.models.stage import DecoderStage
 
 __all__ = [
     "CausalOutput",
     "Decoder",
     "DecoderConfig",
+    "DecoderStage",
+    "DividedDecoder",
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
@@ -32,25 +37,23 @@ __all__ = [
     "Planner",
     "RopeConfig",
     "WindowPlanner",
+    "check_mesh",
+    "decoder_splits",
     "next_token_loss",
 ]
 
 _PLACES = {
     "CausalOutput": "decoder",
     "Decoder": "decoder",
+    "DecoderStage": "stage",
+    "DividedDecoder": "divided",
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
     "Planner": "planner",
     "WindowPlanner": "planner",
+    "check_mesh": "splits",
+    "decoder_splits": "splits",
     "next_token_loss": "decoder",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _PLACES, __all__)

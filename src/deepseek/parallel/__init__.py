@@ -3,7 +3,6 @@ depend on how many they are."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from deepseek.parallel.base import Transport
@@ -14,6 +13,7 @@ from deepseek.parallel.payoff import Estimate, Job, estimate, pays_below, wire_b
 from deepseek.parallel.transport import Exact, Sparse24, TransportConfig, open_transport
 from deepseek.parallel.tree import PairwiseSum, TreeSum, pairwise_sum
 from deepseek.parallel.world import World, joined_world
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.parallel.gradients import GradientSum, gradient_of, local_of
@@ -69,12 +69,4 @@ _PLACES = {
     "whole_state": "whole",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _PLACES, __all__)

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from deepseek.errors import ConfigError, describe
 from deepseek.parallel.mesh import Grid
@@ -41,6 +40,9 @@ class Pipeline:
         Raises:
             ConfigError: there are fewer parts than stages.
         """
+        # It brings PyTorch's compiler along, which nobody pays for who has no pipeline.
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
         rows, length, _ = shape
         place, count = grid.place("pipeline"), grid.size("pipeline")
         if num_parts < count:

@@ -59,8 +59,10 @@ SplitTable = Sequence[Rule]
 
 def how_of(table: SplitTable, name: str) -> How | None:
     """Return what a table says of a module; None where it does not name it."""
-    found = (rule.how for rule in table if fnmatch.fnmatchcase(name, rule.pattern))
-    return next(found, None)
+    for rule in table:
+        if fnmatch.fnmatchcase(name, rule.pattern):
+            return rule.how
+    return None
 
 
 def split_model(model: nn.Module, table: SplitTable, grid: Grid) -> dict[str, tuple[str, ...]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.train.config import LowRank, Run, Source, Stage, read_run
@@ -22,7 +23,6 @@ __all__ = [
     "train",
 ]
 
-# No module is named like what it gives: importing it would hide the function in this room.
 _HOMES = {
     "Interrupted": "loop",
     "LowRank": "config",
@@ -35,12 +35,4 @@ _HOMES = {
     "train": "start",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -171,7 +171,7 @@ class Run(Config):
     """A bundle to start from: a name or folder; or give `preset`."""
     layers: tuple[int, ...] | None = None
     """Start from these layers of `model` alone, counted from 0."""
-    mesh: Mesh = Mesh()
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
     """How the workers divide model and data between them; may change between starts."""
     teacher: str | None = None
     """A bundle that sources learn from; None for `model`, as it is at the start."""

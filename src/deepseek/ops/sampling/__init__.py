@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from deepseek.ops.sampling.config import Sampling
+from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.ops.sampling.api import choose, choose_greedy
@@ -19,12 +19,4 @@ __all__ = ["Sampling", "TokenHistory", "choose", "choose_greedy"]
 
 _PLACES = {"TokenHistory": "history", "choose": "api", "choose_greedy": "api"}
 
-
-def __getattr__(name: str) -> object:
-    if name not in _PLACES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _PLACES, __all__)
