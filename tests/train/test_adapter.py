@@ -121,5 +121,8 @@ def test_mistakes_are_said(start_folder: Path, tmp_path: Path) -> None:
     data = (Source(path="x"),)
     with pytest.raises(ConfigError, match="trains"):
         Stage(name="x", data=data, steps=1, adapter=LowRank(), trains=("model.*",))
+    first = Stage(name="x", data=data, steps=1, adapter=LowRank())
+    with pytest.raises(ConfigError, match="keeps_moments"):
+        Run(model="x", stages=(first, Stage(name="y", data=data, steps=1, keeps_moments=True)))
     with pytest.raises(ConfigError, match="There are"):
         insert_adapter(Decoder(TINY), LowRank(targets=("query",)), seed=0)

@@ -103,9 +103,11 @@ def test_moments_go_on_where_asked(make_run: MakeRun, tmp_path: Path) -> None:
         second = first.replace(name="second", keeps_moments=keeps)
         run = make_run(stages=(first, second))
         whole = train(run, tmp_path / f"whole-{keeps}")
-        with pytest.raises(Killed):
-            train(run, tmp_path / f"cut-{keeps}", report=dying_at(9))
-        assert_same_bits(train(run, tmp_path / f"cut-{keeps}"), whole)
+        for kill in (7, 9):  # before and after the first checkpoint of the second stage
+            folder = tmp_path / f"cut-{keeps}-{kill}"
+            with pytest.raises(Killed):
+                train(run, folder, report=dying_at(kill))
+            assert_same_bits(train(run, folder), whole)
         folders[keeps] = whole
     with pytest.raises(AssertionError):
         assert_same_bits(folders[True], folders[False])

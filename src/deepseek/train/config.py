@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import re
 from pathlib import Path
@@ -203,6 +204,10 @@ class Run(Config):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ConfigError(describe("stages", "Run", "of different names", names))
+        for before, stage in itertools.pairwise(self.stages):
+            if stage.keeps_moments and before.adapter is not None:
+                must = "left out after a stage of adapters, whose state goes with them"
+                raise ConfigError(describe("keeps_moments", f"stage {stage.name!r}", must, True))
         for name in ("checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(describe(name, "Run", "at least 1", getattr(self, name)))

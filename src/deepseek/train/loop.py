@@ -61,7 +61,7 @@ class Progress:
     tokens_per_s: float
     """Of all workers, over this step."""
     mfu: float
-    """Share of this machine's measured peak that the step's products reached."""
+    """Share of the workers' measured peak that the step's products reached."""
     left_s: float
     """Time that the stage's other steps will take at this speed."""
 
@@ -179,7 +179,7 @@ class Training:
         windows = self._opener.open(number)
         self._num_steps = num_steps = num_steps_of(stage, windows)
         if resumed is not None and position.step == 0:
-            self._checkpoints.load(self.model, [], resumed)
+            before = self._at_border(number, resumed)
         if stage.adapter is not None:
             insert_adapter(self.model, stage.adapter, self.run.seed + 7919 * number)
         trained = stage.trains if stage.adapter is None else TRAINED
@@ -194,7 +194,8 @@ class Training:
         if stage.keeps_moments and position.step == 0:
             _carry_moments(before, optimizers)
         batch_step = self._prepare_step(number, windows, parameters, optimizers, transport)
-        clock = _Clock(self.model if self._divided is None else self._divided.whole, stage)
+        whole = self.model if self._divided is None else self._divided.whole
+        clock = _Clock(whole, stage, self._world.size)
         start = position.total_steps - position.step
         self.model.train()
         with _recomputing(self.model, stage.recompute), contextlib.closing(batch_step):
@@ -208,6 +209,16 @@ class Training:
                 done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
                 self._maybe_save(done, num_steps, optimizers, transport)
         self._finish_stage(number, start + num_steps, optimizers)
+        return optimizers
+
+    def _at_border(self, number: int, resumed: Path) -> list[Optimizer]:
+        """Load what a stage begins with from a border's checkpoint, and return the optimizers of
+        the stage before where it goes on from their state."""
+        optimizers = []
+        if self._next_keeps_moments(number - 1):
+            before = self.run.stages[number - 1]
+            optimizers = build_optimizers(before.optimizer, self._choose(before.trains))
+        self._checkpoints.load(self.model, optimizers, resumed)
         return optimizers
 
     def _choose(self, patterns: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
@@ -315,10 +326,11 @@ class Training:
 
 
 class _Clock:
-    def __init__(self, model: Decoder, stage: Stage) -> None:
+    def __init__(self, model: Decoder, stage: Stage, workers: int) -> None:
         self._stage = stage
         self._flops = flops_per_token(model, stage.length)
-        self._peak = peak_flops(getattr(torch, stage.precision), torch.get_num_threads())
+        own = peak_flops(getattr(torch, stage.precision), torch.get_num_threads())
+        self._peak = own * workers
         self._last = time.perf_counter()
         self._speeds: list[float] = []
 

@@ -17,7 +17,7 @@ from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.distillation import linear_divergence
 
 _ROWS = 32
-"""Texts that are written at once."""
+"""Most texts that are written at once."""
 _TEXT_TOKENS = 480
 """Longest answer or free text."""
 _QUESTION_TOKENS = 120
@@ -109,7 +109,8 @@ def write_texts(
     if teacher is None:
         must = "there until its text is written"
         raise ConfigError(describe("teacher", "the run", must, None, "Train first"))
-    writer = _Writer(teacher, seed)
+    rows = max(1, min(_ROWS, num_tokens // _TEXT_TOKENS))
+    writer = _Writer(teacher, seed, rows)
     while written < num_tokens:
         goes_on()
         report(f"the teacher writes, {written} of {num_tokens} tokens", written / num_tokens)
@@ -136,11 +137,12 @@ def _kept(path: Path) -> list[list[list[int]]]:
 
 
 class _Writer:
-    def __init__(self, teacher: Decoder, seed: int) -> None:
+    def __init__(self, teacher: Decoder, seed: int, rows: int) -> None:
         tokenizer = teacher.tokenizer
         if tokenizer is None:
             raise ConfigError(describe("tokenizer", "the teacher", "there", None))
         self._teacher, self._tokenizer, self._seed = teacher, tokenizer, seed
+        self._rows = rows
         self._opening = _user_opening(tokenizer)
 
     def write(self, batch: int) -> list[list[int]]:
@@ -152,11 +154,11 @@ class _Writer:
 
     def _write_free(self, sampling: Sampling) -> list[list[int]]:
         start = self._begin()
-        found = self._write([[start]] * _ROWS, _TEXT_TOKENS, sampling)
+        found = self._write([[start]] * self._rows, _TEXT_TOKENS, sampling)
         return [[start, *text] for text in found if text]
 
     def _write_conversations(self, opening: list[int], sampling: Sampling) -> list[list[int]]:
-        turns = self._write([opening] * _ROWS, _QUESTION_TOKENS, sampling)
+        turns = self._write([opening] * self._rows, _QUESTION_TOKENS, sampling)
         questions = [self._tokenizer.decode(turn).strip() for turn in turns]
         prompts = [
             self._tokenizer.encode(
