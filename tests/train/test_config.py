@@ -9,6 +9,7 @@ import pytest
 from deepseek.errors import ConfigError, DeepseekError, FormatError
 from deepseek.optim import AdamW, Muon, WarmupStableDecay
 from deepseek.train import Run, Source, Stage, read_run
+from tests.house import REPO
 
 GOOD = """
 model: somewhere
@@ -94,3 +95,15 @@ def test_stages_of_one_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="different names"):
         Run(model="x", stages=(stage, stage))
     assert stage.optimizer == AdamW()
+
+
+def test_the_recipes_of_the_examples_are_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = read_run(REPO / "examples" / "smollm2_draft.yaml")
+    assert draft.layers is not None and len(draft.layers) == 8 and draft.needs_teacher
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "python-docstrings.txt").write_text("Return what is asked for.")
+    tuned = read_run(REPO / "examples" / "smollm2_ft.py")
+    assert tuned.model == "smollm2-135m" and tuned.stages[0].trains == ("*",)
