@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from deepseek.ops.cross_entropy.reference import IGNORED
+from deepseek.ops.head_loss import head_loss
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -43,54 +44,15 @@ def linear_cross_entropy_split(states: Tensor, weight: DTensor, labels: Tensor) 
     mesh = weight.device_mesh
     _, (first, _) = compute_local_shape_and_global_offset(weight.shape, mesh, weight.placements)
     entered = DTensor.from_local(states, mesh, [Replicate()], run_check=False)
-    loss: Tensor = _SplitLoss.apply(  # type: ignore[assignment]
-        entered.to_local(grad_placements=[Partial()]),
-        weight.to_local(),
-        labels - first,
-        labels != IGNORED,
-        mesh.get_group(),
-        # alike everywhere, though one process may have a word less than its neighbour
-        max(1, _CHUNK_LOGITS * mesh.size() // weight.shape[0]),
-    )
-    return loss
+    places, counts, group = labels - first, labels != IGNORED, mesh.get_group()
 
+    def of_chunk(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return _loss_and_slope(logits, places[part], counts[part], group)
 
-class _SplitLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: Tensor,
-        weight: Tensor,
-        places: Tensor,
-        counts: Tensor,
-        group: dist.ProcessGroup,
-        rows: int,
-    ) -> Tensor:
-        device, dtype = states.device.type, states.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        inputs, head = states.to(dtype), weight.to(dtype)
-        total = states.new_zeros((), dtype=torch.float32)
-        to_states = torch.empty_like(states)
-        to_weight = torch.zeros_like(weight, dtype=torch.float32)
-        with torch.autocast(device, enabled=False):
-            for start in range(0, len(places), rows):
-                part = slice(start, start + rows)
-                logits = inputs[part] @ head.T
-                loss, slope = _loss_and_slope(logits, places[part], counts[part], group)
-                total += loss
-                to_states[part] = slope @ head
-                to_weight += slope.T @ inputs[part]
-        ctx.save_for_backward(to_states, to_weight)
-        ctx.weight_dtype = weight.dtype
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        to_states, to_weight = ctx.saved_tensors
-        scaled = to_states * gradient.to(to_states.dtype)
-        return scaled, (to_weight * gradient).to(ctx.weight_dtype), None, None, None, None
+    # alike everywhere, though one process may have a word less than its neighbour
+    rows = max(1, _CHUNK_LOGITS * mesh.size() // weight.shape[0])
+    inputs = entered.to_local(grad_placements=[Partial()])
+    return head_loss(inputs, weight.to_local(), of_chunk, rows=rows)
 
 
 def _loss_and_slope(
