@@ -8,8 +8,9 @@ from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.train.config import LowRank, Run, Source, Stage, read_run
-    from deepseek.train.loop import Interrupted, Progress
+    from deepseek.train.loop import Progress
     from deepseek.train.start import prove_run, train
+    from deepseek.train.stopping import Interrupted
 
 __all__ = [
     "Interrupted",
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Interrupted": "loop",
+    "Interrupted": "stopping",
     "LowRank": "config",
     "Progress": "loop",
     "Run": "config",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from deepseek.data import conversation, read_texts, text_files
-from deepseek.data.texts import Record, read_lines
+from deepseek.data.texts import Record
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import default_corpus, perplexity, read_corpus
 from deepseek.hub.atomic import replace_file
@@ -106,8 +105,11 @@ def _answer_perplexity(model: Decoder, path: Path) -> Measurement:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     total, count, conversations = 0.0, 0, 0
-    for _, fields in read_lines(path):
-        document = conversation(_messages(fields, path), tokenizer)
+    for record in read_texts([path]):
+        if isinstance(record, str):
+            must = "conversations, as the file ends in .jsonl"
+            raise ConfigError(describe("text to measure on", str(path), must, "a text"))
+        document = conversation(record, tokenizer)
         tokens = torch.tensor([document.tokens])[:, : model.config.max_positions]
         is_answer = torch.tensor([document.targets])[:, : model.config.max_positions]
         labels = torch.where(is_answer, tokens, IGNORED)
@@ -125,10 +127,3 @@ def _answer_perplexity(model: Decoder, path: Path) -> Measurement:
         unit="1",
         conditions={"text": path.name, "conversations": conversations, "tokens": count},
     )
-
-
-def _messages(fields: dict[str, Any], path: Path) -> list[dict[str, object]]:
-    if not isinstance(fields.get("messages"), list):
-        must = 'lines with "messages"'
-        raise ConfigError(describe("data", str(path), must, fields))
-    return fields["messages"]

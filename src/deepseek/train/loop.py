@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,14 +33,11 @@ from deepseek.train.places import Places
 from deepseek.train.sources import Opener
 from deepseek.train.speed import flops_per_token, peak_flops
 from deepseek.train.step import BatchStep, StepResult, choose_parameters
+from deepseek.train.stopping import Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from deepseek.models.divided import DividedDecoder
     from deepseek.train.divided import DividedStep
-
-
-class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop; its state is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +115,7 @@ class Training:
             report=preparing,
         )
         self._checkpoints = Checkpoints(places.checkpoints, world, run.keep_checkpoints)
-        self._stop = False
+        self._stop = StopRequest()
         self._divided: DividedDecoder | None = None
         if run.mesh.sized(world.size).is_divided:
             from deepseek.train.divided import divide
@@ -153,7 +149,7 @@ class Training:
                 self._places.stage(self.run.stages[position.stage - 1].name)
             )
         try:
-            with self._stopping():
+            with self._stop.listening():
                 for number in range(position.stage, len(self.run.stages)):
                     optimizers = self._run_stage(number, position, optimizers, resumed, ledger)
                     position = Position(
@@ -265,7 +261,7 @@ class Training:
     def _maybe_save(
         self, done: Position, num_steps: int, optimizers: list[Optimizer], transport: Transport
     ) -> None:
-        stops = self._world.any(self._stop)
+        stops = self._world.any(self._stop.is_made)
         is_last = done.step == num_steps
         if stops or (done.step % self.run.checkpoint_every == 0 and not is_last):
             self._checkpoints.save(done, self.model, optimizers, transport.state_dict())
@@ -295,7 +291,7 @@ class Training:
 
     def _go_on(self) -> None:
         """Raise where the run is to stop before a step."""
-        if self._stop:
+        if self._stop.is_made:
             raise Interrupted
 
     def _next_keeps_moments(self, number: int) -> bool:
@@ -308,21 +304,6 @@ class Training:
         with self._places.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dataclasses.asdict(progress)) + "\n")
         self._report(progress)
-
-    @contextlib.contextmanager
-    def _stopping(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM end the run after the step that is being done."""
-
-        def stop(*_: object) -> None:
-            self._stop = True
-
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        old = [signal.signal(kind, stop) for kind in kinds]
-        try:
-            yield
-        finally:
-            for kind, handler in zip(kinds, old, strict=True):
-                signal.signal(kind, handler)
 
 
 class _Clock:

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,8 +21,9 @@ from deepseek.errors import ConfigError, FormatError, describe, missing_extra
 from deepseek.hub import Bundle
 from deepseek.models import Decoder
 from deepseek.records import Measurement, StageRecord
-from deepseek.train.loop import Interrupted
+from deepseek.train.config import ALL_LINEAR
 from deepseek.train.places import Places
+from deepseek.train.stopping import Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 STAGE = "preference"
 _SHARE = 0.1
 _LEAST = 4
-ALL_LAYERS = "all-linear"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,11 +104,11 @@ def prefer(
     if not isinstance(origin, Decoder) or not isinstance(origin.bundle, Bundle):
         raise ConfigError(describe("model", "adapt", "a decoder's bundle", asked.model))
     trainer = _trainer(asked, origin.bundle.path, learned, kept, places)
-    stopping = _Stopping(report)
-    trainer.add_callback(stopping.callback())
-    with _quiet(), stopping.signals():
+    stop = StopRequest()
+    trainer.add_callback(_callback(stop, report))
+    with _quiet(), stop.listening():
         trainer.train(resume_from_checkpoint=_newest(places.checkpoints))
-    if stopping.is_asked:
+    if stop.is_made:
         raise Interrupted
     with _quiet():
         found = _measurements(trainer.evaluate(), len(kept), asked)
@@ -212,54 +211,30 @@ def _adapters(asked: Preference) -> Any:
     return LoraConfig(
         r=asked.rank,
         lora_alpha=2 * asked.rank,
-        target_modules=ALL_LAYERS,
+        target_modules=ALL_LINEAR,
         task_type="CAUSAL_LM",
     )
 
 
-class _Stopping:
-    """Ends a Trainer after the step that is being done, and tells of each step."""
+def _callback(stop: StopRequest, report: Callable[[str, float], None]) -> Any:
+    """Return what ends a Trainer after the step that is being done, and tells of each step."""
+    from transformers import TrainerCallback
 
-    def __init__(self, report: Callable[[str, float], None]) -> None:
-        self.is_asked = False
-        self._report = report
+    class Callback(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.is_made:
+                control.should_save = control.should_training_stop = True
 
-    def callback(self) -> Any:
-        from transformers import TrainerCallback
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                right = 100 * logs.get("rewards/accuracies", float("nan"))
+                report(
+                    f"{STAGE} {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                    f"{right:.0f} % of the pairs right",
+                    state.global_step / max(1, state.max_steps),
+                )
 
-        stopping = self
-
-        class Callback(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                if stopping.is_asked:
-                    control.should_save = control.should_training_stop = True
-
-            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any):
-                if logs and "loss" in logs:
-                    stopping.tell(state, logs)
-
-        return Callback()
-
-    def tell(self, state: Any, logs: dict[str, Any]) -> None:
-        accuracy = logs.get("rewards/accuracies", float("nan"))
-        words = (
-            f"{STAGE} {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  "
-            f"{100 * accuracy:.0f} % of the pairs right"
-        )
-        self._report(words, state.global_step / max(1, state.max_steps))
-
-    @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        def stop(*_: object) -> None:
-            self.is_asked = True
-
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        old = [signal.signal(kind, stop) for kind in kinds]
-        try:
-            yield
-        finally:
-            for kind, handler in zip(kinds, old, strict=True):
-                signal.signal(kind, handler)
+    return Callback()
 
 
 def _newest(folder: Path) -> str | None:
