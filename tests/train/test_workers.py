@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.resume import children
 from deepseek.train import Run, prove_run, train
 from deepseek.train.summary import read_metrics
 from tests.train.conftest import MakeRun
@@ -63,20 +64,6 @@ def stop_at(process: subprocess.Popen[str], folder: Path, step: int, kind: signa
             os.kill(worker, kind)
     os.killpg(process.pid, kind)
     process.communicate(timeout=LIMIT_S)
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes below one, those of its children too."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(entry.read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError):
-            continue
-        if parent == pid:
-            child = int(entry.parent.name)
-            found += [child, *children(child)]
-    return found
 
 
 @pytest.fixture(scope="module")

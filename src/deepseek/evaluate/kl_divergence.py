@@ -200,16 +200,17 @@ def _measurements(
     agreed, _ = block_sums(agreements.numpy().astype(np.float64), block)
     accepted, _ = block_sums(acceptances.numpy(), block)
     blocks = f"{len(sums)} blocks of {block} tokens"
+    resampled = {
+        **conditions,
+        "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples",
+    }
     return [
         Measurement(
             name="kl_divergence",
             value=float(divergences.mean()),
             unit="nats/token",
             spread=bootstrap_ratio(sums, sizes, seed=seed),
-            conditions={
-                **conditions,
-                "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples",
-            },
+            conditions=resampled,
             command=command,
         ),
         Measurement(
@@ -228,10 +229,7 @@ def _measurements(
             value=float(acceptances.mean()),
             unit="1",
             spread=bootstrap_ratio(accepted, sizes, seed=seed),
-            conditions={
-                **conditions,
-                "interval": f"block bootstrap, {blocks}, {NUM_RESAMPLES} resamples",
-            },
+            conditions=resampled,
             command=command,
         ),
     ]
