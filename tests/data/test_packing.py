@@ -24,7 +24,8 @@ def documents(sizes: list[int]) -> list[Document]:
 
 @given(DOCUMENTS, st.integers(3, 30))
 def test_rows_hold_every_document_whole(sizes: list[int], length: int) -> None:
-    rows = list(packed(documents(sizes), length, FILL))
+    *rows, end = packed(documents(sizes), length, FILL)
+    assert (list(end.tokens), list(end.targets or ())) == ([FILL], [False])
     assert all(len(row.tokens) == len(row.targets or ()) == length - 1 for row in rows)
     found = sorted(token for row in rows for token in row.tokens if token != FILL)
     assert found == sorted(token for each in documents(sizes) for token in each.tokens)
@@ -38,14 +39,14 @@ def test_rows_hold_every_document_whole(sizes: list[int], length: int) -> None:
 
 @given(st.lists(st.integers(1, 15), min_size=20, max_size=200))
 def test_little_is_filled(sizes: list[int]) -> None:
-    rows = list(packed(documents(sizes), 65, FILL))
+    *rows, _ = packed(documents(sizes), 65, FILL)
     filled = sum(token == FILL for row in rows for token in row.tokens)
     assert filled <= 64 + 16 * len(rows) // 2
 
 
 def test_targets_stay_with_their_tokens() -> None:
     document = Document([1, 2, 3, 4], [False, True, False, True])
-    (row,) = packed([document], 8, FILL)
+    row, _ = packed([document], 8, FILL)
     assert row.targets == [False, True, False, True, False, False, False]
 
 
@@ -55,6 +56,7 @@ def test_a_window_is_a_row(tmp_path: Path) -> None:
         tmp_path / "corpus", rows, name="x", vocab_size=1000, tokenizer_sha256="x"
     )
     windows = Windows([corpus], length=13)
+    assert windows.num_windows == len(rows) - 1
     samples = windows.read(0, windows.num_windows)
     for tokens, targets in zip(samples.tokens, samples.targets, strict=True):
         row = next(row for row in rows if list(row.tokens) == tokens[:-1].tolist())

@@ -13,8 +13,8 @@ _OPEN_ROWS = 64
 
 def packed(documents: Iterable[Document], length: int, fill: int) -> Iterator[Document]:
     """Yield rows of `length - 1` tokens, each of whole documents and then of filling that is not
-    learned; so each window of `length` tokens of their corpus (`Windows`) is one row, and the first
-    token of the next.
+    learned, and at last one token of filling; so each window of `length` tokens of their corpus
+    (`Windows`) is one row, and the token behind it.
 
     A document goes where it leaves the least room, among the last 64 rows that are not full (best
     fit). One that is longer than a row is cut, and each piece is a document. The first token of a
@@ -43,6 +43,7 @@ def packed(documents: Iterable[Document], length: int, fill: int) -> Iterator[Do
                 yield _filled(rows.pop(0), width, fill)
     for row in rows:
         yield _filled(row, width, fill)
+    yield Document([fill], [False])
 
 
 def _pieces(document: Document, width: int) -> Iterator[tuple[list[int], list[bool]]]:
