@@ -106,15 +106,20 @@ def test_mistakes_are_one_line(run: Run, chat_folder: str, text: Path, tmp_path:
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text('{"text": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n')
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.write_text("")
+    short.write_text("one\n" * 30)
     out = ("--out", str(tmp_path / "out"))
     for words, must in (
+        ((chat_folder, str(empty), *out), "some lines of text"),
+        ((chat_folder, str(short), *out), "Take a shorter --length or more text"),
         ((chat_folder, "nowhere.txt", *out), "a file or folder of"),
         ((chat_folder, str(text), *out, "--replay", "1"), "from 0 to below 1"),
         ((chat_folder, str(text), *out, "--rate", "-1"), "must be a positive number"),
         ((chat_folder, str(text), *out, "--beta", "1"), "left out"),
         ((chat_folder, str(pairs), *out, "--replay", "0.5"), "left out"),
         ((chat_folder, str(pairs), *out, "--method", "qlora"), "full or lora"),
-        ((chat_folder, str(mixed), *out), "texts or conversations"),
+        ((chat_folder, str(mixed), *out), "texts, or conversations"),
     ):
         ended = run("adapt", *words)
         assert ended.code == 2, words

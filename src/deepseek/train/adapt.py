@@ -126,6 +126,9 @@ def plan(asked: Adaptation, folder: str | Path) -> Run:
         learned, held_out = split_texts(learned, places.folder / "texts")
         kept = str(held_out)
     num_tokens = _count_tokens(asked, learned)
+    if kind_of(learned) == "text" and num_tokens < asked.length:
+        must, step = f"at least {asked.length} tokens long", "Take a shorter --length or more text"
+        raise ConfigError(describe("data", asked.data, must, f"{num_tokens} tokens", step))
     per_step = asked.batch * (asked.length - 1) * (1 - asked.replay)
     steps = asked.steps or max(1, math.ceil(asked.epochs * num_tokens / per_step))
     sources: tuple[Source, ...] = (Source(path=str(learned)),)

@@ -40,17 +40,16 @@ def split_texts(path: Path, into: Path) -> tuple[Path, Path]:
     records = list(read_texts(text_files(path)))
     kinds = {isinstance(record, str) for record in records}
     if len(kinds) != 1:
-        must = "texts or conversations, and not both"
-        got = "both" if kinds else "nothing"
-        raise ConfigError(describe("data", str(path), must, got))
+        must = "texts, or conversations"
+        raise ConfigError(describe("data", str(path), must, "both" if kinds else "nothing"))
     cut = math.ceil(len(records) * (1 - _SHARE))
     learned, kept = records[:cut], records[cut:]
     if len(records) < 2 / _SHARE and kinds == {True}:
         learned, kept = _cut_text("\n\n".join(str(record) for record in records))
     if not learned or not kept:
-        must = "at least two conversations, or some lines of text"
+        must = "some lines of text" if kinds == {True} else "at least two conversations"
         step = "Give more, or a file of its own to measure on by --held-out"
-        raise ConfigError(describe("data", str(path), must, f"{len(records)}", step))
+        raise ConfigError(describe("data", str(path), must, records, step))
     if isinstance(kept[0], str):
         return (
             _write_lines(into / "learned.jsonl", learned),
