@@ -64,7 +64,7 @@ def test_a_domain_is_learned_and_both_changes_are_shown(
     assert figures["domain_change"]["value"] < -20
     assert figures["domain_change"]["conditions"]["text"] == "held-out.txt"
     assert figures["forgetting"]["conditions"]["text"] == "general.txt"
-    assert "teacher writes" in ended.err
+    assert "teacher writes" in ended.err and "measuring on" in ended.err
     settings = ended.object["settings"]
     assert (settings["method"], settings["replay"]) == ("full", 0.5)
     card = hub.Bundle.open(ended.object["bundle"]).card

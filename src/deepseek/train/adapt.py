@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -179,9 +179,19 @@ def _count_tokens(asked: Adaptation, learned: Path) -> int:
     return sum(len(document.tokens) for document in documents)
 
 
-def measure_before(run: Run, folder: str | Path) -> list[Measurement]:
+def measure_before(
+    run: Run,
+    folder: str | Path,
+    report: Callable[[str, float], None] = lambda words, share: None,
+) -> list[Measurement]:
     """Return what the texts of a run's stage are to the model it starts from; measured once and
-    kept in the folder."""
+    kept in the folder.
+
+    Args:
+        run: of `plan`.
+        folder: its folder.
+        report: told what is done, and the share.
+    """
     path = Path(folder) / "before.json"
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -190,7 +200,7 @@ def measure_before(run: Run, folder: str | Path) -> list[Measurement]:
     model = hub.load(run.model, dtype="float32")
     assert isinstance(model, Decoder)
     model.eval()
-    found = [item for text in run.stages[0].evaluate for item in measure_on(model, text)]
+    found = [item for text in run.stages[0].evaluate for item in measure_on(model, text, report)]
     path.parent.mkdir(parents=True, exist_ok=True)
     written = json.dumps([item.to_dict() for item in found], indent=1)
     replace_file(path, written.encode() + b"\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -87,17 +88,27 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-def measure_on(model: Decoder, text: str) -> list[Measurement]:
+def measure_on(
+    model: Decoder, text: str, report: Callable[[str, float], None] = lambda words, share: None
+) -> list[Measurement]:
     """Return the perplexity of a text, or that of the answers in a file of conversations.
 
     Args:
         model: in evaluation mode.
         text: a file, or `python-topics`.
+        report: told what is done, and the share.
     """
+    name = Path(text).name
     if Path(text).suffix == ".jsonl":
         return [_answer_perplexity(model, Path(text))]
     corpus = default_corpus() if text == PYTHON_TOPICS else read_corpus(text)
-    return list(perplexity(model, corpus, max_tokens=_MAX_TOKENS).measurements)
+    found = perplexity(
+        model,
+        corpus,
+        max_tokens=_MAX_TOKENS,
+        progress=lambda _, share: report(f"measuring on {name}", share or 0.0),
+    )
+    return list(found.measurements)
 
 
 def _answer_perplexity(model: Decoder, path: Path) -> Measurement:

@@ -64,7 +64,7 @@ class Progress:
 
 Report = Callable[[Progress], None]
 Preparing = Callable[[str, float], None]
-"""Told of long work before the first step: what, and the share that is done."""
+"""Told of long work before and after the steps: what, and the share that is done."""
 
 
 def num_steps_of(stage: Stage, windows: Windows) -> int:
@@ -103,7 +103,8 @@ class Training:
             places: the run's folder.
             world: the workers.
             report: called after each step, on the first worker.
-            preparing: called during long work before a stage, on the first worker.
+            preparing: called during long work before and after the steps of a stage, on the first
+                worker.
             teacher: that sources learn from, where one does.
         """
         self.run, self.model, self._places, self._world = run, model, places, world
@@ -279,7 +280,8 @@ class Training:
             merge_adapter(self.model)
         whole = self._whole()
         if self._world.is_first:
-            found = [item for text in stage.evaluate for item in measure_on(whole, text)]
+            told = self._opener.report
+            found = [item for text in stage.evaluate for item in measure_on(whole, text, told)]
             settings = {**stage.to_dict(), "run_seed": self.run.seed}
             record = StageRecord(name=f"train {stage.name}", settings=settings, seed=self.run.seed)
             folder = self._places.stage(stage.name)

@@ -40,8 +40,8 @@ def train(
         folder: new, or one in which this run was begun.
         world: the workers, of `parallel.joined_world`; None for this process alone.
         report: called after each step, on the first worker.
-        preparing: called during long work before a stage, with what it is and the share that is
-            done, on the first worker.
+        preparing: called during long work before and after the steps of a stage, with what it is
+            and the share that is done, on the first worker.
 
     Raises:
         ConfigError: the run cannot be done, is not the folder's, or diverged.

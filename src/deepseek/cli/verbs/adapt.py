@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 
 def _adapt(args: argparse.Namespace, kind: Kind, out: Output) -> int:
-    from deepseek.cli.verbs.train import launch, train_here
+    from deepseek.cli.verbs.train import launch, set_threads, telling, train_here
     from deepseek.hub import Bundle
     from deepseek.parallel import joined_world
     from deepseek.train.adapt import as_measurements, changes, measure_before, plan, read_plan
@@ -111,7 +111,11 @@ def _adapt(args: argparse.Namespace, kind: Kind, out: Output) -> int:
             plan(asked, args.out)
         world.barrier()
         planned = read_plan(args.out)
-        before = measure_before(planned, args.out) if world.is_first else []
+        set_threads(args.threads, world)
+        before = []
+        if world.is_first:
+            with telling(out) as say:
+                before = measure_before(planned, args.out, say)
         folder = train_here(planned, args, out, world)
     if not world.is_first:
         return 0
