@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek import hub
+from deepseek.data import conversation
 from deepseek.models import Decoder
 from deepseek.train.adapt import kind_of
-from deepseek.train.held_out import split_texts
+from deepseek.train.held_out import measure_on, split_texts
 from tests.cli.conftest import Run
 from tests.data.test_conversations import chat_tokenizer
 from tests.generate.conftest import TINY
+from tests.train.test_resume import assert_same_bits
 
 SMALL = ("--length", "32", "--batch", "4", "--steps", "6", "--precision", "float32")
 
@@ -81,12 +85,47 @@ def test_conversations_are_learned(
     general = tmp_path / "general.txt"
     general.write_text("What is known stays known, it is hoped. " * 30)
     words = ("adapt", chat_folder, str(chat), "--out", str(tmp_path / "out"), *SMALL)
-    ended = run(*words, "--method", method, "--rate", "2e-2", "--general", str(general))
+    words += ("--method", method, "--rate", "2e-2", "--general", str(general))
+    ended = run(*words, "--json")
     assert ended.code == 0, ended.err
-    assert "held-out.jsonl, to be learned" in ended.out and "-" in ended.out
-    assert "general.txt, to be kept" in ended.out
+    figures = {item["name"]: item for item in ended.object["measurements"]}
+    assert figures["domain_change"]["value"] < -10
+    assert figures["forgetting"]["conditions"]["text"] == "general.txt"
+    again = run(*words)
+    assert "held-out.jsonl, to be learned" in again.out and "general.txt, to be kept" in again.out
     adapter = tmp_path / "out" / "adapters" / "adapt" / "adapter_model.safetensors"
     assert adapter.is_file()
+
+
+def test_only_answers_are_measured(chat_folder: str, chat: Path) -> None:
+    model = hub.load(chat_folder, dtype="float32")
+    assert isinstance(model, Decoder) and model.tokenizer is not None
+    (found,) = measure_on(model, str(chat))
+    losses = []
+    for line in chat.read_text().splitlines():
+        document = conversation(json.loads(line)["messages"], model.tokenizer)
+        tokens = torch.tensor([document.tokens])
+        chances = model(tokens).logits[0, :-1].log_softmax(-1)
+        each = -chances.gather(1, tokens[0, 1:, None])[:, 0]
+        losses.append(each[torch.tensor(document.targets)[1:]])
+    expected = torch.cat(losses)
+    assert found.conditions["tokens"] == len(expected)
+    assert found.value == pytest.approx(expected.mean().exp().item(), rel=1e-4)
+
+
+@pytest.mark.dist
+def test_workers_end_in_the_same_bits(chat_folder: str, text: Path, tmp_path: Path) -> None:
+    ends = []
+    for workers in ("1", "2"):
+        out = str(tmp_path / workers)
+        words = ["adapt", chat_folder, str(text), "--out", out, "--general", str(text), *SMALL]
+        words += ["--micro-batch", "2", "--threads", "1", "--workers", workers, "--json"]
+        done = subprocess.run(
+            [sys.executable, "-m", "deepseek", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        ends.append(Path(json.loads(done.stdout)["bundle"]))
+    assert_same_bits(*ends)
 
 
 def test_a_gate_that_fails_is_exit_code_1(
