@@ -62,5 +62,5 @@ $(READY): pyproject.toml requirements.lock CMakeLists.txt $(KERNELS)
 	@touch $@
 
 $(EVAL_READY): $(READY)
-	@$(INSTALL) --editable '.[dev,eval,preference,track]'
+	@$(INSTALL) --editable '.[dev,eval,preference]'
 	@touch $@
