@@ -31,7 +31,7 @@ test-slow: $(EVAL_READY)  ## the slow and the many-process tests
 sanitize: $(READY)  ## the kernels' tests on a build with address and undefined-behaviour checks
 	@sh scripts/sanitize.sh $(ARGS)
 
-lint: $(READY)  ## style and types
+lint: $(EVAL_READY)  ## style and types, of the optional libraries too
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
