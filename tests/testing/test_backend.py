@@ -258,6 +258,13 @@ def detached_keys(case: Case, queries: Tensor, keys: Tensor, values: Tensor) -> 
     return reference(case, (queries, 2 * keys - keys.detach(), values))
 
 
+def overwritten_attention(case: Case, *tensors: Tensor) -> Tensor:
+    """Every call writes its result into the same memory."""
+    found = reference(case, tensors)
+    shared = _MEMORY.setdefault(0, torch.zeros(1 << 20))[: found.numel()].view(found.shape)
+    return shared.copy_(found)
+
+
 def attends(run: Change, **settings: object) -> Stranger:
     return Stranger(operation="attention", attention=run, **settings)
 
@@ -271,6 +278,7 @@ ATTENTION_FAULTS: dict[str, tuple[Stranger, str]] = {
         "the same bits alone and in company, as declared",
     ),
     "modifies the keys": (attends(scaled_keys), "argument 1 .* left as it was"),
+    "overwrites": (attends(overwritten_attention), "left alone by the next call"),
     "wrong gradients": (attends(detached_keys, has_gradients=True), "gradient of keys"),
     "cannot be called": (attends(one_slot_late, answer={"attention": None}), "attention .* given"),
 }

@@ -88,7 +88,9 @@ def test_peft_reads_the_adapters(make_run: MakeRun, tmp_path: Path) -> None:
     base = hub.load(folder.with_name("first"), dtype="float32")
     joined = peft.PeftModel.from_pretrained(base, str(tmp_path / "adapters" / "low-rank"))  # type: ignore[arg-type]
     merged = hub.load(folder, dtype="float32")
-    assert_close(joined(input_ids=TOKENS).logits, merged(TOKENS).logits)
+    # merging rounds the sum of two weights, so the logits differ by more than the order of sums
+    found, beside = merged(TOKENS).logits, joined(input_ids=TOKENS).logits
+    torch.testing.assert_close(found, beside, rtol=0, atol=MODEL_LOGITS_ATOL)
 
 
 @pytest.mark.parametrize("base", ["float32", "int4"])

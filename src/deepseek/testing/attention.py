@@ -51,7 +51,7 @@ def prove_attention(trial: Trial, shape: tuple[int, ...], seed: int) -> tuple[fl
     queries, keys, values = (each.to(trial.case.device) for each in tensors)
     expected, bound = reference(trial.case, tensors), torch.tensor(_BOUNDS[trial.case.storage])
     whole = trial.result(attend, queries, keys, values, shape=expected.shape)
-    share = trial.share("output", whole, expected, bound)
+    share, kept = trial.share("output", whole, expected, bound), whole.detach().clone()
     places = (slice(-1, None), slice(None)), (slice(None), slice(-1, None))
     is_same = True
     for rows, newest in places:
@@ -59,7 +59,9 @@ def prove_attention(trial: Trial, shape: tuple[int, ...], seed: int) -> tuple[fl
         wanted = expected[rows, :, newest]
         alone = trial.result(attend, *part, shape=wanted.shape)
         share = max(share, trial.share("output of some rows", alone, wanted, bound))
-        is_same = is_same and torch.equal(alone, whole[rows, :, newest])
+        is_same = is_same and torch.equal(alone, kept[rows, :, newest])
+    if not torch.equal(whole, kept):
+        trial.fail("output", "left alone by the next call", "changed values")
     trial.of_nothing(attend, queries[:, :, :0], keys, values)
     if trial.case.has_gradients:
         share = max(share, _prove_gradients(trial, attend, tensors))
