@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from deepseek.errors import ConfigError
@@ -70,11 +69,10 @@ def test_peak_memory_sees_what_is_gone_again() -> None:
     before = resources.current_rss_bytes()
     if before is None:
         pytest.skip("this system has no /proc/self/status")
-    with resources.track() as usage:
-        # pages of its own: an allocator may hand out memory that is resident already
-        with mmap.mmap(-1, 120_000_000) as held:
-            held.write(b"1" * len(held))
-            time.sleep(0.05)
+    # pages of its own: an allocator may hand out memory that is resident already
+    with resources.track() as usage, mmap.mmap(-1, 120_000_000) as held:
+        held.write(b"1" * len(held))
+        time.sleep(0.05)
     assert usage.peak_rss_bytes >= before + 100_000_000
     assert usage.wall_s >= 0.05
     assert "whole process" not in usage.peak_rss_method
