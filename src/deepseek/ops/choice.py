@@ -167,7 +167,7 @@ class CompiledBackend:
             return None
         return Kernel(
             name=f"deepseek {isa}",
-            why="pages in place, one softmax over spans of 256 slots merged in order",
+            why="pages in place, one softmax over spans of 128 slots merged in order",
             is_batch_invariant=True,
             attention=functools.partial(_compiled_attention, case.storage, isa),
         )

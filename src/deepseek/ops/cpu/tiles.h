@@ -2,8 +2,8 @@
 // processor's instructions, or for an emulation of them after the manual, which runs where there is
 // no AMX so that the kernels above can be tested.
 //
-// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSUD and
-// TDPBF16PS; the emulation does not flush denormal numbers.
+// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBSUD,
+// TDPBUSD and TDPBF16PS; the emulation does not flush denormal numbers.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +48,11 @@ template <int C, int A, int B>
 inline void tile_dot_s8u8() {
   asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
+// C += A * B; A holds unsigned bytes, B signed ones.
+template <int C, int A, int B>
+inline void tile_dot_u8s8() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
 // C += A * B in pairs of bfloat16, with two float32 sums that are added to C at the end.
 template <int C, int A, int B>
 inline void tile_dot_bf16() {
@@ -83,18 +88,26 @@ inline void tile_store(void* to, ptrdiff_t stride) {
   for (int r = 0; r < tile_state.config.rows[T]; ++r)
     std::memcpy((uint8_t*)to + r * stride, tile_state.tiles[T][r], tile_state.config.row_bytes[T]);
 }
-template <int C, int A, int B>
-inline void tile_dot_s8u8() {
+template <int C, int A, int B, typename Left, typename Right>
+inline void tile_dot_bytes() {
   const TileConfig& config = tile_state.config;
   for (int m = 0; m < config.rows[C]; ++m) {
     int32_t sums[16];
     std::memcpy(sums, tile_state.tiles[C][m], 64);
-    const int8_t* a = (const int8_t*)tile_state.tiles[A][m];
+    const Left* a = (const Left*)tile_state.tiles[A][m];
     for (int k = 0; k < config.row_bytes[A]; ++k)
       for (int n = 0; n < config.row_bytes[C] / 4; ++n)
-        sums[n] += int32_t(a[k]) * int32_t(tile_state.tiles[B][k / 4][4 * n + k % 4]);
+        sums[n] += int32_t(a[k]) * int32_t(((const Right*)tile_state.tiles[B][k / 4])[4 * n + k % 4]);
     std::memcpy(tile_state.tiles[C][m], sums, 64);
   }
+}
+template <int C, int A, int B>
+inline void tile_dot_s8u8() {
+  tile_dot_bytes<C, A, B, int8_t, uint8_t>();
+}
+template <int C, int A, int B>
+inline void tile_dot_u8s8() {
+  tile_dot_bytes<C, A, B, uint8_t, int8_t>();
 }
 template <int C, int A, int B>
 inline void tile_dot_bf16() {

@@ -12,7 +12,7 @@ constexpr int kPanel = 48;
 constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
-constexpr int kSpan = 256;
+constexpr int kSpan = 128;
 // Channels that are rotated together before int8 quantization.
 constexpr int kRotation = 64;
 // Raised whenever the bytes of a packed weight change: files of them are kept between runs.

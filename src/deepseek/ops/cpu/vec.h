@@ -344,6 +344,16 @@ inline vi dot_u8s8(vi acc, vi w, vi inputs) {
 
 #endif
 
+// Two vectors of bfloat16, side by side.
+inline void store_bf16_pair(uint16_t* p, vf a, vf b) {
+#if defined(__AVX512BF16__)
+  __m512bh both = _mm512_cvtne2ps_pbh(b, a);
+  std::memcpy(p, &both, 64);
+#else
+  store_bf16(p, a), store_bf16(p + kLanes, b);
+#endif
+}
+
 // A pair of bfloat16 inputs for `dot_bf16`, in every lane.
 #if defined(__AVX512BF16__)
 using Pair = vi;
@@ -367,9 +377,18 @@ inline vf dot_bf16(vf acc, vi w, Pair x) {
 #endif
 
 // 2^x of values up to 120; 0 far below. `Terms` of the series: 7 for float32, 4 where what comes of
-// it is rounded to 8 bits anyway (4e-5).
+// it is rounded to 8 bits anyway (8e-5).
 template <int Terms>
 inline vf power_of_two(vf x) {
+#if defined(__AVX512F__)
+  if constexpr (Terms == 4) {
+    vf f = _mm512_reduce_ps(x, 0x09);  // above the whole number below, which `scalef` takes by itself
+    vf p = fma(f, all(7.8024568986e-2f), all(2.2606725311e-1f));
+    p = fma(p, f, all(6.9583340419e-1f));
+    p = fma(p, f, all(9.9992522608e-1f));
+    return _mm512_scalef_ps(p, x);
+  }
+#endif
   x = vmax(x, all(-140.0f));
   vf whole = nearest(x), f = sub(x, whole);
   vf p = all(Terms > 4 ? 1.5252733804e-5f : 9.6181291076e-3f);
@@ -386,6 +405,16 @@ inline vf power_of_two(vf x) {
 }
 
 constexpr float kLog2E = 1.44269504088896341f;
+
+// 1 / x of x from 1 on, to 2e-7.
+inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+  vf first = _mm512_rcp14_ps(x);  // Newton's step squares its error; a division takes three times as long
+  return mul(first, sub(all(2.0f), mul(x, first)));
+#else
+  return div(all(1.0f), x);
+#endif
+}
 
 inline vf exponential(vf x) { return power_of_two<7>(mul(vmin(x, all(80.0f)), all(kLog2E))); }
 

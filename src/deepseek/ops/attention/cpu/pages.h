@@ -4,6 +4,9 @@
 #include <type_traits>
 
 #include "../../linear/cpu/inputs.h"
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+#include "tile_pages.h"
+#endif
 
 namespace {
 
@@ -152,7 +155,7 @@ void scores_of(const float* const* q, const int*, const float* keys, int dim, fl
   }
 }
 
-// sums [R][dim] = weights [R][256] times the values of pages first ... last - 1 of a span.
+// sums [R][dim] = weights [R][kSpan] times the values of pages first ... last - 1 of a span.
 template <int R, int C>
 void values_of(const uint16_t* p, const float*, const PageView<uint16_t>* pages, int first, int last,
                int dim, float* sums, int column) {
@@ -263,34 +266,46 @@ void softmax(const Attend& a, const PageView<T>* pages, int first, int last, con
              float* total) {
   constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
   int start = first * kPageVectors, stop = last * kPageVectors;
-  float bounds[R];
+  float bounds[R], factors[R];
   for (int r = 0; r < R; ++r) {
     float* row = s + r * kSpan;
     int low = queries[r].low - span_slot, high = queries[r].high - span_slot;
     bool is_cut = low > first * kPage || high < last * kPage;
-    vf peak = all(-INFINITY), factor = all(a.scale * kLog2E * scales[r]);
-    for (int v = start; v < stop; ++v) {
-      vf x = mul(load(row + v * kLanes), factor);
-      if (pages->key_scale)
-        x = mul(x, load(pages[v / kPageVectors].key_scale + v % kPageVectors * kLanes));
-      if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
-      store(row + v * kLanes, x);
-      peak = vmax(peak, x);
-    }
-    most[r] = largest(peak);
+    vf peak = all(-INFINITY);
+    if (is_cut || pages->key_scale)
+      for (int v = start; v < stop; ++v) {
+        vf x = load(row + v * kLanes);
+        if (pages->key_scale)
+          x = mul(x, load(pages[v / kPageVectors].key_scale + v % kPageVectors * kLanes));
+        if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
+        store(row + v * kLanes, x);
+        peak = vmax(peak, x);
+      }
+    else
+      for (int v = start; v < stop; ++v) peak = vmax(peak, load(row + v * kLanes));
+    float factor = a.scale * kLog2E * scales[r];
+    factors[r] = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
+    most[r] = largest(peak) * factors[r];
     bounds[r] = most[r] == -INFINITY ? 0.0f : most[r];  // it may see nothing here
   }
   for (int r = 0; r < R; ++r) {
     float* row = s + r * kSpan;
-    vf mass = zero(), peak = zero(), bound = all(bounds[r]);
-    for (int v = start; v < stop; ++v) {
-      vf x = power_of_two<terms_of_power>(sub(load(row + v * kLanes), bound));
+    vf mass = zero(), peak = zero(), bound = all(-bounds[r]), factor = all(factors[r]);
+    auto weight = [&](int v) {
+      vf x = power_of_two<terms_of_power>(fma(load(row + v * kLanes), factor, bound));
       mass = add(mass, x);
-      if (pages->value_scale)
-        x = mul(x, load(pages[v / kPageVectors].value_scale + v % kPageVectors * kLanes));
-      if constexpr (sizeof(T) == 4) store(p + r * kSpan + v * kLanes, x);
-      if constexpr (sizeof(T) == 2) store_bf16(p + r * kSpan + v * kLanes, x);
-      if constexpr (sizeof(T) == 1) store(row + v * kLanes, x), peak = vmax(peak, x);
+      if (!pages->value_scale) return x;
+      return mul(x, load(pages[v / kPageVectors].value_scale + v % kPageVectors * kLanes));
+    };
+    for (int v = start; v < stop; v += 2) {
+      vf one = weight(v), two = weight(v + 1);
+      T* place = p + r * kSpan + v * kLanes;
+      if constexpr (sizeof(T) == 4) store(place, one), store(place + kLanes, two);
+      if constexpr (sizeof(T) == 2) store_bf16_pair(place, one, two);
+      if constexpr (sizeof(T) == 1) {
+        store(row + v * kLanes, one), store(row + (v + 1) * kLanes, two);
+        peak = vmax(peak, vmax(one, two));
+      }
     }
     total[r] = sum(mass);
     if constexpr (sizeof(T) == 1) weight_scale[r] = largest(peak) * (1.0f / 255.0f);
@@ -304,26 +319,38 @@ void softmax(const Attend& a, const PageView<T>* pages, int first, int last, con
     }
 }
 
+// The pages of a span that any of the queries sees: first ... last - 1, nothing where they are equal.
+struct Seen {
+  int first, last;
+
+  Seen(const Query* queries, int count, int span_slot, int num_pages) {
+    int low = queries[0].low, high = queries[0].high;
+    for (int i = 1; i < count; ++i) {
+      low = queries[i].low < low ? queries[i].low : low;
+      high = queries[i].high > high ? queries[i].high : high;
+    }
+    first = low > span_slot ? (low - span_slot) / kPage : 0;
+    last = (high - span_slot + kPage - 1) / kPage;
+    last = last < num_pages ? last : num_pages;
+    last = last < first ? first : last;
+  }
+};
+
+inline void see_nothing(int count, int dim, float* sums, float* most, float* total) {
+  for (int i = 0; i < count; ++i) most[i] = -INFINITY, total[i] = 0.0f;
+  std::memset(sums, 0, size_t(count) * dim * sizeof(float));
+}
+
 // The softmax states of R queries over the pages of a span that any of them sees.
 template <int R, typename T>
 void attend_tile(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
                  const float* scales, const int* terms, const Query* queries, int span_slot,
                  float* sums, float* most, float* total) {
-  int dim = a.layout->dim_padded, low = queries[0].low, high = queries[0].high;
+  int dim = a.layout->dim_padded;
+  auto [first, last] = Seen(queries, R, span_slot, num_pages);
+  if (first == last) return see_nothing(R, dim, sums, most, total);
   const T* vectors[R];
-  for (int r = 0; r < R; ++r) {
-    vectors[r] = q + size_t(r) * dim;
-    low = queries[r].low < low ? queries[r].low : low;
-    high = queries[r].high > high ? queries[r].high : high;
-  }
-  int first = low > span_slot ? (low - span_slot) / kPage : 0;
-  int last = (high - span_slot + kPage - 1) / kPage;
-  last = last < num_pages ? last : num_pages;
-  if (first >= last) {  // none sees anything here
-    for (int r = 0; r < R; ++r) most[r] = -INFINITY, total[r] = 0.0f;
-    std::memset(sums, 0, size_t(R) * dim * sizeof(float));
-    return;
-  }
+  for (int r = 0; r < R; ++r) vectors[r] = q + size_t(r) * dim;
   alignas(64) float s[R * kSpan];
   alignas(64) T p[R * kSpan];
   float weight_scale[R];
@@ -332,6 +359,33 @@ void attend_tile(const Attend& a, const PageView<T>* pages, int num_pages, const
   softmax<R, T>(a, pages, first, last, scales, queries, span_slot, s, p, weight_scale, most, total);
   weighted_values<R, T>(p, weight_scale, pages, first, last, dim, sums);
 }
+
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+// The same by tiles, for up to 16 queries.
+template <typename T>
+void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
+                     const float* scales, const int* terms, const Query* queries, int count,
+                     int span_slot, float* sums, float* most, float* total) {
+  int dim = a.layout->dim_padded;
+  auto [first, last] = Seen(queries, count, span_slot, num_pages);
+  if (first == last) return see_nothing(count, dim, sums, most, total);
+  alignas(64) float s[kTileQueries * kSpan];
+  alignas(64) T p[kTileQueries * kSpan];
+  float weight_scale[kTileQueries];
+  for (int page = first; page < last; ++page)
+    tile_scores(q, terms, count, pages[page].keys, dim, s + page * kPage);
+  auto weights_of = [&](auto rows, int i) {
+    keep_tiles_awake<T>();
+    softmax<decltype(rows)::value, T>(a, pages, first, last, scales + i, queries + i, span_slot,
+                                      s + i * kSpan, p + i * kSpan, weight_scale + i, most + i, total + i);
+  };
+  int i = 0;
+  for (; i + 4 <= count; i += 4) weights_of(std::integral_constant<int, 4>{}, i);
+  for (; i + 3 <= count; i += 3) weights_of(std::integral_constant<int, 3>{}, i);
+  for (; i < count; ++i) weights_of(std::integral_constant<int, 1>{}, i);
+  tile_values(p, weight_scale, count, pages, first, last, dim, sums);
+}
+#endif
 
 // What `attend_span` reads beside the pages: queries as their keys are stored, and room for the pages of
 // a span widened to bfloat16.
@@ -390,6 +444,17 @@ void attend_typed(const Attend& a, const Query* queries, int count, int start, i
       pages[i].value_scale = (const float*)(head + l.value_scale_offset);
     }
   }
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+  if constexpr (sizeof(T) < 4) {
+    for (int i = 0, some, configured = 0; i < count; i += kTileQueries) {
+      some = count - i < kTileQueries ? count - i : kTileQueries;
+      if (some != configured) configure_attention<T>(configured = some, dim);
+      attend_by_tiles<T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i, from.terms + i,
+                         queries + i, some, span_slot, sums + size_t(i) * dim, most + i, total + i);
+    }
+    return tile_release();
+  }
+#endif
   auto run = [&](auto rows, int i) {
     constexpr int R = decltype(rows)::value;
     attend_tile<R, T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i,

@@ -117,7 +117,7 @@ void prepare(const Weight& w, const float* x, const float* norm, float eps, cons
 void silu_mul(const float* gate, const float* up, float* out, int count) {
   for (int i = 0; i < count; i += kLanes) {
     vf g = load(gate + i);
-    vf sigmoid = div(all(1.0f), add(all(1.0f), exponential(sub(zero(), g))));
+    vf sigmoid = inverse(add(all(1.0f), exponential(sub(zero(), g))));
     store(out + i, mul(mul(g, sigmoid), load(up + i)));
   }
 }

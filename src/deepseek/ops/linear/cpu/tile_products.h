@@ -1,4 +1,4 @@
-// Products by AMX tiles: 16 rows of inputs with the 48 columns of a panel at a time.
+// Products by AMX tiles: 16 or 32 rows of inputs with the 48 columns of a panel at a time.
 //
 // Integer sums are exact and scaled as `products.h` does it, so int8 and int4 give the bits of the
 // vector kernels, which stay better for few rows. bfloat16 sums in another order: every number of
@@ -28,13 +28,17 @@ inline void each_vector(int vectors, F f) {
 
 inline void clear_sums() { tile_zero<kSums>(), tile_zero<kSums + 1>(), tile_zero<kSums + 2>(); }
 
-inline void put_panel_row(const Weight& w, int panel, vf* sums, int vectors, float* out,
-                          Store mode) {
-  for (int v = 0; v < vectors; ++v) {
+// Bias, and the columns that there are.
+inline void put_panel_rows(const Weight& w, int panel, const float (*sums)[kPanel], int rows, float* out,
+                           ptrdiff_t stride, Store mode) {
+  for (int v = 0; v < w.width(panel) / kLanes; ++v) {
     int columns = w.n - panel * kPanel - v * kLanes;
     if (columns <= 0) return;
-    sums[v] = add(sums[v], bias_of(w, panel, v));
-    put_row<1>(out + v * kLanes, sums + v, columns < kLanes ? columns : kLanes, mode);
+    vf bias = bias_of(w, panel, v);
+    for (int m = 0; m < rows; ++m) {
+      vf sum = add(load(sums[m] + v * kLanes), bias);
+      put_row<1>(out + m * stride + v * kLanes, &sum, columns < kLanes ? columns : kLanes, mode);
+    }
   }
 }
 
@@ -71,9 +75,61 @@ void tiles_bf16(const Weight& w, const Inputs& x, int row, int rows, int panel, 
   }
   alignas(64) float sums[kTileRows][kPanel];
   each_vector(vectors, [&](auto v) { tile_store<kSums + v>(&sums[0][v * kLanes], kPanel * 4); });
-  for (int m = 0; m < rows; ++m) {
-    vf values[3] = {load(sums[m]), load(sums[m] + kLanes), load(sums[m] + 2 * kLanes)};
-    put_panel_row(w, panel, values, vectors, out + m * stride, mode);
+  put_panel_rows(w, panel, sums, rows, out, stride, mode);
+}
+
+inline void configure_bf16_twice() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+  tile_configure(config);
+}
+
+// Rows that will be written once the products are there: they come from afar meanwhile.
+inline void expect_rows(const float* out, ptrdiff_t stride, int rows) {
+  for (int m = 0; m < rows; ++m)
+    for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(out + m * stride + line, 1);
+}
+
+// The sums of 32 rows of whole tiles: a tile of weights meets two of inputs, in turns that keep the one
+// of the two which was read last.
+void multiply_bf16(const Weight& w, const Inputs& x, int row, int panel, float (*sums)[kPanel]) {
+  constexpr int kInner = 32, kLow = 3, kIn = 6, kWeight = 7;
+  int width = w.width(panel), vectors = width / kLanes;
+  clear_sums(), tile_zero<kLow>(), tile_zero<kLow + 1>(), tile_zero<kLow + 2>();
+  const uint8_t* in = x.data + size_t(row) * x.row_bytes;
+  const uint8_t* from = w.panel(panel);
+  ptrdiff_t pitch = ptrdiff_t(width) * 4;
+  for (int k = 0; k < w.k_padded; k += kInner, from += kInner / 2 * pitch) {
+    const uint8_t *high = in + k * 2, *low = high + kTileRows * x.row_bytes;
+    each_vector(vectors, [&](auto v) {
+      constexpr int first = v % 2 ? kLow : 0, second = kLow - first;
+      tile_load<kWeight>(from + v * 64, pitch);
+      if (v == 0) tile_load<kIn>(high, x.row_bytes);
+      tile_dot_bf16<first + v, kIn, kWeight>();
+      tile_load<kIn>(v % 2 ? high : low, x.row_bytes);
+      tile_dot_bf16<second + v, kIn, kWeight>();
+    });
+  }
+  each_vector(vectors, [&](auto v) {
+    tile_store<v()>(&sums[0][v * kLanes], kPanel * 4);
+    tile_store<kLow + v>(&sums[kTileRows][v * kLanes], kPanel * 4);
+  });
+}
+
+// Rows in blocks of 32; those of a block are written while the products of the next are on their way.
+void blocks_bf16(const Weight& w, const Inputs& x, int row, int blocks, int panel, float* out,
+                 ptrdiff_t stride, Store mode) {
+  constexpr int kRows = 2 * kTileRows;
+  int vectors = w.width(panel) / kLanes;
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+  tile_configure(config);
+  alignas(64) float sums[2][kRows][kPanel];
+  for (int block = 0; block <= blocks; ++block) {
+    if (block < blocks) multiply_bf16(w, x, row + block * kRows, panel, sums[block % 2]);
+    if (block == 0) continue;
+    float* to = out + ptrdiff_t(block - 1) * kRows * stride;
+    put_panel_rows(w, panel, sums[(block - 1) % 2], kRows, to, stride, mode);
   }
 }
 
@@ -89,29 +145,38 @@ inline void unpack_nibbles(const uint8_t* from, int width, int channels, uint8_t
 }
 
 // The float sums of rows after the integer sums of one more group, as the vector kernels form them.
-inline void scale_int8(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
-                       int vectors, const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
-  for (int v = 0; v < vectors; ++v) {
-    vf scale = load_half(halves + v * kLanes);
-    for (int m = 0; m < rows; ++m) {
-      size_t place = size_t(row + m) * x.groups + group;
-      vi dot = add_i(load_i(dots[m] + v * kLanes), all_i(((const int32_t*)x.term)[place]));
+template <int V>
+void scale_int8(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
+                const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
+  vf scale[V];
+  for (int v = 0; v < V; ++v) scale[v] = load_half(halves + v * kLanes);
+  for (int m = 0; m < rows; ++m) {
+    size_t place = size_t(row + m) * x.groups + group;
+    vi term = all_i(((const int32_t*)x.term)[place]);
+    vf factor = all(x.scale[place]);
+    for (int v = 0; v < V; ++v) {
+      vi dot = add_i(load_i(dots[m] + v * kLanes), term);
       float* sum = sums[m] + v * kLanes;
-      ::store(sum, fma(to_float(dot), mul(scale, all(x.scale[place])), load(sum)));
+      ::store(sum, fma(to_float(dot), mul(scale[v], factor), load(sum)));
     }
   }
 }
 
-inline void scale_int4(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
-                       int width, const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
-  for (int v = 0; v < width / kLanes; ++v) {
-    vf scale = load_half(halves + v * kLanes), least = load_half(halves + width + v * kLanes);
-    for (int m = 0; m < rows; ++m) {
-      size_t place = size_t(row + m) * x.groups + group;
-      vf dot = to_float(load_i(dots[m] + v * kLanes));
+template <int V>
+void scale_int4(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
+                const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
+  vf scale[V], least[V];
+  for (int v = 0; v < V; ++v) {
+    scale[v] = load_half(halves + v * kLanes);
+    least[v] = load_half(halves + V * kLanes + v * kLanes);
+  }
+  for (int m = 0; m < rows; ++m) {
+    size_t place = size_t(row + m) * x.groups + group;
+    vf factor = all(x.scale[place]), term = all(((const float*)x.term)[place]);
+    for (int v = 0; v < V; ++v) {
       float* sum = sums[m] + v * kLanes;
-      vf next = fma(mul(dot, all(x.scale[place])), scale, load(sum));
-      ::store(sum, fma(all(((const float*)x.term)[place]), least, next));
+      vf dot = to_float(load_i(dots[m] + v * kLanes));
+      ::store(sum, fma(term, least[v], fma(mul(dot, factor), scale[v], load(sum))));
     }
   }
 }
@@ -129,39 +194,50 @@ void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int pane
   config.set(kInput, high, inner);
   tile_configure(config);
   alignas(64) float sums[kChunkRows][kPanel] = {};
-  alignas(64) int32_t dots[kTileRows][kPanel];
+  alignas(64) int32_t dots[2][kTileRows][kPanel];
   alignas(64) uint8_t bytes[64 * kPanel];
-  const uint8_t* from = w.panel(panel);
   bool is_int4 = w.kind == Kind::int4;
-  for (int g = 0; g < x.groups; ++g) {
-    const uint8_t* halves = is_int4 ? from + size_t(width) * (w.group / 2)
-                                    : w.panel(panel) + size_t(width) * (w.k_padded + 2 * g);
-    for (int start = 0; start < rows; start += kTileRows) {
-      clear_sums();
-      for (int k = 0; k < w.group; k += inner) {
-        if (start == 0 || w.group > inner) {
-          const uint8_t* weights = from + size_t(width) * k;
-          if (is_int4) {
-            unpack_nibbles(from + size_t(width) * (k / 2), width, inner, bytes);
-            weights = bytes;
-          }
-          each_vector(vectors, [&](auto v) { tile_load<kWeights + v>(weights + v * 64, width * 4); });
+  size_t group_bytes = size_t(width) * (is_int4 ? w.group / 2 + 4 : w.group);
+  auto multiply = [&](int group, int start) {
+    const uint8_t* from = w.panel(panel) + group * group_bytes;
+    clear_sums();
+    for (int k = 0; k < w.group; k += inner) {
+      if (start == 0 || w.group > inner) {
+        const uint8_t* weights = from + size_t(width) * k;
+        if (is_int4) {
+          unpack_nibbles(from + size_t(width) * (k / 2), width, inner, bytes);
+          weights = bytes;
         }
-        tile_load<kInput>(x.data + (row + start) * x.row_bytes + g * w.group + k, x.row_bytes);
-        each_vector(vectors, [&](auto v) { tile_dot_s8u8<kSums + v, kInput, kWeights + v>(); });
+        each_vector(vectors, [&](auto v) { tile_load<kWeights + v>(weights + v * 64, width * 4); });
       }
-      each_vector(vectors, [&](auto v) { tile_store<kSums + v>(&dots[0][v * kLanes], kPanel * 4); });
-      if (is_int4)
-        scale_int4((const uint16_t*)halves, x, row + start, high, g, width, dots, sums + start);
-      else
-        scale_int8((const uint16_t*)halves, x, row + start, high, g, vectors, dots, sums + start);
+      tile_load<kInput>(x.data + (row + start) * x.row_bytes + group * w.group + k, x.row_bytes);
+      each_vector(vectors, [&](auto v) { tile_dot_s8u8<kSums + v, kInput, kWeights + v>(); });
     }
-    from += size_t(width) * (is_int4 ? w.group / 2 + 4 : w.group);
+  };
+  auto scale = [&](int group, int start, const int32_t (*dots)[kPanel]) {
+    const uint8_t* halves = is_int4 ? w.panel(panel) + group * group_bytes + size_t(width) * (w.group / 2)
+                                    : w.panel(panel) + size_t(width) * (w.k_padded + 2 * group);
+    auto by = [&](auto count) {
+      constexpr int V = decltype(count)::value;
+      if (is_int4) scale_int4<V>((const uint16_t*)halves, x, row + start, high, group, dots, sums + start);
+      else scale_int8<V>((const uint16_t*)halves, x, row + start, high, group, dots, sums + start);
+    };
+    if (vectors == 1) by(std::integral_constant<int, 1>{});
+    if (vectors == 2) by(std::integral_constant<int, 2>{});
+    if (vectors == 3) by(std::integral_constant<int, 3>{});
+  };
+  // sums are scaled while the products of the rows after them are on their way
+  int blocks = (rows + kTileRows - 1) / kTileRows, steps = x.groups * blocks;
+  for (int step = 0; step <= steps; ++step) {
+    if (step < steps) {
+      multiply(step / blocks, step % blocks * kTileRows);
+      int32_t* place = dots[step % 2][0];
+      each_vector(vectors, [&](auto v) { tile_store<kSums + v>(place + v * kLanes, kPanel * 4); });
+    }
+    int last = step - 1;
+    if (last >= 0) scale(last / blocks, last % blocks * kTileRows, dots[last % 2]);
   }
-  for (int m = 0; m < rows; ++m) {
-    vf values[3] = {load(sums[m]), load(sums[m] + kLanes), load(sums[m] + 2 * kLanes)};
-    put_panel_row(w, panel, values, vectors, out + m * stride, mode);
-  }
+  put_panel_rows(w, panel, sums, rows, out, stride, mode);
 }
 
 void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
@@ -169,11 +245,16 @@ void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, 
   bool is_bf16 = w.kind == Kind::bf16;
   if (w.kind == Kind::f32 || (!is_bf16 && row_stop - row_start < kFewestTileRows))
     return linear(w, x, row_start, row_stop, panel, out, stride, mode);
+  int row = row_start, blocks = (row_stop - row_start) / (2 * kTileRows);
+  if (is_bf16 && w.k_padded % 32 == 0 && blocks > 0) {
+    blocks_bf16(w, x, row, blocks, panel, out, stride, mode);
+    row += blocks * 2 * kTileRows;
+  }
   int most = is_bf16 ? kTileRows : kChunkRows;
-  for (int row = row_start; row < row_stop;) {
+  while (row < row_stop) {
     int rows = row_stop - row < most ? row_stop - row : most;
     if (rows > kTileRows) rows -= rows % kTileRows;
-    float* to = out + (row - row_start) * stride;
+    float* to = out + ptrdiff_t(row - row_start) * stride;
     if (is_bf16) tiles_bf16(w, x, row, rows, panel, to, stride, mode);
     else tiles_integer(w, x, row, rows, panel, to, stride, mode);
     row += rows;
