@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from deepseek.ops.choice import Case
 from deepseek.ops.linear.reference import linear_reference, rotate, round_inputs, round_int8
+from deepseek.ops.scheme import scaled_together
 from deepseek.testing import problems
 from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, Native
 
@@ -19,6 +20,7 @@ STORAGES = [
     ("float32", 32),
     ("bfloat16", 32),
     ("int8", 32),
+    ("int8", 192),
     ("int4", 32),
     ("int4", 64),
     ("int4", 128),
@@ -109,8 +111,9 @@ def test_integer_grids_are_met_exactly(isa: str, storage: str, group: int) -> No
     weight = rng.integers(0, 16, (50, 192)).astype(np.float32)
     weight[:, ::32], weight[:, 1::32] = 0, 15
     if storage == "int8":
-        inputs = rotate(round_inputs(torch.from_numpy(inputs), 64)).numpy()
-        weight = rotate(round_int8(torch.from_numpy(weight * 127 / 15))).numpy()
+        group = scaled_together(storage, group)
+        inputs = rotate(round_inputs(torch.from_numpy(inputs), group)).numpy()
+        weight = rotate(round_int8(torch.from_numpy(weight * 127 / 15), group)).numpy()
     exact = inputs.astype(np.float64) @ weight.astype(np.float64).T
     found = product(isa, inputs, weight, storage, group)
     np.testing.assert_allclose(found, exact, rtol=3e-6, atol=1e-6 * np.abs(exact).max())

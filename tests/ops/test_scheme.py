@@ -33,8 +33,15 @@ def test_a_width_is_padded_to_whole_groups(group: int) -> None:
     assert stored_width("int4", 576, group) == padded
     assert stored_bits("int4", group) == {32: 5, 64: 4.5, 128: 4.25}[group]
     assert stored_width("int8", 100) == 128
-    assert stored_bits("int8") == 8.25
+    assert stored_bits("int8") == stored_bits("int8", 64) == 8.25
+    assert stored_width("int8", 576, 192) == 576 and stored_bits("int8", 192) == 8 + 16 / 192
     assert stored_width("bfloat16", 33) == 34 and stored_width("float32", 33) == 33
+
+
+def test_the_head_keeps_the_smallest_groups() -> None:
+    scheme = Scheme.named("int4-g128")
+    assert scheme.group_of("int4") == 128 and scheme.group_of(scheme.head_storage) == 32
+    assert Scheme.named("int8-g192").group_of("int8") == 192
 
 
 def test_an_unknown_name_is_refused_with_those_there_are() -> None:
@@ -171,5 +178,7 @@ def test_the_quota_of_control_groups_of_both_versions(
 
 
 def test_a_group_that_no_kernel_has_is_refused() -> None:
-    with pytest.raises(ConfigError, match="group of Scheme must be one of 32, 64, 128; got 48"):
+    with pytest.raises(
+        ConfigError, match="group of Scheme must be one of 32, 64, 128, 192; got 48"
+    ):
         Scheme(weights="int4", group=48)  # type: ignore[arg-type]

@@ -76,7 +76,10 @@ class _Step(NamedTuple):
         """Return the kernel of an operation."""
         operation = "attention" if kind.op == "attend" else "linear"
         case = Case(
-            operation=operation, storage=kind.storage, rows=self.rows, group=self.scheme.group
+            operation=operation,
+            storage=kind.storage,
+            rows=self.rows,
+            group=self.scheme.group_of(kind.storage),
         )
         return choose(case, self.others)
 
@@ -144,13 +147,14 @@ def _cost(step: _Step, kind: _Kind, count: int) -> OperationCost:
     kernel = step.kernel(kind)
     if kind.op == "attend":
         return _attention_cost(step, kind, kernel, count)
-    bits = kernel.weight_bits or stored_bits(kind.storage, step.scheme.group)
+    bits = kernel.weight_bits or stored_bits(kind.storage, step.scheme.group_of(kind.storage))
     matrices, used, per_row = kind.matrices, 1, 1
     if kind.op == "experts":
         matrices, per_row = kind.matrices[:3], kind.num_active
         used = min(len(kind.matrices) // 3, step.rows * per_row)
     stored = sum(
-        height * stored_width(kind.storage, width, step.scheme.group) for height, width in matrices
+        height * stored_width(kind.storage, width, step.scheme.group_of(kind.storage))
+        for height, width in matrices
     )
     return OperationCost(
         name=kind.name,

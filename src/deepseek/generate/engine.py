@@ -196,7 +196,7 @@ def build_engine(
     )
     for place, name in enumerate(book.matrices):
         kind = "float32" if name in book.exact else _storage(name, scheme)
-        _add_matrix(native, name, weights, kind, scheme.group, (packed or {}).get(name))
+        _add_matrix(native, name, weights, kind, scheme.group_of(kind), (packed or {}).get(name))
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:

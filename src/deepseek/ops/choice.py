@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from deepseek.config import Config
 from deepseek.errors import BackendError, describe
 from deepseek.ops.cpu import chosen_instruction_set, why_missing
-from deepseek.ops.scheme import Group, KVStorage, Storage, stored_bits
+from deepseek.ops.scheme import Group, KVStorage, Storage, scaled_together, stored_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Case(Config):
     """As PyTorch names it."""
     has_gradients: bool = False
     group: Group = 32
-    """Weights of one scale, int4 only."""
+    """Weights of one scale, integers only; int8 has at least 64."""
     is_causal: bool = True
     """attention: a query sees its own slot and earlier ones only."""
 
@@ -138,7 +138,7 @@ _PRODUCTS: Mapping[str, Mapping[str, int]] = {
 _HOW: Mapping[str, str] = {
     "float32": "exact, weights packed once",
     "bfloat16": "products in bfloat16, sums in float32, weights packed once",
-    "int8": "integer products, a scale per group of 64, rotated",
+    "int8": "integer products, a scale per group of {group}, rotated",
     "int4": "integer products, a scale and a least value per group of {group}",
 }
 
@@ -154,7 +154,7 @@ class CompiledBackend:
         if case.operation == "linear":
             return Kernel(
                 name=f"deepseek {isa}",
-                why=_HOW[case.storage].format(group=case.group),
+                why=_HOW[case.storage].format(group=scaled_together(case.storage, case.group)),
                 weight_bits=stored_bits(case.storage, case.group),
                 products_per_cycle=_PRODUCTS[isa][case.storage],
                 is_batch_invariant=True,

@@ -10,12 +10,13 @@ from deepseek.errors import ConfigError, describe
 
 Storage = Literal["float32", "bfloat16", "int8", "int4"]
 KVStorage = Literal["float32", "bfloat16", "int8"]
-Group = Literal[32, 64, 128]
+Group = Literal[32, 64, 128, 192]
 
 _NAMES: dict[str, dict[str, str | int]] = {
     "float32": {"weights": "float32", "kv": "float32"},
     "bfloat16": {"weights": "bfloat16"},
     "int8": {"weights": "int8"},
+    "int8-g192": {"weights": "int8", "group": 192},
     "int4": {"weights": "int4", "head": "int8"},
     "int4-g64": {"weights": "int4", "head": "int8", "group": 64},
     "int4-g128": {"weights": "int4", "head": "int8", "group": 128},
@@ -27,7 +28,12 @@ SCHEMES: tuple[str, ...] = (*_NAMES, *(f"{name}{_KV8}" for name in _NAMES if nam
 
 
 ROTATED = 64
-"""Channels that int8 rotates together, and that share a scale, of weights and of inputs."""
+"""Channels that int8 rotates together; at least so many share a scale, of weights and of inputs."""
+
+
+def scaled_together(storage: Storage, group: int) -> int:
+    """Return the channels of one scale when `group` is asked for: int8 has at least 64."""
+    return max(ROTATED, group) if storage == "int8" else group
 
 
 def stored_bits(storage: Storage, group: int = 32) -> float:
@@ -35,10 +41,10 @@ def stored_bits(storage: Storage, group: int = 32) -> float:
 
     Args:
         storage: of the weight.
-        group: weights of one scale, int4 only.
+        group: weights of one scale, integers only; int8 has at least 64.
     """
     if storage == "int8":
-        return 8 + 16 / ROTATED
+        return 8 + 16 / scaled_together(storage, group)
     return {"float32": 32.0, "bfloat16": 16.0, "int4": 4 + 32 / group}[storage]
 
 
@@ -48,9 +54,10 @@ def stored_width(storage: Storage, width: int, group: int = 32) -> int:
     Args:
         storage: of the weight.
         width: its input channels.
-        group: weights of one scale, int4 only.
+        group: weights of one scale, integers only; int8 has at least 64.
     """
-    multiple = {"float32": 1, "bfloat16": 2, "int8": ROTATED, "int4": group}[storage]
+    whole = scaled_together(storage, group)
+    multiple = {"float32": 1, "bfloat16": 2, "int8": whole, "int4": whole}[storage]
     return -(-width // multiple) * multiple
 
 
@@ -69,9 +76,10 @@ def cached_bytes(storage: KVStorage, head_dim: int) -> int:
 class Scheme(Config):
     """How the engine stores weights, embedding and cache, and so how it computes.
 
-    int8: weights and inputs symmetric, a scale for every channel or row and group of 64, both after
-    a Walsh-Hadamard rotation of every 64 channels, which spreads outliers. int4: weights on 16
-    levels between the least and the largest of a group; inputs int8 per row and group.
+    int8: weights and inputs symmetric, a scale for every channel or row and group of 64 (or of
+    `group`, where that is more), both after a Walsh-Hadamard rotation of every 64 channels, which
+    spreads outliers. int4: weights on 16 levels between the least and the largest of a group;
+    inputs int8 per row and group.
     """
 
     weights: Storage = "bfloat16"
@@ -79,8 +87,9 @@ class Scheme(Config):
     head: Storage | None = None
     """Of the embedding and the head; None for as the weights."""
     group: Group = 32
-    """Weights of one scale, int4 only. A width that is no multiple of it is padded with zeros that
-    are stored and multiplied too: 576 channels in groups of 128 cost as much as 640."""
+    """Weights of one scale, integers only; int8 has at least 64. A width that is no multiple of it
+    is padded with zeros that are stored and multiplied too: 576 channels in groups of 128 cost as
+    much as 640."""
     kv: KVStorage = "bfloat16"
     """Of cached keys and values; int8 has a scale per token and head."""
 
@@ -110,6 +119,10 @@ class Scheme(Config):
             if Scheme.named(name) == self:
                 return name
         return f"{self.weights}-g{self.group}-head-{self.head_storage}-kv-{self.kv}"
+
+    def group_of(self, storage: Storage) -> Group:
+        """Return the group asked for in a storage: the layers' own, else the smallest there is."""
+        return self.group if storage == self.weights else 32
 
     @property
     def head_storage(self) -> Storage:

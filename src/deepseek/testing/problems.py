@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deepseek.ops.choice import Case
 from deepseek.ops.linear.reference import rotate, round_inputs, round_int4, round_int8
-from deepseek.ops.scheme import ROTATED, stored_width
+from deepseek.ops.scheme import scaled_together, stored_width
 
 _SUMS = 1e-5
 """Error of a float32 sum in any order, as a share of the sum of its terms' sizes."""
@@ -86,12 +86,12 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
     between two and go either way.
     """
     inputs, weight = problem.inputs, problem.weight
-    group = ROTATED if case.storage == "int8" else case.group
+    group = scaled_together(case.storage, case.group)
     if case.storage == "bfloat16":
         inputs, weight = inputs.bfloat16().float(), weight.bfloat16().float()
     elif case.storage == "int8":
         inputs, weight = (rotate(_padded(each, case)) for each in (inputs, weight))
-        inputs, weight = round_inputs(inputs, group), round_int8(weight)
+        inputs, weight = round_inputs(inputs, group), round_int8(weight, group)
     elif case.storage == "int4":
         inputs, weight = (_padded(each, case) for each in (inputs, weight))
         inputs, weight = round_inputs(inputs, group), round_int4(weight, group)

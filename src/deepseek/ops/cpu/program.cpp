@@ -106,7 +106,7 @@ uint8_t* Program::allocate(size_t bytes) {
 Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
   Weight w;
   w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
-  w.group = kind == Kind::int8 ? kRotation : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
+  w.group = kind == Kind::int8 ? std::max(kRotation, group) : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
   w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
   w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4
                    : kind == Kind::bf16 ? size_t(w.k_padded) * 2

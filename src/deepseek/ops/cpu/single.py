@@ -40,7 +40,7 @@ class PackedLinear:
             weight: float32 [N, K], N and K at least 1.
             bias: float32 [N] or None.
             storage: how the weight is held.
-            group: weights of one scale, int4 only.
+            group: weights of one scale, integers only; int8 has at least 64.
             isa: instruction set whose kernels run, one of `instruction_sets()`.
 
         Raises:

@@ -15,6 +15,8 @@ constexpr int kPage = 64;
 constexpr int kSpan = 128;
 // Channels that are rotated together before int8 quantization.
 constexpr int kRotation = 64;
+// Channels of a scale, at most.
+constexpr int kMaxGroup = 192;
 // Raised whenever the bytes of a packed weight change: files of them are kept between runs.
 constexpr int kLayout = 1;
 
@@ -28,7 +30,7 @@ enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 //         half  scale [groups, made even][w]    so that every vector of it all is aligned
 //   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
 //                    half  scale [w], half least [w]      weight = scale * nibble + least
-// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: 64) with weights that are zero.
+// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: at least 64) with weights that are zero.
 struct Weight {
   Kind kind = Kind::f32;
   int n = 0, k = 0, k_padded = 0, group = 1;

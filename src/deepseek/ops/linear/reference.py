@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.scheme import ROTATED, Storage
+from deepseek.ops.scheme import ROTATED, Storage, scaled_together
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -24,18 +24,18 @@ def linear_reference(
         inputs: float32 [M, K].
         weight: float32 [N, K].
         storage: how the weight is stored, and with it how the inputs are.
-        group: weights and inputs of one scale, int4 only.
+        group: weights and inputs of one scale, integers only; int8 has at least 64.
         bias: float32 [N] or None.
     """
     if storage == "float32":
         return F.linear(inputs, weight, bias)
     if storage == "bfloat16":
         return F.linear(inputs.bfloat16().float(), weight.bfloat16().float(), bias)
-    width = ROTATED if storage == "int8" else group
-    inputs, weight = _padded(inputs, width), _padded(weight, width)
+    group = scaled_together(storage, group)
+    inputs, weight = _padded(inputs, group), _padded(weight, group)
     if storage == "int8":
-        inputs = round_inputs(rotate(inputs), ROTATED)
-        return F.linear(inputs, round_int8(rotate(weight)), bias)
+        inputs = round_inputs(rotate(inputs), group)
+        return F.linear(inputs, round_int8(rotate(weight), group), bias)
     return F.linear(round_inputs(inputs, group), round_int4(weight, group), bias)
 
 
@@ -60,9 +60,9 @@ def round_inputs(states: Tensor, group: int) -> Tensor:
     return (_levels(blocks, scale).round() * scale).flatten(-2)
 
 
-def round_int8(weight: Tensor) -> Tensor:
-    """Return a weight [N, K] as int8 with a float16 scale per row and group of 64 holds it."""
-    blocks = weight.unflatten(-1, (-1, ROTATED))
+def round_int8(weight: Tensor, group: int = ROTATED) -> Tensor:
+    """Return a weight [N, K] as int8 with a float16 scale per row and group holds it."""
+    blocks = weight.unflatten(-1, (-1, group))
     scale = (blocks.abs().amax(-1, keepdim=True) / 127).half().float()
     return (_levels(blocks, scale).round().clamp(-127, 127) * scale).flatten(-2)
 

@@ -64,7 +64,7 @@ void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
   float* float_terms = (float*)to.term + size_t(row) * to.groups;
   int32_t* int_terms = (int32_t*)to.term + size_t(row) * to.groups;
   bool is_int8 = w.kind == Kind::int8;
-  alignas(64) int8_t narrow[64];
+  alignas(64) int8_t narrow[kMaxGroup];
   for (int g = 0; g < to.groups; ++g) {
     const float* v = x + g * w.group;
     vf most = zero();

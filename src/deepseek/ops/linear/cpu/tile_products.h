@@ -181,25 +181,28 @@ void scale_int4(const uint16_t* halves, const Inputs& x, int row, int rows, int 
   }
 }
 
-// Integer products of `rows` rows: a multiple of 16, or fewer than 16.
+void configure_integer(int rows, int inner) {
+  TileConfig config;
+  for (int v = 0; v < 3; ++v) config.set(kSums + v, rows, 64), config.set(kWeights + v, inner / 4, 64);
+  config.set(kInput, rows, inner);
+  tile_configure(config);
+}
+
+// Integer products of `rows` rows: a multiple of 16, or fewer than 16. Sums are scaled while the
+// products of the rows after them are on their way.
+template <bool is_int4, int V>
 void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int panel, float* out,
                    ptrdiff_t stride, Store mode) {
-  int width = w.width(panel), vectors = width / kLanes;
+  constexpr int width = V * kLanes;
   int inner = w.group < 64 ? w.group : 64, high = rows < kTileRows ? rows : kTileRows;
-  TileConfig config;
-  for (int v = 0; v < 3; ++v) {
-    config.set(kSums + v, high, 64);
-    config.set(kWeights + v, inner / 4, 64);  // they stay while the rows go by
-  }
-  config.set(kInput, high, inner);
-  tile_configure(config);
-  alignas(64) float sums[kChunkRows][kPanel] = {};
+  alignas(64) float sums[kChunkRows][kPanel];
+  std::memset(sums, 0, size_t(rows) * sizeof(sums[0]));
   alignas(64) int32_t dots[2][kTileRows][kPanel];
   alignas(64) uint8_t bytes[64 * kPanel];
-  bool is_int4 = w.kind == Kind::int4;
+  const uint8_t* data = w.panel(panel);
   size_t group_bytes = size_t(width) * (is_int4 ? w.group / 2 + 4 : w.group);
   auto multiply = [&](int group, int start) {
-    const uint8_t* from = w.panel(panel) + group * group_bytes;
+    const uint8_t* from = data + group * group_bytes;
     clear_sums();
     for (int k = 0; k < w.group; k += inner) {
       if (start == 0 || w.group > inner) {
@@ -208,35 +211,29 @@ void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int pane
           unpack_nibbles(from + size_t(width) * (k / 2), width, inner, bytes);
           weights = bytes;
         }
-        each_vector(vectors, [&](auto v) { tile_load<kWeights + v>(weights + v * 64, width * 4); });
+        each_vector(V, [&](auto v) { tile_load<kWeights + v>(weights + v * 64, width * 4); });
       }
       tile_load<kInput>(x.data + (row + start) * x.row_bytes + group * w.group + k, x.row_bytes);
-      each_vector(vectors, [&](auto v) { tile_dot_s8u8<kSums + v, kInput, kWeights + v>(); });
+      each_vector(V, [&](auto v) { tile_dot_s8u8<kSums + v, kInput, kWeights + v>(); });
     }
   };
-  auto scale = [&](int group, int start, const int32_t (*dots)[kPanel]) {
-    const uint8_t* halves = is_int4 ? w.panel(panel) + group * group_bytes + size_t(width) * (w.group / 2)
-                                    : w.panel(panel) + size_t(width) * (w.k_padded + 2 * group);
-    auto by = [&](auto count) {
-      constexpr int V = decltype(count)::value;
-      if (is_int4) scale_int4<V>((const uint16_t*)halves, x, row + start, high, group, dots, sums + start);
-      else scale_int8<V>((const uint16_t*)halves, x, row + start, high, group, dots, sums + start);
-    };
-    if (vectors == 1) by(std::integral_constant<int, 1>{});
-    if (vectors == 2) by(std::integral_constant<int, 2>{});
-    if (vectors == 3) by(std::integral_constant<int, 3>{});
+  auto scale = [&](int group, int start, const int32_t (*from)[kPanel]) {
+    const uint8_t* halves = is_int4 ? data + group * group_bytes + size_t(width) * (w.group / 2)
+                                    : data + size_t(width) * (w.k_padded + 2 * group);
+    auto by = is_int4 ? scale_int4<V> : scale_int8<V>;
+    by((const uint16_t*)halves, x, row + start, high, group, from, sums + start);
   };
-  // sums are scaled while the products of the rows after them are on their way
-  int blocks = (rows + kTileRows - 1) / kTileRows, steps = x.groups * blocks;
-  for (int step = 0; step <= steps; ++step) {
-    if (step < steps) {
-      multiply(step / blocks, step % blocks * kTileRows);
-      int32_t* place = dots[step % 2][0];
-      each_vector(vectors, [&](auto v) { tile_store<kSums + v>(place + v * kLanes, kPanel * 4); });
+  int side = 0, last_group = -1, last_start = 0;
+  for (int group = 0; group < x.groups; ++group)
+    for (int start = 0; start < rows; start += kTileRows) {
+      multiply(group, start);
+      int32_t* place = dots[side][0];
+      each_vector(V, [&](auto v) { tile_store<kSums + v>(place + v * kLanes, kPanel * 4); });
+      side = 1 - side;
+      if (last_group >= 0) scale(last_group, last_start, dots[side]);
+      last_group = group, last_start = start;
     }
-    int last = step - 1;
-    if (last >= 0) scale(last / blocks, last % blocks * kTileRows, dots[last % 2]);
-  }
+  scale(last_group, last_start, dots[1 - side]);
   put_panel_rows(w, panel, sums, rows, out, stride, mode);
 }
 
@@ -250,13 +247,25 @@ void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, 
     blocks_bf16(w, x, row, blocks, panel, out, stride, mode);
     row += blocks * 2 * kTileRows;
   }
-  int most = is_bf16 ? kTileRows : kChunkRows;
+  // weights of a group of one tile stay in their registers while more rows go by
+  int most = is_bf16 || w.group > 64 ? kTileRows : kChunkRows, configured = 0;
   while (row < row_stop) {
     int rows = row_stop - row < most ? row_stop - row : most;
     if (rows > kTileRows) rows -= rows % kTileRows;
     float* to = out + ptrdiff_t(row - row_start) * stride;
     if (is_bf16) tiles_bf16(w, x, row, rows, panel, to, stride, mode);
-    else tiles_integer(w, x, row, rows, panel, to, stride, mode);
+    else {
+      int high = rows < kTileRows ? rows : kTileRows;
+      if (high != configured) configure_integer(configured = high, w.group < 64 ? w.group : 64);
+      auto run = [&](auto vectors) {
+        constexpr int V = decltype(vectors)::value;
+        if (w.kind == Kind::int4) tiles_integer<true, V>(w, x, row, rows, panel, to, stride, mode);
+        else tiles_integer<false, V>(w, x, row, rows, panel, to, stride, mode);
+      };
+      if (w.width(panel) == kLanes) run(std::integral_constant<int, 1>{});
+      if (w.width(panel) == 2 * kLanes) run(std::integral_constant<int, 2>{});
+      if (w.width(panel) == 3 * kLanes) run(std::integral_constant<int, 3>{});
+    }
     row += rows;
   }
   tile_release();
