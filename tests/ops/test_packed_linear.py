@@ -77,9 +77,9 @@ def draw(rows: int, columns: int, width: int, seed: int) -> tuple[np.ndarray, np
 @pytest.mark.parametrize(("storage", "group"), STORAGES)
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33]),
+    rows=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 97]),
     columns=st.integers(1, 150),
-    width=st.integers(1, 200),
+    width=st.integers(1, 200) | st.sampled_from([32, 64, 192, 384]),
     seed=st.integers(0, 2**16),
 )
 def test_products_are_the_specification(
@@ -121,12 +121,13 @@ def test_integer_grids_are_met_exactly(isa: str, storage: str, group: int) -> No
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("storage", "group"), STORAGES)
+@pytest.mark.parametrize("width", [130, 192])
 def test_a_row_is_the_same_in_every_batch_and_on_every_thread(
-    isa: str, storage: str, group: int
+    isa: str, storage: str, group: int, width: int
 ) -> None:
-    inputs, weight = draw(37, 100, 130, 1)
+    inputs, weight = draw(69, 100, width, 1)
     whole = product(isa, inputs, weight, storage, group, threads=3)
-    for row in (0, 5, 36):
+    for row in (0, 5, 36, 68):
         alone = product(isa, inputs[row : row + 1], weight, storage, group, threads=1)
         assert np.array_equal(alone[0], whole[row])
 
