@@ -78,18 +78,6 @@ void tiles_bf16(const Weight& w, const Inputs& x, int row, int rows, int panel, 
   put_panel_rows(w, panel, sums, rows, out, stride, mode);
 }
 
-inline void configure_bf16_twice() {
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
-  tile_configure(config);
-}
-
-// Rows that will be written once the products are there: they come from afar meanwhile.
-inline void expect_rows(const float* out, ptrdiff_t stride, int rows) {
-  for (int m = 0; m < rows; ++m)
-    for (int line = 0; line < kPanel; line += 16) __builtin_prefetch(out + m * stride + line, 1);
-}
-
 // The sums of 32 rows of whole tiles: a tile of weights meets two of inputs, in turns that keep the one
 // of the two which was read last.
 void multiply_bf16(const Weight& w, const Inputs& x, int row, int panel, float (*sums)[kPanel]) {
@@ -120,7 +108,6 @@ void multiply_bf16(const Weight& w, const Inputs& x, int row, int panel, float (
 void blocks_bf16(const Weight& w, const Inputs& x, int row, int blocks, int panel, float* out,
                  ptrdiff_t stride, Store mode) {
   constexpr int kRows = 2 * kTileRows;
-  int vectors = w.width(panel) / kLanes;
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
   tile_configure(config);
