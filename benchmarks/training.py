@@ -46,9 +46,9 @@ def ours(options: argparse.Namespace) -> Times:
     from deepseek.optim import AdamW, build_optimizers
     from deepseek.parallel import TreeSum, World
     from deepseek.train import Run, Source, Stage
+    from deepseek.train.origin import open_model
     from deepseek.train.places import Places
     from deepseek.train.sources import Opener
-    from deepseek.train.start import open_model
     from deepseek.train.step import BatchStep, choose_parameters
 
     keep_freed_memory()

@@ -100,9 +100,9 @@ def work(options: argparse.Namespace) -> int:
     from deepseek.ops.memory import keep_freed_memory
     from deepseek.optim import AdamW, Muon, WarmupStableDecay, build_optimizers
     from deepseek.train import Run, Source, Stage
+    from deepseek.train.origin import open_model
     from deepseek.train.places import Places
     from deepseek.train.sources import Opener
-    from deepseek.train.start import open_model
     from deepseek.train.step import BatchStep, choose_parameters
 
     torch.set_num_threads(options.threads)

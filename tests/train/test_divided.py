@@ -17,7 +17,7 @@ from deepseek.optim import AdamW
 from deepseek.parallel import Mesh, World
 from deepseek.train import Run, prove_run, train
 from deepseek.train.divided import divide
-from deepseek.train.start import open_model
+from deepseek.train.origin import open_model
 from tests.tolerances import assert_close
 from tests.train.conftest import MakeRun
 from tests.train.test_workers import LIMIT_S, losses, start, stop_at

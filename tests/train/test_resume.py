@@ -12,9 +12,10 @@ import torch
 from deepseek import hub
 from deepseek.errors import CapacityError, ConfigError, FormatError
 from deepseek.models import Decoder
-from deepseek.train import Interrupted, Progress, Run, Stage, prove_run, train
+from deepseek.train import Interrupted, LowRank, Progress, Run, Stage, prove_run, train
 from deepseek.train import checkpoint as checkpoint_module
 from deepseek.train.summary import read_metrics
+from tests.tolerances import assert_close
 from tests.train.conftest import MakeRun
 
 
@@ -67,6 +68,28 @@ def test_frozen_parameters_stay(unbroken: Path) -> None:
     before, after = weights(unbroken.with_name("first")), weights(unbroken)
     for name, value in before.items():
         assert torch.equal(value, after[name]) != name.startswith("model.layers.")
+
+
+def test_a_stage_ends_on_the_average_with_what_it_began_with(
+    make_run: MakeRun, unbroken: Path, tmp_path: Path
+) -> None:
+    run = make_run()
+    first, second = run.stages
+    run = run.replace(stages=(first, second.replace(start_share=0.25)))
+    with pytest.raises(Killed):
+        train(run, tmp_path, report=dying_at(9))
+    end = train(run, tmp_path)
+    old, new = weights(unbroken.with_name("first")), weights(unbroken)
+    for name, value in weights(end).items():
+        assert_close(value, 0.25 * old[name] + 0.75 * new[name])
+
+
+def test_averaging_leaves_a_grid_and_is_refused(make_run: MakeRun) -> None:
+    stage = make_run().stages[0]
+    with pytest.raises(ConfigError, match="start_share.*must be 0 on a grid"):
+        stage.replace(start_share=0.5, adapter=LowRank(base="int4"))
+    with pytest.raises(ConfigError, match="start_share"):
+        stage.replace(start_share=1.0)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -65,6 +65,8 @@ class Adaptation(Config):
     """Of adapters; their alpha is twice that."""
     replay: float = 0.0
     """Share of the samples that the old model writes itself and teaches (0 … below 1)."""
+    keep: float = 0.0
+    """Share of the old weights in the result (0 … below 1)."""
     held_out: str | None = None
     """A file to measure on; None for the last twentieth of the data."""
     general: tuple[str, ...] = (PYTHON_TOPICS,)
@@ -74,8 +76,10 @@ class Adaptation(Config):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.replay < 1:
-            raise ConfigError(describe("replay", "Adaptation", "from 0 to below 1", self.replay))
+        for name in ("replay", "keep"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ConfigError(describe(name, "Adaptation", "from 0 to below 1", value))
         if not 0 < self.epochs < math.inf:
             raise ConfigError(describe("epochs", "Adaptation", "positive", self.epochs))
 
@@ -158,6 +162,7 @@ def plan(asked: Adaptation, folder: str | Path) -> Run:
         optimizer=AdamW(rate=asked.rate or (5e-5 if adapter is None else 5e-4)),
         schedule=Cosine(warmup_steps=math.ceil(_WARMUP * steps)),
         precision=asked.precision,
+        start_share=asked.keep,
         evaluate=(kept, *asked.general),
     )
     run = Run(model=asked.model, stages=(stage,), seed=asked.seed, checkpoint_every=50)

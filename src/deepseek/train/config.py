@@ -120,6 +120,9 @@ class Stage(Config):
     recompute: bool = False
     """Forget the layers' insides in the forward pass and compute them again in the backward pass:
     less memory, a third more work."""
+    start_share: float = 0.0
+    """Share of the weights that the stage began with in its result, which is the average of old and
+    new: what was known is held, and little of what was learned is lost."""
     evaluate: tuple[str, ...] = ()
     """Texts whose perplexity is measured at the end: files, or `python-topics`; of a `.jsonl` of
     conversations that of the answers."""
@@ -139,6 +142,13 @@ class Stage(Config):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(describe(name, owner, "positive", value))
+        if not 0 <= self.start_share < 1:
+            must = "from 0 to below 1"
+            raise ConfigError(describe("start_share", owner, must, self.start_share))
+        if self.start_share and self.adapter is not None and self.adapter.base != "float32":
+            step = "Take adapters over a float32 base"
+            got = f"{self.start_share} with a base in {self.adapter.base}"
+            raise ConfigError(describe("start_share", owner, "0 on a grid", got, step))
         weighted = {source.weight is not None for source in self.data}
         if len(weighted) > 1:
             got = [source.weight for source in self.data]

@@ -29,6 +29,7 @@ from deepseek.train.checkpoint import Checkpoints, Position
 from deepseek.train.config import Run, Stage
 from deepseek.train.held_out import measure_on
 from deepseek.train.ledger import Ledger, next_attempt
+from deepseek.train.origin import average_with, open_start
 from deepseek.train.places import Places
 from deepseek.train.sources import Opener
 from deepseek.train.speed import flops_per_token, peak_flops
@@ -278,6 +279,9 @@ class Training:
             if self._world.is_first:
                 save_adapter(self.model, stage.adapter, self._places.adapter(stage.name))
             merge_adapter(self.model)
+        if stage.start_share:
+            start = open_start(self.run, number, self._places)
+            average_with(self.model, start, stage.start_share)
         whole = self._whole()
         if self._world.is_first:
             told = self._opener.report

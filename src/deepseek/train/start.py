@@ -5,14 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-
-from deepseek import hub
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.atomic import replace_file, writing
-from deepseek.models import Decoder
-from deepseek.models.depth import keep_layers
-from deepseek.models.presets import preset
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
 from deepseek.train.capacity import memory_errors_told
@@ -20,6 +14,7 @@ from deepseek.train.checkpoint import Checkpoints
 from deepseek.train.config import Run
 from deepseek.train.ledger import StageProof, prove
 from deepseek.train.loop import Preparing, Report, Training, check_same_run, num_steps_of
+from deepseek.train.origin import open_model, open_teacher
 from deepseek.train.places import Places
 from deepseek.train.sources import Opener
 from deepseek.train.teacher import check_teacher
@@ -66,48 +61,6 @@ def train(
     )
     with memory_errors_told(places):
         return training.train()
-
-
-def open_model(run: Run) -> Decoder:
-    """Return the decoder that a run starts from, in float32.
-
-    Raises:
-        ConfigError: it is not there, or is no decoder.
-        FormatError: it is damaged.
-    """
-    if run.model is not None:
-        model = hub.load(run.model, dtype="float32")
-        if not isinstance(model, Decoder):
-            raise ConfigError(describe("model", "the run", "a decoder", run.model))
-        return model if run.layers is None else keep_layers(model, run.layers)
-    assert run.preset is not None and run.tokenizer is not None
-    other = hub.load(run.tokenizer)
-    if other.tokenizer is None:
-        raise ConfigError(describe("tokenizer", "the run", "a bundle that has one", run.tokenizer))
-    config = preset(run.preset).sized(run.size).replace(vocab_size=other.config.vocab_size)
-    torch.manual_seed(run.seed)
-    model = Decoder(config)
-    model.tokenizer = other.tokenizer
-    return model
-
-
-def open_teacher(run: Run) -> Decoder | None:
-    """Return the decoder that the run's sources learn from, or None where none does. It is in the
-    dtype of the run's products, and is not trained.
-
-    Raises:
-        ConfigError: it is not there, or is no decoder.
-        FormatError: it is damaged.
-    """
-    if not run.needs_teacher:
-        return None
-    name = run.teacher or run.model
-    assert name is not None
-    is_exact = any(stage.precision == "float32" for stage in run.stages)
-    teacher = hub.load(name, dtype="float32" if is_exact else "bfloat16")
-    if not isinstance(teacher, Decoder):
-        raise ConfigError(describe("teacher", "the run", "a decoder", name))
-    return teacher.requires_grad_(False).eval()
 
 
 def prove_run(folder: str | Path) -> tuple[list[StageProof], list[int]]:

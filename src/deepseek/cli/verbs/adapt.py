@@ -22,6 +22,7 @@ _SETTINGS = (
     "rate",
     "rank",
     "replay",
+    "keep",
     "held_out",
     "general",
     "precision",
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the samples that the old model writes and teaches, so that it stays known "
         "(0.5 for text, else 0)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="share of the old weights in the result, an average of old and new (0.3 for text with "
+        "all weights, else 0)",
     )
     parser.add_argument("--held-out", metavar="FILE", help="to measure on (a twentieth of DATA)")
     parser.add_argument(
@@ -134,7 +142,12 @@ def _asked(args: argparse.Namespace, kind: Kind) -> Adaptation:
     from deepseek.train.adapt import Adaptation
 
     is_text = kind == "text"
-    defaults = {"method": "full" if is_text else "lora", "replay": 0.5 if is_text else 0.0}
+    method = args.method or ("full" if is_text else "lora")
+    defaults = {
+        "method": method,
+        "replay": 0.5 if is_text else 0.0,
+        "keep": 0.3 if is_text and method == "full" else 0.0,
+    }
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     return Adaptation.from_dict({"model": args.model, "data": args.data, **defaults, **given})
 
@@ -172,7 +185,7 @@ def _check(args: argparse.Namespace, found: list[Change]) -> None:
     for each in found:
         if each.is_general and each.percent > args.most_forgotten:
             must = f"at most {args.most_forgotten} % higher than before"
-            step = "Take more --replay, a smaller --rate or adapters"
+            step = "Take more --keep or --replay, or a smaller --rate"
             got = f"{each.percent:.1f} %"
             raise VerifyError(describe("perplexity", each.text, must, got, step))
 
@@ -185,7 +198,7 @@ def _prefer(args: argparse.Namespace, out: Output) -> int:
 
     if args.workers > 1:
         raise ConfigError(describe("--workers", "preferences", "1", args.workers))
-    _refuse(args, ("replay", "held_out", "general", "most_forgotten"), "preferences")
+    _refuse(args, ("replay", "keep", "held_out", "general", "most_forgotten"), "preferences")
     if args.method == "qlora":
         raise ConfigError(describe("--method", "preferences", "full or lora", args.method))
     if args.threads is not None:
