@@ -86,7 +86,7 @@ def test_a_stage_ends_on_the_average_with_what_it_began_with(
 
 def test_averaging_leaves_a_grid_and_is_refused(make_run: MakeRun) -> None:
     stage = make_run().stages[0]
-    with pytest.raises(ConfigError, match="start_share.*must be 0 on a grid"):
+    with pytest.raises(ConfigError, match=r"start_share.*must be 0 on a grid"):
         stage.replace(start_share=0.5, adapter=LowRank(base="int4"))
     with pytest.raises(ConfigError, match="start_share"):
         stage.replace(start_share=1.0)
