@@ -34,6 +34,7 @@ class Native:
         threads: int = 2,
         angles: list[float] | None = None,
         max_tokens: int = 600,
+        route: dict[str, Any] | None = None,
     ) -> None:
         offsets = np.cumsum([0, *widths[:-1]]).tolist()
         num_heads, kv_heads, dim = heads
@@ -48,6 +49,8 @@ class Native:
             "score_scale": dim**-0.5,
             "inverse_frequencies": angles or [0.0] * (dim // 2),
         }
+        if route is not None:
+            shape["route"] = route
         buffers = list(zip(widths, offsets, strict=True))
         self.program = kernels().make_program(
             isa, shape, buffers, instructions, max_tokens, threads

@@ -16,6 +16,7 @@ from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
+from deepseek.ops.routing import Routing
 from deepseek.ops.scheme import Scheme, Storage
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Engine:
     bundle: object | None = None
     was_packed: bool = False
     """Whether its weights were packed before, and only read."""
+    routing: Routing | None = None
+    """Which blocks attention sees; None for all."""
 
     @property
     def threads(self) -> int:
@@ -156,6 +159,7 @@ def build_engine(
     instruction_set: str | None = None,
     progress: Callable[[float], None] | None = None,
     packed: Mapping[str, PackedBytes] | None = None,
+    routing: Routing | None = None,
 ) -> Engine:
     """Return an engine; every weight is read once and packed.
 
@@ -169,6 +173,7 @@ def build_engine(
         progress: called with the share of weights that are packed.
         packed: `packed_parts` of an engine of the same weights, scheme and instruction set; used
             where it is.
+        routing: which blocks the layers without a window see; None for all.
 
     Raises:
         BackendError: the kernels were not built, or a weight is missing.
@@ -182,13 +187,16 @@ def build_engine(
     if not 1 <= threads <= MAX_THREADS:
         raise ConfigError(describe("threads", "Engine", f"from 1 to {MAX_THREADS}", threads))
     program = decoder_program(config)
+    shape = _native_shape(program.shape)
+    if routing is not None:
+        shape["route"] = _native_route(routing, config)
     isa = instruction_set or chosen_instruction_set()
     offsets, _ = plan_memory(program.instructions, program.widths)
     buffers = [(program.widths[name], offsets[name]) for name in offsets]
     book = _Numbers(list(offsets), program.instructions)
     native = kernels().make_program(
         isa,
-        _native_shape(program.shape),
+        shape,
         buffers,
         [book.native(item) for item in program.instructions],
         MAX_STEP_TOKENS,
@@ -202,7 +210,24 @@ def build_engine(
     for name in book.vectors:
         native.add_vector(_vector(_needed(weights, name)))
     native.start()
-    return Engine(config, scheme, program, isa, native, tokenizer, bundle, packed is not None)
+    is_packed = packed is not None
+    return Engine(config, scheme, program, isa, native, tokenizer, bundle, is_packed, routing)
+
+
+MOST_HEADS_ROUTED = 16
+"""Query heads of a KV head that choose together."""
+
+
+def _native_route(routing: Routing, config: DecoderConfig) -> dict[str, object]:
+    if config.num_heads // config.num_kv_heads > MOST_HEADS_ROUTED:
+        must = f"at most {MOST_HEADS_ROUTED} query heads a KV head"
+        raise ConfigError(describe("heads", "routed attention", must, config.num_heads))
+    return {
+        "refresh": routing.refresh,
+        "first_pages": routing.first,
+        "recent_pages": routing.recent,
+        "budget": routing.budget(-(-config.max_positions // PAGE_SIZE) + 1),
+    }
 
 
 def _native_shape(shape: ProgramShape) -> dict[str, object]:
@@ -245,6 +270,7 @@ class _Numbers:
             "selected": ("all", "pick", "picked").index(item.rows),
             "layer": item.layer,
             "window": item.window or 0,
+            "is_routed": int(item.window is None),
             "routes": self._buffers[item.routes] if item.routes else 0,
             "balance": self._vectors.get(item.balance, -1),
             "num_active": item.num_active,

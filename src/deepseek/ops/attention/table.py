@@ -18,8 +18,8 @@ class BlockTable:
 
     Blocks are aligned to slots: block `j` holds slots `j * block_size … (j + 1) * block_size - 1`,
     which is also the page size of the cache. Query block `i` of row `b` holds the queries whose
-    slots lie in block `query_start[b] // block_size + i`, so that one token being decoded is a
-    query block of its own.
+    slots lie in block `query_start[b] // query_size + i` of `query_size` slots, so that one token
+    being decoded is a query block of its own.
 
     A query sees the slot of a listed block if the layout lets it (causality, padding), no skip bit
     removes the block for its head, and the slot lies within its head's reach. Everything seen goes
@@ -40,14 +40,26 @@ class BlockTable:
     reach: Tensor | None = None
     """int32 [B or 1, query heads or 1, query blocks or 1]: a query in slot s sees slots above `s -
     reach` only."""
+    query_block: int | None = None
+    """Queries that share a list: a divisor of `block_size`; None for as many."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What executions derive from the table (masks); lives as long as the table."""
 
+    def __post_init__(self) -> None:
+        if self.block_size % self.query_size:
+            must = f"a divisor of block_size ({self.block_size})"
+            raise ShapeError(describe("query_block", "BlockTable", must, self.query_block))
+
+    @property
+    def query_size(self) -> int:
+        """Slots of a query block."""
+        return self.query_block or self.block_size
+
     @staticmethod
-    def num_query_blocks(layout: Layout, block_size: int) -> int:
-        """Return how many query blocks the longest row of `layout` touches."""
+    def num_query_blocks(layout: Layout, query_size: int) -> int:
+        """Return how many query blocks of so many slots the longest row of `layout` touches."""
         spans = [
-            (start + layout.num_queries - 1) // block_size - start // block_size + 1
+            (start + layout.num_queries - 1) // query_size - start // query_size + 1
             for start in layout.query_start
         ]
         return max(spans)
@@ -64,7 +76,7 @@ class BlockTable:
         Raises:
             ShapeError: names the field that is wrong.
         """
-        query_blocks = self.num_query_blocks(layout, self.block_size)
+        query_blocks = self.num_query_blocks(layout, self.query_size)
         wanted = (layout.num_rows, num_kv_heads, query_blocks, self.indices.shape[-1])
         _check_shape("indices", self.indices, wanted)
         _check_shape("counts", self.counts, wanted[:3])
@@ -98,8 +110,8 @@ class BlockTable:
         device = self.indices.device
         blocks = self._blocks_seen(layout, num_heads, num_kv_heads)
         query_slots = layout.query_slots(device)
-        first_block = query_slots[:, :1] // self.block_size
-        query_block = query_slots // self.block_size - first_block
+        first_block = query_slots[:, :1] // self.query_size
+        query_block = query_slots // self.query_size - first_block
         key_block = torch.arange(layout.num_slots, device=device) // self.block_size
         rows, heads = layout.num_rows, blocks.shape[1]
         blocks = blocks.expand(rows, -1, -1, -1)

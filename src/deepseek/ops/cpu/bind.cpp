@@ -54,7 +54,7 @@ Instruction instruction_of(const nb::dict& d) {
   if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
   in.adds = number("adds", 0), in.rows = RowSet(number("selected", 0));
   in.layer = number("layer", 0), in.q_norm = number("q_norm", -1), in.k_norm = number("k_norm", -1);
-  in.window = number("window", 0), in.routes = number("routes", 0);
+  in.window = number("window", 0), in.is_routed = number("is_routed", 0), in.routes = number("routes", 0);
   in.balance = number("balance", -1), in.num_active = number("num_active", 0);
   in.num_groups = number("num_groups", 1), in.num_active_groups = number("num_active_groups", 1);
   in.normalizes = number("normalizes", 0);
@@ -72,6 +72,18 @@ std::unique_ptr<Program> make_program(const std::string& isa, const nb::dict& sh
   s.rope_factor = nb::cast<float>(shape["rope_factor"]);
   s.score_scale = nb::cast<float>(shape["score_scale"]);
   s.inverse_frequencies = nb::cast<std::vector<float>>(shape["inverse_frequencies"]);
+  if (shape.contains("route")) {
+    nb::dict route = nb::cast<nb::dict>(shape["route"]);
+    s.route = {nb::cast<int>(route["refresh"]), nb::cast<int>(route["first_pages"]),
+               nb::cast<int>(route["recent_pages"]), nb::cast<std::vector<int32_t>>(route["budget"])};
+    if (s.route.refresh < 1 || kPage % s.route.refresh || s.route.recent_pages < 1 || s.route.budget.empty())
+      throw std::invalid_argument("a route must share choices within a page and see the own one");
+    if (s.heads / s.kv_heads > kMaxQueries / kPage)
+      throw std::invalid_argument("too many query heads share a KV head for routed attention");
+    for (int32_t pages : s.route.budget)
+      if (pages < s.route.first_pages + s.route.recent_pages)
+        throw std::invalid_argument("a route's budget must hold what is always seen");
+  }
   std::vector<Buffer> plan;
   for (auto [width, offset] : buffers) plan.push_back({width, offset});
   std::vector<Instruction> listed;

@@ -3,6 +3,7 @@
 
 #include "peak.h"
 #include "../attention/cpu/pages.h"
+#include "../attention/cpu/choice.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
 #if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
@@ -30,6 +31,8 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .rope = ::rope,
     .load_queries = load_queries,
     .attend_span = attend_span,
+    .page_scores = page_scores,
+    .choose_pages = choose_pages,
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,
     .pack_panel = pack_panel,

@@ -1,9 +1,8 @@
-#include "program.h"
+#include "pass.h"
 
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -20,10 +19,7 @@ constexpr size_t kArenaBytes = 0;     // every weight on its own, so that a read
 constexpr size_t kArenaBytes = size_t(64) << 20;
 #endif
 constexpr int kRowBlock = 32;         // rows of a swiglu tile
-constexpr int kQueryBlock = 48;       // queries of an attention block
 constexpr int kFewTokens = 2;         // each thread prepares its own inputs: cheaper than to meet
-
-size_t aligned(size_t bytes, size_t to = 64) { return (bytes + to - 1) / to * to; }
 
 // Part `index` of `count` things in `parts` parts of nearly one size.
 std::pair<int, int> share(int count, int parts, int index) {
@@ -54,7 +50,8 @@ Memory::~Memory() {
 }
 #endif
 
-KvPages::KvPages(Kind kind, const Shape& shape, int pages) : num_pages(pages), layers_(shape.layers) {
+KvPages::KvPages(Kind kind, const Shape& shape, int pages)
+    : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()) {
   layout.kind = kind;
   layout.kv_heads = shape.kv_heads;
   layout.dim = shape.head_dim;
@@ -67,23 +64,18 @@ KvPages::KvPages(Kind kind, const Shape& shape, int pages) : num_pages(pages), l
                                          : layout.key_scale_offset;
   layout.page_bytes = layout.head_bytes * layout.kv_heads;
   memory_ = Memory(layout.page_bytes * num_pages * layers_);
+  if (!most_chosen_) return;
+  choice_bytes_ = (2 + most_chosen_) * sizeof(int32_t);
+  choices_ = Memory(choice_bytes_ * layout.kv_heads * num_pages * layers_);
 }
 
 void KvPages::copy(int target, int source) {
   for (int i = 0; i < layers_; ++i)
     std::memcpy(layer(i) + target * layout.page_bytes, layer(i) + source * layout.page_bytes,
                 layout.page_bytes);
+  for (int i = 0; i < layers_ && most_chosen_; ++i)
+    std::memcpy(&choice(i, target, 0), &choice(i, source, 0), choice_bytes_ * layout.kv_heads);
 }
-
-struct Program::Pass {
-  const Step& step;
-  KvPages& pages;
-  std::vector<Run> runs;
-  std::vector<int> selected;
-  bool is_decode = true;   // every run is one token
-  int max_spans = 1;
-  std::vector<std::array<int, 3>> blocks;  // attention of longer runs: run, first query, last query
-};
 
 Program::Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
                  std::vector<Instruction> instructions, int max_tokens, int threads)
@@ -188,7 +180,7 @@ void Program::start() {
   scratch_ = Memory(thread_offset_ + pool_.size() * thread_bytes_);
   cosines_.resize(size_t(max_tokens_) * shape_.head_dim / 2);
   sines_.resize(cosines_.size());
-  counters_ = std::make_unique<std::atomic<int>[]>(instructions_.size() * 2);
+  counters_ = std::make_unique<std::atomic<int>[]>(instructions_.size() * kCounters);
 }
 
 void Program::check(const Step& s, const KvPages& pages) const {
@@ -215,34 +207,44 @@ void Program::check(const Step& s, const KvPages& pages) const {
 
 void Program::run(const Step& step, KvPages& pages) {
   check(step, pages);
-  Pass pass{step, pages, {}, {}, true, 1, {}};
+  Pass pass{step, pages};
   for (int i = 0; i < step.count;) {
     int stop = i + 1;
     while (stop < step.count && step.rows[stop] == step.rows[i]) ++stop;
     pass.runs.push_back({i, stop - i, step.rows[i]});
     pass.is_decode = pass.is_decode && stop - i == 1;
-    pass.max_spans = std::max(pass.max_spans, step.positions[stop - 1] / kSpan + 1);
+    pass.last_position = std::max(pass.last_position, int(step.positions[stop - 1]));
     i = stop;
   }
-  int group = shape_.heads / shape_.kv_heads;
-  for (int r = 0; r < int(pass.runs.size()); ++r)
-    for (int q = pass.runs[r].count * group; q > 0 && !pass.is_decode; q -= kQueryBlock)
-      pass.blocks.push_back({r, std::max(0, q - kQueryBlock), q});
-  // the longest first, so that no thread waits at the end
-  std::stable_sort(pass.blocks.begin(), pass.blocks.end(), [&](const auto& a, const auto& b) {
-    auto last = [&](const auto& block) {
-      const Run& run = pass.runs[block[0]];
-      return step.positions[run.start + (block[2] - 1) / group];
-    };
-    return last(a) > last(b);
-  });
+  pass.max_parts = pass.last_position / kSpan + 1;
+  if (!pass.is_decode) plan_blocks(pass);
+  if (shape_.route.refresh) plan_routes(pass);
   if (pass.is_decode) {
-    size_t units = pass.runs.size() * shape_.heads * pass.max_spans;
+    size_t units = pass.runs.size() * shape_.heads * pass.max_parts;
     size_t bytes = units * (aligned(shape_.head_dim, 16) + 2) * sizeof(float);
     if (bytes > partials_.bytes()) partials_ = Memory(bytes + bytes / 2);
   }
-  for (size_t i = 0; i < instructions_.size() * 2; ++i) counters_[i].store(0, std::memory_order_relaxed);
+  for (size_t i = 0; i < instructions_.size() * kCounters; ++i) counters_[i].store(0, std::memory_order_relaxed);
   pool_.run([&](int thread) { work(pass, thread); });
+}
+
+void Program::plan_blocks(Pass& pass) const {
+  int group = shape_.heads / shape_.kv_heads;
+  auto plan = [&](auto& blocks, auto tokens_of) {
+    for (int r = 0; r < int(pass.runs.size()); ++r)
+      for (int q = tokens_of(pass.runs[r]) * group; q > 0; q -= kQueryBlock)
+        blocks.push_back({r, std::max(0, q - kQueryBlock), q});
+    // the longest first, so that no thread waits at the end
+    std::stable_sort(blocks.begin(), blocks.end(), [&](const auto& a, const auto& b) {
+      auto last = [&](const auto& block) {
+        const Run& run = pass.runs[block[0]];
+        return pass.step.positions[run.start + (block[2] - 1) / group];
+      };
+      return last(a) > last(b);
+    });
+  };
+  plan(pass.blocks, [](const Run& run) { return run.count; });
+  if (shape_.route.refresh) plan(pass.dense_blocks, [&](const Run& run) { return dense_tokens(pass, run); });
 }
 
 void Program::work(Pass& pass, int thread) {
@@ -430,7 +432,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
     auto [start, stop] = share(panels, pool_.size(), thread);
     for (int p = start; p < stop; ++p) unit(p);
   } else {
-    for (int p; (p = counters_[2 * index].fetch_add(1)) < panels;) unit(p);
+    for (int p; (p = counters_[kCounters * index].fetch_add(1)) < panels;) unit(p);
   }
 }
 
@@ -449,22 +451,12 @@ void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_h
   int page = pass.step.page_table[size_t(pass.step.rows[token]) * pass.step.pages_per_row + position / kPage];
   uint8_t* place = pass.pages.layer(in.layer) + size_t(page) * pass.pages.layout.page_bytes;
   kernels_.store_kv(pass.pages.layout, place, kv_head, position % kPage, key, value);
+  if (shape_.route.refresh && position % kPage == 0)
+    pass.pages.choice(in.layer, page, kv_head).group = 0;  // what a former owner of the page chose
 }
 
 void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
-  int group = shape_.heads / shape_.kv_heads;
-  if (pass.is_decode) {
-    int spans = pass.max_spans, units = int(pass.runs.size()) * shape_.kv_heads * spans;
-    for (int u; (u = counters_[2 * index].fetch_add(1)) < units;) {
-      const Run& run = pass.runs[u / (shape_.kv_heads * spans)];
-      attend_one(pass, in, run, u / spans % shape_.kv_heads, spans - 1 - u % spans, thread);
-    }
-    if (spans == 1) return;
-    pool_.barrier().wait();
-    for (int u; (u = counters_[2 * index + 1].fetch_add(1)) < int(pass.runs.size()) * shape_.heads;)
-      merge_spans(pass, in, pass.runs[u / shape_.heads], u % shape_.heads);
-    return;
-  }
+  if (pass.is_decode) return attend_tokens(pass, in, index, thread);
   auto [start, stop] = share(pass.step.count, pool_.size(), thread);
   for (int t = start; t < stop; ++t) {
     float* qkv = buffer(in.in) + size_t(t) * buffers_[in.in].width;
@@ -472,126 +464,68 @@ void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
     for (int h = 0; h < shape_.kv_heads; ++h) store_token(pass, in, t, h);
   }
   pool_.barrier().wait();
-  int units = int(pass.blocks.size()) * shape_.kv_heads;
-  for (int u; (u = counters_[2 * index + 1].fetch_add(1)) < units;) {
-    const auto& block = pass.blocks[u / shape_.kv_heads];
-    attend_block(pass, in, pass.runs[block[0]], u % shape_.kv_heads, block[1], block[2], thread);
+  bool has_route = in.is_routed && shape_.route.refresh;
+  const auto& dense = has_route ? pass.dense_blocks : pass.blocks;
+  int routed = has_route ? int(pass.routed_blocks.size()) * shape_.kv_heads : 0;
+  int units = routed + int(dense.size()) * shape_.kv_heads;
+  for (int u; (u = counters_[kCounters * index].fetch_add(1)) < units;) {
+    auto [run, first, last] = u < routed ? pass.routed_blocks[u / shape_.kv_heads]
+                                         : dense[(u - routed) / shape_.kv_heads];
+    int kv_head = (u < routed ? u : u - routed) % shape_.kv_heads;
+    if (u < routed) route_block(pass, in, pass.runs[run], kv_head, first, last, thread);
+    else attend_block(pass, in, pass.runs[run], kv_head, first, last, thread);
   }
-  (void)group;
 }
 
-namespace {
+void* Program::attend_scratch(int thread) const {
+  return AttendMemory(thread_scratch(thread), int(aligned(shape_.head_dim, 16)), shape_.head_dim).scratch;
+}
 
-// The thread's memory for attention: softmax states, queries, and what the kernel needs.
-struct AttendMemory {
-  float *sums, *most, *total, *next, *most_next, *total_next, *vectors;
-  Query* queries;
-  void* scratch;
+Attend Program::attend_of(const Pass& pass, const Instruction& in, const Run& run, int kv_head) const {
+  const int32_t* table = pass.step.page_table + size_t(run.row) * pass.step.pages_per_row;
+  return {&pass.pages.layout, pass.pages.layer(in.layer), table, kv_head, shape_.score_scale};
+}
 
-  AttendMemory(uint8_t* base, int dim_padded, int dim) {
-    float* floats = (float*)base;
-    sums = floats, next = sums + kQueryBlock * dim_padded;
-    most = next + kQueryBlock * dim_padded, total = most + kQueryBlock;
-    most_next = total + kQueryBlock, total_next = most_next + kQueryBlock;
-    vectors = total_next + kQueryBlock;
-    queries = (Query*)(vectors + kQueryBlock * dim);
-    scratch = (void*)aligned(size_t(queries + kQueryBlock));
+// Attention of the loaded queries over the slots low ... high - 1, span after span.
+void Program::attend_pages(const Attend& a, int count, int low, int high, const AttendMemory& m) const {
+  bool is_first = true;
+  for (int span = low / kSpan; span * kSpan < high; ++span) {
+    int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
+    kernels_.attend_span(a, m.queries, 0, count, from, to, is_first ? m.sums : m.next,
+                         is_first ? m.most : m.most_next, is_first ? m.total : m.total_next, m.scratch);
+    if (!is_first)
+      kernels_.merge(m.sums, m.most, m.total, m.next, m.most_next, m.total_next, count, a.layout->dim_padded);
+    is_first = false;
   }
-};
-
-}  // namespace
+}
 
 void Program::attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head,
                            int start, int stop, int thread) {
   const PageLayout& l = pass.pages.layout;
   AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
-  int group = shape_.heads / shape_.kv_heads, count = stop - start, width = buffers_[in.in].width;
+  int group = shape_.heads / shape_.kv_heads, count = stop - start;
   int low = 1 << 30, high = 0;
   for (int i = 0; i < count; ++i) {
     int token = run.start + (start + i) / group, position = pass.step.positions[token];
-    const float* vector = buffer(in.in) + size_t(token) * width +
-                          (kv_head * group + (start + i) % group) * l.dim;
     int first = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
-    m.queries[i] = {vector, first, position + 1};
+    m.queries[i] = {query_of(in, token, kv_head * group + (start + i) % group), first, position + 1};
     low = std::min(low, first), high = std::max(high, position + 1);
   }
-  Attend a{&l, pass.pages.layer(in.layer), pass.step.page_table + size_t(run.row) * pass.step.pages_per_row,
-           kv_head, shape_.score_scale};
   kernels_.load_queries(l, m.queries, count, m.scratch);
-  bool is_first = true;
-  for (int span = low / kSpan; span * kSpan < high; ++span) {
-    int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
-    kernels_.attend_span(a, m.queries, count, from, to, is_first ? m.sums : m.next,
-                         is_first ? m.most : m.most_next, is_first ? m.total : m.total_next, m.scratch);
-    if (!is_first)
-      kernels_.merge(m.sums, m.most, m.total, m.next, m.most_next, m.total_next, count, l.dim_padded);
-    is_first = false;
-  }
-  for (int i = 0; i < count; ++i) {
-    int token = run.start + (start + i) / group;
-    float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width +
-                 (kv_head * group + (start + i) % group) * l.dim;
-    float inverse = 1.0f / m.total[i];
-    for (int d = 0; d < l.dim; ++d) out[d] = m.sums[i * l.dim_padded + d] * inverse;
-  }
+  attend_pages(attend_of(pass, in, run, kv_head), count, low, high, m);
+  for (int i = 0; i < count; ++i)
+    write_out(in, run.start + (start + i) / group, kv_head * group + (start + i) % group,
+              m.sums + size_t(i) * l.dim_padded, m.total[i]);
 }
 
-void Program::attend_one(Pass& pass, const Instruction& in, const Run& run, int kv_head, int span,
-                         int thread) {
-  const PageLayout& l = pass.pages.layout;
-  int token = run.start, position = pass.step.positions[token];
-  int high = position + 1, low = in.window > 0 ? std::max(0, high - in.window) : 0;
-  int group = shape_.heads / shape_.kv_heads;
-  if (span > position / kSpan || (span + 1) * kSpan <= low) return;
-  // the unit of the newest slots stores them: no other reads them
-  if (span == position / kSpan) store_token(pass, in, token, kv_head);
-  AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
-  const float* qkv = buffer(in.in) + size_t(token) * buffers_[in.in].width;
-  Attend a{&l, pass.pages.layer(in.layer), pass.step.page_table + size_t(run.row) * pass.step.pages_per_row,
-           kv_head, shape_.score_scale};
-  for (int first = 0; first < group; first += kQueryBlock) {
-    int count = std::min(kQueryBlock, group - first);
-    for (int i = 0; i < count; ++i) {
-      float* vector = m.vectors + i * l.dim;
-      std::memcpy(vector, qkv + (kv_head * group + first + i) * l.dim, l.dim * sizeof(float));
-      rope_head(pass, token, vector, in.q_norm);
-      m.queries[i] = {vector, low, high};
-    }
-    int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
-    int head = kv_head * group + first;
-    size_t run_index = &run - pass.runs.data();
-    kernels_.load_queries(l, m.queries, count, m.scratch);
-    kernels_.attend_span(a, m.queries, count, from, to, m.sums, m.most, m.total, m.scratch);
-    if (pass.max_spans == 1) {
-      float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width + head * l.dim;
-      for (int i = 0; i < count; ++i)
-        for (int d = 0; d < l.dim; ++d)
-          out[i * l.dim + d] = m.sums[i * l.dim_padded + d] * (1.0f / m.total[i]);
-      continue;
-    }
-    for (int i = 0; i < count; ++i) {
-      float* part = (float*)partials_.data() +
-                    ((run_index * shape_.heads + head + i) * pass.max_spans + span) * (l.dim_padded + 2);
-      std::memcpy(part, m.sums + i * l.dim_padded, l.dim_padded * sizeof(float));
-      part[l.dim_padded] = m.most[i], part[l.dim_padded + 1] = m.total[i];
-    }
-  }
+float* Program::query_of(const Instruction& in, int token, int head) const {
+  return buffer(in.in) + size_t(token) * buffers_[in.in].width + head * shape_.head_dim;
 }
 
-void Program::merge_spans(Pass& pass, const Instruction& in, const Run& run, int head) {
-  int dim = pass.pages.layout.dim_padded, position = pass.step.positions[run.start];
-  int low = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
-  size_t run_index = &run - pass.runs.data();
-  float* parts = (float*)partials_.data() +
-                 (run_index * shape_.heads + head) * pass.max_spans * (dim + 2);
-  float* state = parts + size_t(low / kSpan) * (dim + 2);
-  for (int span = low / kSpan + 1; span <= position / kSpan; ++span) {
-    const float* next = parts + size_t(span) * (dim + 2);
-    kernels_.merge(state, state + dim, state + dim + 1, next, next + dim, next + dim + 1, 1, dim);
-  }
-  float* out = buffer(in.out) + size_t(run.start) * buffers_[in.out].width + head * shape_.head_dim;
-  float inverse = 1.0f / state[dim + 1];
-  for (int d = 0; d < shape_.head_dim; ++d) out[d] = state[d] * inverse;
+void Program::write_out(const Instruction& in, int token, int head, const float* sums, float total) const {
+  float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width + head * shape_.head_dim;
+  float inverse = 1.0f / total;
+  for (int d = 0; d < shape_.head_dim; ++d) out[d] = sums[d] * inverse;
 }
 
 void Routing::sort(int count, int num_experts) {
@@ -692,7 +626,7 @@ void Program::experts(Pass& pass, const Instruction& in, int index, int thread) 
       work(expert, u % panels, routing_.first[expert], routing_.first[expert + 1]);
     }
   };
-  each_panel(gate.panels(), counters_[2 * index], [&](int expert, int panel, int start, int stop) {
+  each_panel(gate.panels(), counters_[kCounters * index], [&](int expert, int panel, int start, int stop) {
     swiglu_panel(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop,
                  panel, tiles, hidden + size_t(start) * down.k, down.k);
   });
@@ -702,7 +636,7 @@ void Program::experts(Pass& pass, const Instruction& in, int index, int thread) 
   for (int p = first; p < last; ++p)
     kernels_.prepare(down, hidden + size_t(p) * down.k, nullptr, 0, x, p, scratch);
   pool_.barrier().wait();
-  each_panel(down.panels(), counters_[2 * index + 1], [&](int expert, int panel, int start, int stop) {
+  each_panel(down.panels(), counters_[kCounters * index + 1], [&](int expert, int panel, int start, int stop) {
     kernels_.linear(weights_[in.weights[3 * expert + 2]], x, start, stop, panel,
                     outputs + size_t(start) * down.n + panel * kPanel, down.n, Store::set);
   });

@@ -1,9 +1,11 @@
 // A model as a flat list of instructions over a static memory plan, run in one call per step.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -44,6 +46,7 @@ struct Instruction {
   RowSet rows = RowSet::all;
   // attend
   int layer = 0, q_norm = -1, k_norm = -1, window = 0;  // window in slots, 0 for none
+  bool is_routed = false;          // sees the pages that are chosen for it, of a program with a route
   // experts
   int routes = 0;                  // buffer of the router's logits
   int balance = -1;                // vector added to the scores to choose by; sigmoid scores have it
@@ -57,10 +60,21 @@ struct Buffer {
   size_t offset = 0;     // floats of a row before this buffer in the plan
 };
 
+// How routed attention chooses pages. The choice of a token is that of the first of its group of
+// `refresh` tokens, with the query that this one had.
+struct Route {
+  int refresh = 0;                     // slots that share a choice, a divisor of kPage; 0: no route
+  int first_pages = 0, recent_pages = 0;  // always seen; the own page is a recent one
+  std::vector<int32_t> budget;         // pages seen by a query in each page; the last for all behind
+  int most() const { return refresh ? *std::max_element(budget.begin(), budget.end()) : 0; }
+  int budget_at(int page) const { return budget[std::min<size_t>(page, budget.size() - 1)]; }
+};
+
 struct Shape {
   int heads = 0, kv_heads = 0, head_dim = 0, layers = 0, vocab = 0;
   float norm_eps = 1e-6f, rope_factor = 1.0f, score_scale = 0.0f;
   std::vector<float> inverse_frequencies;  // [head_dim / 2]
+  Route route;
 };
 
 // One step: tokens of one or several sequences, those of a sequence side by side and in order.
@@ -83,11 +97,20 @@ class KvPages {
   int num_pages;
   size_t bytes() const { return memory_.bytes(); }
   uint8_t* layer(int index) const { return memory_.data() + size_t(index) * num_pages * layout.page_bytes; }
+  // The newest choice of a KV head's queries in a page: one more than the group of slots it is for, 0 for
+  // none; how many pages, and their places in the row.
+  struct Choice { int32_t group, count; int32_t pages[1]; };
+  Choice& choice(int layer, int page, int kv_head) {
+    size_t place = (size_t(layer) * num_pages + page) * layout.kv_heads + kv_head;
+    return *(Choice*)(choices_.data() + place * choice_bytes_);
+  }
+  int most_chosen() const { return most_chosen_; }
   void copy(int target, int source);
 
  private:
-  int layers_;
-  Memory memory_;
+  int layers_, most_chosen_;
+  size_t choice_bytes_ = 0;
+  Memory memory_, choices_;
 };
 
 // The experts that the tokens of a step go to. Slot token * active + i is the token's i-th expert; the
@@ -131,7 +154,15 @@ class Program {
 
  private:
   struct Run { int start, count, row; };  // tokens of one sequence
+  struct Group { int start, stop, count, seen; };  // tokens that share a choice, its pages, those visited
+  struct RouteMemory {                    // of a thread
+    std::vector<Group> groups;
+    std::vector<int32_t> chosen;          // [groups][most pages]
+    std::vector<Query> queries;
+    std::vector<float> scores, scratch, sums, most, total;
+  };
   struct Pass;
+  struct AttendMemory;
 
   int rows_of(const Pass& pass, const Instruction& in) const;
   float* buffer(int index) const { return (float*)states_.data() + buffers_[index].offset * max_tokens_; }
@@ -147,13 +178,38 @@ class Program {
   void attend(Pass& pass, const Instruction& in, int index, int thread);
   void attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
                     int stop, int thread);
-  void attend_one(Pass& pass, const Instruction& in, const Run& run, int kv_head, int span,
-                  int thread);
-  void merge_spans(Pass& pass, const Instruction& in, const Run& run, int head);
+  void attend_pages(const Attend& a, int count, int low, int high, const AttendMemory& m) const;
+  float* query_of(const Instruction& in, int token, int head) const;
+  void write_out(const Instruction& in, int token, int head, const float* sums, float total) const;
+  Attend attend_of(const Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
+  void plan_blocks(Pass& pass) const;
+  // route.cpp: attention of single tokens, and to chosen pages
+  void attend_tokens(Pass& pass, const Instruction& in, int index, int thread);
+  void attend_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int part, int thread);
+  std::pair<int, int> parts_of(Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
+  float* state_of(const Pass& pass, const Run& run, int head) const;
+  void merge_parts(Pass& pass, const Instruction& in, const Run& run, int head);
+  void rope_queries(Pass& pass, const Instruction& in, int token, int kv_head, int first, int count, int low,
+                    int high, const AttendMemory& m) const;
+  void plan_routes(Pass& pass);
+  int dense_tokens(const Pass& pass, const Run& run) const;
+  bool is_routed(const Pass& pass, const Instruction& in, const Run& run) const;
+  KvPages::Choice& choice_at(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
+  bool is_chosen(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
+  int choose(int position, float* scores, ptrdiff_t stride, int32_t* chosen, int thread);
+  void keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const;
+  void choose_groups(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
+                     int thread);
+  void route_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
+                   int thread);
+  void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);
+  void choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread);
+  float* scores_of(const Pass& pass, const Run& run, int kv_head) const;
   void rope_head(const Pass& pass, int token, float* head, int norm) const;
   void store_token(Pass& pass, const Instruction& in, int token, int kv_head);
   Inputs inputs_for(const Weight& w, int slot) const;
   float* product_scratch(int thread) const;
+  void* attend_scratch(int thread) const;
   uint8_t* thread_scratch(int thread) const { return scratch_.data() + thread_offset_ + thread * thread_bytes_; }
 
   const Kernels& kernels_;
@@ -166,7 +222,8 @@ class Program {
   size_t arena_used_ = 0;
   std::vector<Weight> weights_;
   std::vector<const float*> vectors_;
-  Memory states_, scratch_, partials_;
+  Memory states_, scratch_, partials_, scores_;
+  std::vector<RouteMemory> routes_;
   size_t inputs_bytes_ = 0, thread_offset_ = 0, thread_bytes_ = 0, input_row_bytes_ = 0;
   int max_groups_ = 0, input_rows_ = 0;
   Routing routing_;

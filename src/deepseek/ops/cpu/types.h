@@ -13,6 +13,8 @@ constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
 constexpr int kSpan = 128;
+// Queries that are loaded together, at most.
+constexpr int kMaxQueries = 1024;
 // Channels that are rotated together before int8 quantization.
 constexpr int kRotation = 64;
 // Channels of a scale, at most.
@@ -115,10 +117,18 @@ struct Kernels {
                float eps);
   // Puts queries into `scratch` as `attend_span` reads them, once for all spans.
   void (*load_queries)(const PageLayout& layout, const Query* queries, int count, void* scratch);
-  // Softmax-weighted values of `count` queries over the slots start ... stop - 1 (within one span
-  // each) into sums [count][dim_padded], largest scores and denominators [count].
-  void (*attend_span)(const Attend& a, const Query* queries, int count, int start, int stop,
+  // Softmax-weighted values of `count` queries, from the loaded one `first` on, over the slots
+  // start ... stop - 1 (within one span each) into sums [count][dim_padded], largest scores and
+  // denominators [count]; `queries` says what each of them sees.
+  void (*attend_span)(const Attend& a, const Query* queries, int first, int count, int start, int stop,
                       float* sums, float* largest, float* total, void* scratch);
+  // Largest score of each of the `count` loaded queries with the keys that it sees in each of the pages
+  // first ... last - 1, into out [count][stride] from column `first` on; -infinity where it sees none.
+  void (*page_scores)(const Attend& a, const Query* queries, int count, int first, int last, float* out,
+                      ptrdiff_t stride, void* scratch);
+  // Places of the pages to see, ascending, into `chosen`; see choice.h.
+  int (*choose_pages)(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
+                      int recent_pages, int budget, int32_t* chosen, float* scratch);
   size_t attend_scratch_bytes;
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);

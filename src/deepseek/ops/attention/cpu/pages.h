@@ -6,6 +6,9 @@
 #include "../../linear/cpu/inputs.h"
 #if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
 #include "tile_pages.h"
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
 #endif
 
 namespace {
@@ -13,7 +16,7 @@ namespace {
 using namespace deepseek;
 
 constexpr int kPageVectors = kPage / kLanes;
-constexpr int kMaxQueries = 48, kMaxDim = 256;
+constexpr int kMaxDim = 256;
 #if defined(__AVX512F__)
 constexpr int kQueryTile = 6, kColumnTile = 4;
 #else
@@ -482,9 +485,10 @@ void load_queries(const PageLayout& l, const Query* queries, int count, void* sc
   typed(l, scratch, [&](auto to) { load_typed(l, queries, count, to); });
 }
 
-void attend_span(const Attend& a, const Query* queries, int count, int start, int stop, float* sums,
-                 float* most, float* total, void* scratch) {
+void attend_span(const Attend& a, const Query* queries, int first, int count, int start, int stop,
+                 float* sums, float* most, float* total, void* scratch) {
   typed(*a.layout, scratch, [&](auto from) {
+    from.scales += first, from.terms += first, from.queries += size_t(first) * a.layout->dim_padded;
     attend_typed(a, queries, count, start, stop, sums, most, total, from);
   });
 }

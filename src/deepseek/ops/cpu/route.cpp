@@ -1,0 +1,292 @@
+// Attention to chosen pages, and attention of single tokens, whose spans or pages are shared out.
+//
+// A group of neighbouring tokens sees the pages that its first token chose. In a prompt a page is
+// visited once for all groups of a unit that see it: what they choose differs, so that group after
+// group would fetch each page from far many times.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "pass.h"
+
+namespace deepseek {
+
+namespace {
+
+constexpr int kUnitTokens = 256;   // of a unit, at most: whole pages
+constexpr int kChunkPages = 32;    // pages that a thread scores for a token
+
+}  // namespace
+
+// Tokens of a run that see all that is before them, in a layer that is routed.
+int Program::dense_tokens(const Pass& pass, const Run& run) const {
+  int before = shape_.route.budget_at(0) * kPage - pass.step.positions[run.start];
+  return std::clamp(before, 0, run.count);
+}
+
+bool Program::is_routed(const Pass& pass, const Instruction& in, const Run& run) const {
+  return in.is_routed && shape_.route.refresh && dense_tokens(pass, run) == 0;
+}
+
+// A run's tokens in some pages are a unit: it alone reads and writes the choices of these pages.
+void Program::plan_routes(Pass& pass) {
+  int group = shape_.heads / shape_.kv_heads;
+  int tokens = std::min(kUnitTokens, kMaxQueries / group / kPage * kPage);
+  pass.score_stride = aligned(pass.last_position / kPage + 1, 16);
+  pass.max_parts = std::max(pass.max_parts, shape_.route.most());
+  for (int r = int(pass.runs.size()) - 1; r >= 0 && !pass.is_decode; --r) {
+    const Run& run = pass.runs[r];
+    int start = pass.step.positions[run.start], stop = start + run.count, first = start + dense_tokens(pass, run);
+    for (int unit = (stop - 1) / tokens * tokens; unit + tokens > first && first < stop; unit -= tokens)
+      pass.routed_blocks.push_back({r, std::max(unit, first) - start, std::min(unit + tokens, stop) - start});
+  }
+  routes_.resize(pool_.size());
+  if (!pass.is_decode) return;
+  size_t bytes = pass.runs.size() * shape_.heads * pass.score_stride * sizeof(float);
+  if (bytes > scores_.bytes()) scores_ = Memory(bytes + bytes / 2);
+}
+
+KvPages::Choice& Program::choice_at(Pass& pass, const Instruction& in, const Run& run, int kv_head,
+                                    int position) const {
+  int page = pass.step.page_table[size_t(run.row) * pass.step.pages_per_row + position / kPage];
+  return pass.pages.choice(in.layer, page, kv_head);
+}
+
+// Whether the choice of the token's group was made in a step before.
+bool Program::is_chosen(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const {
+  int refresh = shape_.route.refresh;
+  return position % refresh && choice_at(pass, in, run, kv_head, position).group == position / refresh + 1;
+}
+
+// Puts the pages that a token chose into `chosen`, by the scores of its query heads.
+int Program::choose(int position, float* scores, ptrdiff_t stride, int32_t* chosen, int thread) {
+  const Route& route = shape_.route;
+  int pages = position / kPage + 1, group = shape_.heads / shape_.kv_heads;
+  std::vector<float>& scratch = routes_[thread].scratch;
+  scratch.resize(std::max(scratch.size(), size_t(2 * (pages + 16))));
+  return kernels_.choose_pages(scores, stride, group, pages, route.first_pages, route.recent_pages,
+                               route.budget_at(position / kPage), chosen, scratch.data());
+}
+
+void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const {
+  choice.group = position / shape_.route.refresh + 1, choice.count = count;
+  std::memcpy(choice.pages, chosen, count * sizeof(int32_t));
+}
+
+// The groups of tokens start ... stop - 1 of a run, with the pages that each of them chose.
+void Program::choose_groups(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
+                            int stop, int thread) {
+  int group = shape_.heads / shape_.kv_heads, refresh = shape_.route.refresh, most = shape_.route.most();
+  RouteMemory& m = routes_[thread];
+  auto position_of = [&](int token) { return pass.step.positions[run.start + token]; };
+  m.groups.clear(), m.queries.clear();
+  for (int t = start; t < stop; t = m.groups.back().stop)
+    m.groups.push_back({t, std::min(stop, t + refresh - position_of(t) % refresh), 0, 0});
+  m.chosen.resize(m.groups.size() * most);
+  bool goes_on = is_chosen(pass, in, run, kv_head, position_of(start));  // every other group begins here
+  if (goes_on) {
+    const KvPages::Choice& choice = choice_at(pass, in, run, kv_head, position_of(start));
+    m.groups[0].count = choice.count;
+    std::memcpy(m.chosen.data(), choice.pages, choice.count * sizeof(int32_t));
+  }
+  for (size_t g = goes_on; g < m.groups.size(); ++g)
+    for (int h = 0; h < group; ++h) {
+      int token = m.groups[g].start;
+      m.queries.push_back({query_of(in, run.start + token, kv_head * group + h), 0, position_of(token) + 1});
+    }
+  if (m.queries.empty()) return;
+  m.scores.resize(std::max(m.scores.size(), m.queries.size() * pass.score_stride));
+  void* scratch = attend_scratch(thread);
+  kernels_.load_queries(pass.pages.layout, m.queries.data(), int(m.queries.size()), scratch);
+  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries.data(), int(m.queries.size()), 0,
+                       position_of(stop - 1) / kPage + 1, m.scores.data(), pass.score_stride, scratch);
+  float* scores = m.scores.data();
+  for (size_t g = goes_on; g < m.groups.size(); ++g, scores += group * pass.score_stride) {
+    Group& each = m.groups[g];
+    int32_t* chosen = m.chosen.data() + g * most;
+    int position = position_of(each.start);
+    each.count = choose(position, scores, pass.score_stride, chosen, thread);
+    keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen, each.count);
+  }
+}
+
+void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
+                          int stop, int thread) {
+  const PageLayout& l = pass.pages.layout;
+  int group = shape_.heads / shape_.kv_heads, rows = (stop - start) * group, most = shape_.route.most();
+  RouteMemory& m = routes_[thread];
+  choose_groups(pass, in, run, kv_head, start, stop, thread);
+  m.queries.clear();
+  for (int i = 0; i < rows; ++i) {
+    int token = run.start + start + i / group;
+    m.queries.push_back({query_of(in, token, kv_head * group + i % group), 0, pass.step.positions[token] % kPage + 1});
+  }
+  m.sums.assign(size_t(rows) * l.dim_padded, 0.0f), m.most.assign(rows, -INFINITY), m.total.assign(rows, 0.0f);
+  void* scratch = attend_scratch(thread);
+  kernels_.load_queries(l, m.queries.data(), rows, scratch);
+  Attend a = attend_of(pass, in, run, kv_head);
+  const int32_t* table = a.table;
+  AttendMemory next(thread_scratch(thread), l.dim_padded, l.dim);
+  std::fill(next.queries, next.queries + kQueryBlock, Query{nullptr, 0, kPage});
+  // rows first ... last - 1 with a page, which is their own or lies before it
+  auto visit = [&](int first, int last, bool is_own) {
+    for (; first < last; first += kQueryBlock) {
+      int count = std::min(kQueryBlock, last - first);
+      kernels_.attend_span(a, is_own ? m.queries.data() + first : next.queries, first, count, 0, kPage, next.sums,
+                           next.most, next.total, scratch);
+      kernels_.merge(m.sums.data() + size_t(first) * l.dim_padded, m.most.data() + first, m.total.data() + first,
+                     next.sums, next.most, next.total, count, l.dim_padded);
+    }
+  };
+  int last_page = pass.step.positions[run.start + stop - 1] / kPage;
+  for (int page = 0; page <= last_page; ++page) {
+    a.table = table + page;
+    int first = -1, last = 0;
+    bool is_own = false;
+    for (size_t g = 0; g < m.groups.size(); ++g) {
+      Group& each = m.groups[g];
+      bool sees = each.seen < each.count && m.chosen[g * most + each.seen] == page;
+      bool owns = pass.step.positions[run.start + each.start] / kPage == page;
+      if (first >= 0 && (!sees || owns != is_own)) visit(first, last, is_own), first = -1;
+      if (!sees) continue;
+      ++each.seen;
+      if (first < 0) first = (each.start - start) * group, is_own = owns;
+      last = (each.stop - start) * group;
+    }
+    if (first >= 0) visit(first, last, is_own);
+  }
+  for (int i = 0; i < rows; ++i)
+    write_out(in, run.start + start + i / group, kv_head * group + i % group,
+              m.sums.data() + size_t(i) * l.dim_padded, m.total[i]);
+}
+
+// A token of each run: the parts of what they see, spans or chosen pages, are shared out, and merged at
+// the end.
+void Program::attend_tokens(Pass& pass, const Instruction& in, int index, int thread) {
+  int runs = int(pass.runs.size());
+  auto each = [&](int phase, int parts, auto work) {  // parts of each KV head of each run
+    int units = runs * shape_.kv_heads * parts;
+    for (int u; (u = counters_[kCounters * index + phase].fetch_add(1)) < units;)
+      work(pass.runs[u / (shape_.kv_heads * parts)], u / parts % shape_.kv_heads, parts - 1 - u % parts);
+  };
+  bool any = std::any_of(pass.runs.begin(), pass.runs.end(), [&](const Run& r) { return is_routed(pass, in, r); });
+  if (any) {
+    each(0, pass.last_position / (kPage * kChunkPages) + 1, [&](const Run& run, int kv_head, int chunk) {
+      if (is_routed(pass, in, run)) score_token(pass, in, run, kv_head, chunk, thread);
+    });
+    pool_.barrier().wait();
+    each(1, 1, [&](const Run& run, int kv_head, int) {
+      if (is_routed(pass, in, run)) choose_for_token(pass, in, run, kv_head, thread);
+    });
+    pool_.barrier().wait();
+  }
+  each(2, pass.max_parts, [&](const Run& run, int kv_head, int part) {
+    attend_token(pass, in, run, kv_head, part, thread);
+  });
+  if (pass.max_parts == 1) return;
+  pool_.barrier().wait();
+  for (int u; (u = counters_[kCounters * index + 3].fetch_add(1)) < runs * shape_.heads;)
+    merge_parts(pass, in, pass.runs[u / shape_.heads], u % shape_.heads);
+}
+
+// Queries of a token's KV head, `count` of them from head `first` of the group on, with their angles.
+void Program::rope_queries(Pass& pass, const Instruction& in, int token, int kv_head, int first, int count,
+                           int low, int high, const AttendMemory& m) const {
+  int dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
+  for (int i = 0; i < count; ++i) {
+    float* vector = m.vectors + i * dim;
+    std::memcpy(vector, query_of(in, token, kv_head * group + first + i), dim * sizeof(float));
+    rope_head(pass, token, vector, in.q_norm);
+    m.queries[i] = {vector, low, high};
+  }
+}
+
+float* Program::scores_of(const Pass& pass, const Run& run, int kv_head) const {
+  size_t place = size_t(&run - pass.runs.data()) * shape_.kv_heads + kv_head;
+  return (float*)scores_.data() + place * (shape_.heads / shape_.kv_heads) * pass.score_stride;
+}
+
+void Program::score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk,
+                          int thread) {
+  int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads;
+  int first = chunk * kChunkPages, last = std::min(first + kChunkPages, position / kPage + 1);
+  if (first >= last) return;
+  if (last == position / kPage + 1) store_token(pass, in, run.start, kv_head);
+  if (is_chosen(pass, in, run, kv_head, position)) return;
+  AttendMemory m(thread_scratch(thread), pass.pages.layout.dim_padded, pass.pages.layout.dim);
+  rope_queries(pass, in, run.start, kv_head, 0, group, 0, position + 1, m);
+  kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
+  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, first, last,
+                       scores_of(pass, run, kv_head), pass.score_stride, m.scratch);
+}
+
+void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread) {
+  int position = pass.step.positions[run.start];
+  if (is_chosen(pass, in, run, kv_head, position)) return;
+  std::vector<int32_t>& chosen = routes_[thread].chosen;
+  chosen.resize(std::max<size_t>(chosen.size(), shape_.route.most()));
+  int count = choose(position, scores_of(pass, run, kv_head), pass.score_stride, chosen.data(), thread);
+  keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen.data(), count);
+}
+
+// The parts that a token sees of its row, first ... last - 1.
+std::pair<int, int> Program::parts_of(Pass& pass, const Instruction& in, const Run& run, int kv_head) const {
+  int position = pass.step.positions[run.start];
+  if (is_routed(pass, in, run)) return {0, choice_at(pass, in, run, kv_head, position).count};
+  int low = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
+  return {low / kSpan, position / kSpan + 1};
+}
+
+void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int part,
+                           int thread) {
+  const PageLayout& l = pass.pages.layout;
+  int token = run.start, position = pass.step.positions[token];
+  int group = shape_.heads / shape_.kv_heads;
+  auto [first_part, last_part] = parts_of(pass, in, run, kv_head);
+  if (part < first_part || part >= last_part) return;
+  Attend a = attend_of(pass, in, run, kv_head);
+  int high = position + 1, low = in.window > 0 ? std::max(0, high - in.window) : 0;
+  int start = part * kSpan, stop = std::min(high, start + kSpan);
+  if (is_routed(pass, in, run)) {
+    a.table += choice_at(pass, in, run, kv_head, position).pages[part];
+    low = start = 0, high = stop = part + 1 == last_part ? position % kPage + 1 : kPage;
+  } else if (part + 1 == last_part) {
+    store_token(pass, in, token, kv_head);  // the unit of the newest slots: no other reads them
+  }
+  AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
+  for (int first = 0; first < group; first += kQueryBlock) {
+    int count = std::min(kQueryBlock, group - first), head = kv_head * group + first;
+    rope_queries(pass, in, token, kv_head, first, count, low, high, m);
+    kernels_.load_queries(l, m.queries, count, m.scratch);
+    kernels_.attend_span(a, m.queries, 0, count, std::max(low, start), stop, m.sums, m.most, m.total, m.scratch);
+    for (int i = 0; i < count; ++i) {
+      const float* sums = m.sums + size_t(i) * l.dim_padded;
+      if (pass.max_parts == 1) {
+        write_out(in, token, head + i, sums, m.total[i]);
+        continue;
+      }
+      float* state = state_of(pass, run, head + i) + size_t(part) * (l.dim_padded + 2);
+      std::memcpy(state, sums, l.dim_padded * sizeof(float));
+      state[l.dim_padded] = m.most[i], state[l.dim_padded + 1] = m.total[i];
+    }
+  }
+}
+
+float* Program::state_of(const Pass& pass, const Run& run, int head) const {
+  size_t place = size_t(&run - pass.runs.data()) * shape_.heads + head;
+  return (float*)partials_.data() + place * pass.max_parts * (pass.pages.layout.dim_padded + 2);
+}
+
+void Program::merge_parts(Pass& pass, const Instruction& in, const Run& run, int head) {
+  int dim = pass.pages.layout.dim_padded;
+  auto [first, last] = parts_of(pass, in, run, head / (shape_.heads / shape_.kv_heads));
+  float* states = state_of(pass, run, head);
+  float* state = states + size_t(first) * (dim + 2);
+  for (int part = first + 1; part < last; ++part) {
+    const float* next = states + size_t(part) * (dim + 2);
+    kernels_.merge(state, state + dim, state + dim + 1, next, next + dim, next + dim + 1, 1, dim);
+  }
+  write_out(in, run.start, head, state, state[dim + 1]);
+}
+
+}  // namespace deepseek

@@ -1,0 +1,62 @@
+"""Routed attention as data: how many blocks a query sees, which of them always. Loads no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from deepseek.config import Config
+from deepseek.errors import ConfigError, describe
+
+BLOCK = 64
+"""Slots of a block, the page size of every cache."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing(Config):
+    """What a query of routed attention sees: the first block, the recent ones, and of those between
+    the ones whose keys it scores best, chosen anew every `refresh` tokens.
+
+    The tokens that a query in slot s sees are `share * s`, at least `least` and at most `most`,
+    which grows with log s behind `most_from`: all work of attention is then O(n log n).
+    """
+
+    refresh: int = 4
+    """Neighbouring tokens that share a choice, that of the first of them; a divisor of 64."""
+    first: int = 1
+    """Blocks at the start of a text that are always seen."""
+    recent: int = 4
+    """Blocks before a query that are always seen, its own included."""
+    share: float = 0.25
+    """Of the tokens before a query, those that it sees."""
+    least: int = 1024
+    """Tokens seen at least; a text so short is attended densely."""
+    most: int = 2048
+    """Tokens seen at most, at `most_from`."""
+    most_from: int = 16384
+    """Slot behind which `most` grows with the logarithm."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.refresh <= BLOCK or BLOCK % self.refresh:
+            raise ConfigError(describe("refresh", "Routing", f"a divisor of {BLOCK}", self.refresh))
+        if self.first < 0 or self.recent < 1:
+            got = f"first {self.first}, recent {self.recent}"
+            raise ConfigError(describe("first and recent", "Routing", "from 0 and from 1 on", got))
+        if not (self.first + self.recent) * BLOCK <= self.least <= self.most:
+            must = "room for what is always seen, and no more than most"
+            raise ConfigError(describe("least", "Routing", must, self.least))
+        if not 0 < self.share <= 1 or self.most_from < self.most:
+            must = "from above 0 to 1, and behind most"
+            got = f"{self.share}, {self.most_from}"
+            raise ConfigError(describe("share and most_from", "Routing", must, got))
+
+    def blocks_seen(self, own: int) -> int:
+        """Return how many blocks a query in block `own` may see."""
+        slot = own * BLOCK
+        growth = math.log(max(slot, self.most_from)) / math.log(self.most_from)
+        tokens = max(self.least, min(self.share * slot, self.most * growth))
+        return int(tokens) // BLOCK
+
+    def budget(self, num_blocks: int) -> list[int]:
+        """Return `blocks_seen` of each of a number of blocks."""
+        return [self.blocks_seen(own) for own in range(num_blocks)]

@@ -1,0 +1,240 @@
+"""Attention to chosen pages in C++: what is chosen, against loops, and the same bits however it is
+called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.errors import ConfigError
+from deepseek.ops.routing import BLOCK, Routing
+from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, PAGE, Native
+from tests.ops.test_paged_attention import BOUNDS, MEAN_BOUNDS, attend, draw, program
+
+pytestmark = NEEDS_KERNELS
+
+Heads = tuple[int, int, int]
+
+
+def route(
+    budget: int | list[int], *, refresh: int = 4, first: int = 1, recent: int = 1
+) -> dict[str, Any]:
+    pages = [budget] if isinstance(budget, int) else budget
+    return {"refresh": refresh, "first_pages": first, "recent_pages": recent, "budget": pages}
+
+
+def routed(
+    isa: str, heads: Heads, table: np.ndarray, asked: dict[str, Any], threads: int = 2
+) -> Native:
+    """Return routed attention whose query, key and value of token i are row i of `table`."""
+    num_heads, kv_heads, dim = heads
+    width = num_heads * dim
+    instructions = [
+        {"op": "embed", "output": 0, "weights": [0]},
+        {"op": "attend", "input": 0, "output": 1, "layer": 0, "is_routed": 1},
+        {"op": "linear", "input": 1, "output": -1, "weights": [1], "selected": 1},
+    ]
+    widths = [(num_heads + 2 * kv_heads) * dim, width]
+    native = Native(
+        isa,
+        widths,
+        instructions,
+        vocab=max(len(table), width),
+        heads=heads,
+        threads=threads,
+        route=asked,
+    )
+    native.weight(table)
+    native.weight(np.eye(width, dtype=np.float32))
+    native.program.start()
+    native.width = width
+    return native
+
+
+def reference(heads: Heads, table: np.ndarray, asked: dict[str, Any]) -> np.ndarray:
+    """Return the attention of each token over the pages that its group chose, float64."""
+    num_heads, kv_heads, dim = heads
+    group = num_heads // kv_heads
+    rows = table.astype(np.float64).reshape(len(table), -1, dim)
+    out = np.zeros((len(table), num_heads, dim))
+    for kv_head in range(kv_heads):
+        keys, values = rows[:, num_heads + kv_head], rows[:, num_heads + kv_heads + kv_head]
+        for place in range(len(table)):
+            own = slice(kv_head * group, (kv_head + 1) * group)
+            anchor = place - place % asked["refresh"]
+            pages = chosen(rows[anchor, own] @ keys[: anchor + 1].T * dim**-0.5, asked)
+            seen = np.isin(np.arange(place + 1) // PAGE, pages)
+            scores = rows[place, own] @ keys[: place + 1][seen].T * dim**-0.5
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            out[place, own] = weights @ values[: place + 1][seen]
+    return out.reshape(len(table), -1)
+
+
+def chosen(scores: np.ndarray, asked: dict[str, Any]) -> list[int]:
+    """Return the pages that scores [heads, slots] choose."""
+    pages = -(-scores.shape[1] // PAGE)
+    budget = asked["budget"][min(pages, len(asked["budget"])) - 1]
+    first = min(asked["first_pages"], pages)
+    recent = max(first, pages - asked["recent_pages"])
+    best = np.stack([scores[:, p * PAGE : (p + 1) * PAGE].max(1) for p in range(pages)], 1)
+    best = best - np.log(np.exp(best).sum(1, keepdims=True))
+    between = best.max(0)[first:recent]
+    wanted = max(0, min(budget - first - (pages - recent), recent - first))
+    order = np.argsort(-between, kind="stable")[:wanted] + first
+    return [*range(first), *order.tolist(), *range(recent, pages)]
+
+
+HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1, 16)])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=8, deadline=None)
+@given(
+    heads=HEADS,
+    count=st.sampled_from([130, 257, 449, 590]),
+    refresh=st.sampled_from([1, 4, 16, 64]),
+    first=st.integers(0, 2),
+    recent=st.integers(1, 2),
+    spare=st.integers(0, 3),
+    seed=st.integers(0, 2**16),
+)
+def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
+    isa: str,
+    heads: Heads,
+    count: int,
+    refresh: int,
+    first: int,
+    recent: int,
+    spare: int,
+    seed: int,
+) -> None:
+    table = draw(heads, count, seed)
+    asked = route(first + recent + spare, refresh=refresh, first=first, recent=recent)
+    found = attend(routed(isa, heads, table, asked), "float32", count, [600])
+    np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", list(BOUNDS))
+@pytest.mark.parametrize("refresh", [1, 8])
+def test_steps_chunks_and_threads_give_the_same_bits(isa: str, kind: str, refresh: int) -> None:
+    heads = (6, 2, 64)
+    table = draw(heads, 450, 0)
+    asked = route([3, 3, 3, 3, 4], refresh=refresh)
+    whole = attend(routed(isa, heads, table, asked, threads=3), kind, 450, [512])
+    one = routed(isa, heads, table, asked, threads=1)
+    for splits in ([1], [7, 64, 1, 130]):
+        assert np.array_equal(attend(one, kind, 450, splits), whole)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_a_budget_of_all_pages_is_dense(isa: str, kind: str) -> None:
+    """Short texts by the very same kernel; behind the least budget by another order of sums."""
+    heads = (9, 3, 64)
+    table = draw(heads, 500, 1)
+    dense = attend(program(isa, heads, table, 0), kind, 500, [500])
+    few = attend(routed(isa, heads, table, route(8)), kind, 500, [500])
+    assert np.array_equal(few, dense)
+    off = np.abs(attend(routed(isa, heads, table, route([2, 8])), kind, 500, [500]) - dense)
+    assert off.max() <= BOUNDS[kind]
+    assert np.sqrt(np.mean(off**2)) <= MEAN_BOUNDS[kind]
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_a_row_does_not_depend_on_its_companions(kind: str) -> None:
+    heads = (6, 2, 64)
+    table = draw(heads, 400, 2)
+    native = routed(BEST, heads, table, route(3))
+    alone = attend(native, kind, 400, [400])
+    pages, order = native.pages(kind, 16), np.arange(14).reshape(2, 7)
+    for start in range(0, 400, 150):  # the other row is a short one that begins anew
+        places = list(range(start, min(start + 150, 400)))
+        other = list(range(37))
+        rows = [0] * len(places) + [1] * len(other)
+        found = native.run(places + other, places + other, rows, order, pages)[:, : native.width]
+        assert np.array_equal(found[: len(places)], alone[places])
+        assert np.array_equal(found[len(places) :], alone[other])
+    places = [399, 36]
+    found = native.run(places, places, [0, 1], order, pages)[:, : native.width]
+    assert np.array_equal(found, alone[places])
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_what_a_page_held_before_is_not_chosen(kind: str) -> None:
+    heads = (2, 1, 16)
+    table = draw(heads, 300, 3)
+    native = routed(BEST, heads, table, route(2, refresh=8))
+    pages = native.pages(kind, 8)
+    attend(native, kind, 300, [300], pages)
+    again = attend(native, kind, 260, [13], pages)
+    assert np.array_equal(again, attend(native, kind, 260, [260]))
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_a_copied_page_goes_on_with_its_choice(kind: str) -> None:
+    heads = (2, 1, 16)
+    table = draw(heads, 300, 3)
+    native = routed(BEST, heads, table, route(3, refresh=16))
+    pages = native.pages(kind, 7)
+    places = list(range(297))
+    native.run(places, places, [0] * 297, np.array([[0, 1, 2, 3, 4]]), pages)
+    pages.copy(6, 4)
+    expected = native.run([297], [297], [0], np.array([[0, 1, 2, 3, 4]]), pages)[:, :32]
+    found = native.run([297], [297], [0], np.array([[0, 1, 2, 3, 6]]), pages)[:, :32]
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", list(BOUNDS))
+def test_a_needle_in_a_page_of_the_middle_is_found(kind: str) -> None:
+    heads, count, needle = (2, 1, 64), 560, 200
+    table = draw(heads, count, 5)
+    rows = table.reshape(count, 4, 64)
+    rows[-1, 1] = 4 * rows[needle, 2]  # one head asks for a key of long ago
+    native = routed(BEST, heads, table, route(3, refresh=1))
+    found = attend(native, kind, count, [count])[-1].reshape(2, 64)
+    np.testing.assert_allclose(found[1], rows[needle, 3], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        route(3, refresh=3),
+        route(3, refresh=0),
+        route(3, recent=0),
+        route(1, first=1),
+        route([]),
+    ],
+)
+def test_a_route_that_cannot_be_is_refused(asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a route"):
+        routed(BEST, (1, 1, 16), draw((1, 1, 16), 10, 0), asked)
+
+
+def test_the_budget_grows_to_its_bounds_and_then_with_the_logarithm() -> None:
+    routing = Routing()
+    seen = routing.budget(2048)
+    assert seen[:64] == [16] * 64 and seen[128] == seen[256] == 32
+    assert all(before <= after for before, after in zip(seen, seen[1:], strict=False))
+    assert seen[1024] == int(2048 * 16 / 14) // BLOCK
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"refresh": 3},
+        {"recent": 0},
+        {"least": 256},
+        {"least": 4096},
+        {"share": 0.0},
+        {"most_from": 1024},
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="Routing must be"):
+        Routing(**changes)
