@@ -7,11 +7,12 @@ import importlib
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deepseek import hub
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.names import NAMES, canonical_name
+from deepseek.ops.routing import Routing
 from deepseek.ops.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def load(
     source: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
-    attention: AttentionImpl = "auto",
+    attention: AttentionImpl | Literal["routed"] | Routing = "auto",
     device: str | torch.device = "cpu",
     verify: bool = False,
     scheme: str | Scheme | None = None,
@@ -49,7 +50,8 @@ def load(
             that is not in the store yet is pulled.
         dtype: "float32", "bfloat16", "float16" or a torch dtype; None for the dtype it is stored
             in.
-        attention: how attention is executed; a name is used or refused, never replaced.
+        attention: how attention is executed; a name is used or refused, never replaced. "routed",
+            or a `deepseek.ops.routing.Routing`, for layers that choose the blocks that they see.
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
         scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
@@ -76,6 +78,7 @@ def load_engine(
     source: str | Path,
     *,
     scheme: str | Scheme | None = None,
+    attention: Literal["auto", "routed"] | Routing = "auto",
     threads: int | None = None,
     verify: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -89,6 +92,7 @@ def load_engine(
     Args:
         source: as in `load`; a `.gguf` file has no engine without torch.
         scheme: as in `load`.
+        attention: as in `load`; the engine has one execution.
         threads: threads to compute with; None for the cores this process may use.
         verify: hash every file first.
         progress: called with the share of weights that are packed.
@@ -110,12 +114,18 @@ def load_engine(
     if path.is_file() or why_missing() is not None:
         return None
     bundle = Bundle.open(path, verify=verify)
-    return _engine_of(bundle, asked, threads=threads, progress=progress, keep=keep)
+    routing = attention if isinstance(attention, Routing) else None
+    if attention == "routed":
+        routing = Routing()
+    return _engine_of(
+        bundle, asked, routing, threads=threads, progress=progress, keep=keep
+    )
 
 
 def _engine_of(
     bundle: Bundle,
     asked: Scheme | None,
+    routing: Routing | None,
     *,
     threads: int | None,
     progress: Callable[[float], None] | None,
@@ -147,6 +157,7 @@ def _engine_of(
         threads=threads,
         progress=progress,
         packed=packed,
+        routing=routing,
     )
     if place is not None and packed is None:
         write_packed(place, engine.packed_parts(), folder=bundle.path)

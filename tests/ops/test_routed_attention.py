@@ -3,6 +3,7 @@ called."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -220,8 +221,8 @@ def test_the_budget_grows_to_its_bounds_and_then_with_the_logarithm() -> None:
     routing = Routing()
     seen = routing.budget(2048)
     assert seen[:64] == [16] * 64 and seen[128] == seen[256] == 32
-    assert all(before <= after for before, after in zip(seen, seen[1:], strict=False))
-    assert seen[1024] == int(2048 * 16 / 14) // BLOCK
+    assert all(before <= after for before, after in itertools.pairwise(seen))
+    assert seen[1023] == int(2048 * 16 / 14) // BLOCK
 
 
 @pytest.mark.parametrize(

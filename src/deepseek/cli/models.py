@@ -37,6 +37,17 @@ def add_scheme_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_attention_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--attention`."""
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "routed"),
+        default="auto",
+        help="auto: every token sees all before it; routed: the blocks of them that it chooses, "
+        "for long texts",
+    )
+
+
 def positive(word: str) -> int:
     """Return a whole number of at least 1.
 
@@ -72,7 +83,8 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return load(name, dtype=args.dtype, scheme=getattr(args, "scheme", None))
+    scheme, attention = getattr(args, "scheme", None), getattr(args, "attention", "auto")
+    return load(name, dtype=args.dtype, scheme=scheme, attention=attention)
 
 
 def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
@@ -90,6 +102,7 @@ def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
             engine = load_engine(
                 name,
                 scheme=args.scheme,
+                attention=args.attention,
                 threads=args.threads,
                 progress=lambda share: progress("packing weights", share),
             )

@@ -25,6 +25,7 @@ from deepseek.models.layers import (
     Router,
 )
 from deepseek.models.planner import WindowPlanner
+from deepseek.models.routed import RoutedPlanner
 from deepseek.ops.cpu import why_missing
 from deepseek.ops.linear import Linear
 from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
@@ -104,7 +105,8 @@ def engine_of(model: nn.Module) -> Engine | None:
     versions = [
         (each.data_ptr(), each._version) for each in (*model.parameters(), *model.buffers())
     ]
-    key = (scheme, threads, model.config, tuple(versions))
+    routing = model.planner.routing if isinstance(model.planner, RoutedPlanner) else None
+    key = (scheme, threads, model.config, routing, tuple(versions))
     if slot.key != key:
         slot.engine, slot.key = None, None
         slot.engine = build_engine(
@@ -114,6 +116,7 @@ def engine_of(model: nn.Module) -> Engine | None:
             tokenizer=model.tokenizer,
             bundle=model.bundle,
             threads=threads,
+            routing=routing,
         )
         slot.key = key
     return slot.engine
@@ -127,6 +130,8 @@ def why_no_engine(model: nn.Module) -> str | None:
     if reason is not None:
         return reason
     planner = model.planner
+    if type(planner) is RoutedPlanner:
+        planner = planner.windows
     if planner is not None:
         if type(planner) is not WindowPlanner:
             return f"the planner {type(planner).__name__} may read queries and keys"

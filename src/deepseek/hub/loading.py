@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,17 @@ from deepseek.hub.gguf_tokenizer import read_tokenizer
 from deepseek.hub.safetensors import read_tensors
 from deepseek.hub.sentence import with_pooling
 from deepseek.hub.store import resolve
-from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig
+from deepseek.models import (
+    Decoder,
+    DecoderConfig,
+    Encoder,
+    EncoderConfig,
+    RoutedPlanner,
+    WindowPlanner,
+)
 from deepseek.models.families import build_model, config_from_hf, state_from_hf
 from deepseek.ops.attention import ATTENTION_IMPLS, AttentionImpl
+from deepseek.ops.routing import Routing
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -34,7 +43,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = False,
-    attention: AttentionImpl = "auto",
+    attention: AttentionImpl | Literal["routed"] | Routing = "auto",
 ) -> Decoder | Encoder:
     """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
 
@@ -47,7 +56,8 @@ def load(
             stored (float32 for quantized GGUF).
         device: where the weights go.
         verify: read every file and compare its hash with the card first.
-        attention: execution of attention, see `deepseek.ops.attention`.
+        attention: execution of attention, see `deepseek.ops.attention`; "routed", or a `Routing`,
+            for a decoder whose layers choose the blocks that they see.
 
     Raises:
         ConfigError: the name is unknown or not pulled yet, or an argument is not one that can be
@@ -56,8 +66,8 @@ def load(
             fit together.
     """
     kind = as_dtype(dtype)
-    choices = ("auto", *ATTENTION_IMPLS)
-    if attention not in choices:
+    choices = ("auto", "routed", *ATTENTION_IMPLS)
+    if not isinstance(attention, Routing) and attention not in choices:
         must = f"one of {', '.join(choices)}"
         raise ConfigError(describe("attention", "load", must, attention))
     place = _as_device(device)
@@ -66,11 +76,21 @@ def load(
         model = _load_gguf(read_gguf(path), kind)
     else:
         model = _load_bundle(Bundle.open(path, verify=verify), kind)
-    if isinstance(model, Decoder):
+    if isinstance(attention, Routing) or attention == "routed":
+        _route(model, Routing() if attention == "routed" else attention)
+    elif isinstance(model, Decoder):
         model.impl = attention
     else:
         model.use_attention(attention)
     return model.to(place).eval()
+
+
+def _route(model: Decoder | Encoder, routing: Routing) -> None:
+    if not isinstance(model, Decoder):
+        must = "'auto' or an execution for an encoder, which sees all of its short texts"
+        raise ConfigError(describe("attention", "load", must, "routed"))
+    assert model.planner is None or isinstance(model.planner, WindowPlanner)
+    model.planner = RoutedPlanner(routing, model.planner)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deepseek.models.divided import DividedDecoder
     from deepseek.models.encoder import Encoder, EncoderOutput
     from deepseek.models.planner import Planner, WindowPlanner
+    from deepseek.models.routed import RoutedPlanner
     from deepseek.models.splits import check_mesh, decoder_splits
     from deepseek.models.stage import DecoderStage
 
@@ -36,6 +37,7 @@ __all__ = [
     "LatentConfig",
     "Planner",
     "RopeConfig",
+    "RoutedPlanner",
     "WindowPlanner",
     "check_mesh",
     "decoder_splits",
@@ -50,6 +52,7 @@ _PLACES = {
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
     "Planner": "planner",
+    "RoutedPlanner": "routed",
     "WindowPlanner": "planner",
     "check_mesh": "splits",
     "decoder_splits": "splits",

@@ -17,8 +17,9 @@ class Routing(Config):
     """What a query of routed attention sees: the first block, the recent ones, and of those between
     the ones whose keys it scores best, chosen anew every `refresh` tokens.
 
-    The tokens that a query in slot s sees are `share * s`, at least `least` and at most `most`,
-    which grows with log s behind `most_from`: all work of attention is then O(n log n).
+    The tokens that a query sees are `share` of the s slots up to the end of its block, at least
+    `least` and at most `most`, which grows with log s behind `most_from`: the work of attention to
+    what was chosen is then O(n log n).
     """
 
     refresh: int = 4
@@ -28,7 +29,7 @@ class Routing(Config):
     recent: int = 4
     """Blocks before a query that are always seen, its own included."""
     share: float = 0.25
-    """Of the tokens before a query, those that it sees."""
+    """Of the tokens up to the end of a query's block, those that it sees."""
     least: int = 1024
     """Tokens seen at least; a text so short is attended densely."""
     most: int = 2048
@@ -52,7 +53,7 @@ class Routing(Config):
 
     def blocks_seen(self, own: int) -> int:
         """Return how many blocks a query in block `own` may see."""
-        slot = own * BLOCK
+        slot = (own + 1) * BLOCK
         growth = math.log(max(slot, self.most_from)) / math.log(self.most_from)
         tokens = max(self.least, min(self.share * slot, self.most * growth))
         return int(tokens) // BLOCK

@@ -9,7 +9,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepseek.cli.models import add_model_arguments, add_scheme_argument, load_generator
+from deepseek.cli.models import (
+    add_attention_argument,
+    add_model_arguments,
+    add_scheme_argument,
+    load_generator,
+)
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
 from deepseek.errors import CapacityError, ConfigError, describe
@@ -25,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek chat`."""
     add_model_arguments(parser)
     add_scheme_argument(parser)
+    add_attention_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser, temperature=0.6)
     parser.set_defaults(verb="chat")

@@ -6,7 +6,12 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from deepseek.cli.models import add_model_arguments, add_scheme_argument, load_generator
+from deepseek.cli.models import (
+    add_attention_argument,
+    add_model_arguments,
+    add_scheme_argument,
+    load_generator,
+)
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
 from deepseek.errors import ConfigError, describe
@@ -22,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek generate`."""
     add_model_arguments(parser)
     add_scheme_argument(parser)
+    add_attention_argument(parser)
     parser.add_argument("--prompt", help="the text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")

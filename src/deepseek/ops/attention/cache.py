@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,8 @@ class PagedKV:
     first_page: int | None
     """First page of row 0 when the rows' pages follow one another without a gap: readable as one
     tensor."""
+    choices: dict[int, Any] = dataclasses.field(default_factory=dict, repr=False)
+    """The newest choice of routed attention in a page, by the page's number."""
 
     @property
     def page_size(self) -> int:
@@ -261,6 +263,12 @@ class KVCache:
             return dataclasses.replace(layer, page_table=layer.page_table[rows])
         per_row = layer.page_table.shape[1]
         in_keys = layer.value_pages.data_ptr() == layer.key_pages.data_ptr()
+        choices = {
+            layer.first_page + new * per_row + page: layer.choices[moved]
+            for new, old in enumerate(rows)
+            for page in range(per_row)
+            if (moved := layer.first_page + old * per_row + page) in layer.choices
+        }
         for new, old in enumerate(rows):
             if new == old:
                 continue
@@ -268,7 +276,8 @@ class KVCache:
             used = -(-self.lengths[old] // layer.page_size)
             for pages in [layer.key_pages] if in_keys else [layer.key_pages, layer.value_pages]:
                 pages[target : target + used] = pages[source : source + used]
-        return dataclasses.replace(layer, page_table=layer.page_table[: len(rows)])
+        table = layer.page_table[: len(rows)]
+        return dataclasses.replace(layer, page_table=table, choices=choices)
 
 
 def _empty(

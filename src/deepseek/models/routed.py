@@ -1,0 +1,34 @@
+"""Routed attention: every query sees the blocks that matter to it, chosen from all before it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deepseek.models.planner import WindowPlanner
+from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
+from deepseek.ops.attention.choice import choose_blocks
+from deepseek.ops.routing import BLOCK, Routing
+
+
+class RoutedPlanner:
+    """Lets each layer choose the blocks that its queries see, without any training: the union of
+    the first, the recent and the best blocks goes through one softmax.
+
+    Args:
+        routing: how many are seen, and which of them always.
+        windows: of layers that slide and are not routed.
+    """
+
+    def __init__(self, routing: Routing | None = None, windows: WindowPlanner | None = None) -> None:
+        self.routing = routing or Routing()
+        self.windows = windows
+
+    def plan(
+        self, layer: int, queries: Tensor, kv: DenseKV | PagedKV, layout: Layout
+    ) -> BlockTable | None:
+        """Return what the queries [B, heads, T, dim] of a layer see; None where that is all."""
+        if self.windows is not None and layer in self.windows.layers:
+            return self.windows.plan(layer, queries, kv, layout)
+        if layout.num_slots <= self.routing.blocks_seen(0) * BLOCK:
+            return None
+        return choose_blocks(queries, kv, layout, self.routing)

@@ -1,0 +1,161 @@
+"""Routed attention through the modules: full budgets are dense, steps are as whole texts, and the
+engine computes the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepseek import hub
+from deepseek.errors import ConfigError
+from deepseek.face import load, load_engine
+from deepseek.generate import generate
+from deepseek.models import Decoder, DecoderConfig, RoutedPlanner, WindowPlanner
+from deepseek.ops.attention import BlockTable, DenseKV, Layout
+from deepseek.ops.attention.choice import choose_blocks
+from deepseek.ops.routing import Routing
+from tests.generate.conftest import byte_tokenizer
+from tests.models.zoo import randomize
+from tests.ops.native import NEEDS_KERNELS
+from tests.tolerances import assert_logits_equal
+
+SHAPE = DecoderConfig(
+    vocab_size=300,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    max_positions=1024,
+)
+FEW = Routing(refresh=4, first=1, recent=1, least=192, most=256, most_from=512)
+ALL = Routing(refresh=4, least=192, most=1024, most_from=1024, share=1.0, recent=1)
+
+
+def routed(routing: Routing, config: DecoderConfig = SHAPE) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(config, planner=RoutedPlanner(routing)).eval()
+    randomize(model)
+    return model
+
+
+def dense_of(model: Decoder) -> Decoder:
+    dense = Decoder(model.config).eval()
+    dense.load_state_dict(model.state_dict())
+    return dense
+
+
+def tokens(rows: int, count: int) -> torch.Tensor:
+    return torch.randint(0, 300, (rows, count), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_budget_of_everything_is_dense_with_gradients() -> None:
+    model = routed(ALL)
+    dense, ids = dense_of(model), tokens(2, 420)
+    for each in (model, dense):
+        each.loss(ids, ids).backward()
+    with torch.no_grad():
+        assert_logits_equal(model(ids).logits, dense(ids).logits)
+    for ours, theirs in zip(model.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+def test_steps_and_chunks_are_as_whole_texts(impl: str) -> None:
+    model, ids = routed(FEW), tokens(2, 460)
+    model.impl = impl  # type: ignore[assignment]
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert float((dense_of(model)(ids).logits - expected)[:, 200:].abs().max()) > 1e-3
+        cache = model.new_cache(2, 460)
+        parts = [model(ids[:, a:b], cache=cache).logits for a, b in ((0, 131), (131, 430))]
+        parts += [model(ids[:, at : at + 1], cache=cache).logits for at in range(430, 460)]
+    assert_logits_equal(torch.cat(parts, 1), expected)
+
+
+def test_a_row_goes_on_with_its_choice_when_others_leave() -> None:
+    model, ids = routed(FEW), tokens(3, 330)
+    with torch.no_grad():
+        expected = model(ids).logits
+        cache = model.new_cache(3, 330)
+        model(ids[:, :321], cache=cache)  # 321 is the second slot of a group
+        cache = cache.select([2])
+        found = model(ids[2:, 321:], cache=cache).logits
+    assert_logits_equal(found, expected[2:, 321:])
+
+
+def test_ragged_rows_are_as_alone() -> None:
+    model, ids = routed(FEW), tokens(2, 400)
+    mask = torch.ones(2, 400, dtype=torch.long)
+    mask[1, 290:] = 0
+    with torch.no_grad():
+        cache = model.new_cache(2, 400)
+        found = model(ids, mask, cache=cache).logits
+        assert_logits_equal(found[1:, :290], model(ids[1:, :290]).logits)
+        assert_logits_equal(found[:1], model(ids[:1]).logits)
+
+
+def test_later_tokens_change_nothing_before_them() -> None:
+    model, ids = routed(FEW), tokens(1, 400)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for place in (250, 323, 399):
+            other = ids.clone()
+            other[:, place:] = 7
+            assert_logits_equal(model(other).logits[:, :place], expected[:, :place])
+
+
+def test_the_table_fits_and_is_within_the_budget() -> None:
+    torch.manual_seed(2)
+    layout = Layout.dense(2, 500)
+    queries, keys = torch.randn(2, 4, 500, 16), torch.randn(2, 2, 500, 16)
+    table = choose_blocks(queries, DenseKV(keys, keys), layout, FEW)
+    table.check(layout, 4, 2)
+    assert table.query_size == 4
+    assert BlockTable.num_query_blocks(layout, 4) == 125
+    own = torch.arange(125) * 4 // 64
+    most = torch.tensor([FEW.blocks_seen(int(block)) for block in own])
+    assert bool((table.counts <= most).all()) and bool((table.counts[..., 64:] == 3).all())
+
+
+def test_windows_stay_windows() -> None:
+    config = SHAPE.replace(window=40, window_layers=(1,))
+    model = Decoder(config).eval()
+    randomize(model)
+    ids = tokens(1, 300)
+    with torch.no_grad():
+        expected = model(ids).logits
+        assert isinstance(model.planner, WindowPlanner)
+        model.planner = RoutedPlanner(ALL, model.planner)
+        assert_logits_equal(model(ids).logits, expected)
+
+
+@NEEDS_KERNELS
+def test_the_engine_chooses_as_the_modules(tmp_path: Path) -> None:
+    model = routed(FEW)
+    model.tokenizer = byte_tokenizer()
+    prompt = tokens(1, 380)[0].tolist()
+    found = generate(model, prompt, max_tokens=24, ignore_eos=True)
+    model.impl = "sdpa"
+    assert generate(model, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
+    path = hub.save(model, tmp_path / "bundle", name="tiny").path
+    loaded = load(path, attention=FEW)
+    assert generate(loaded, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
+    engine = load_engine(path, attention=FEW, keep=False)
+    assert engine is not None and engine.routing == FEW
+    assert generate(engine, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
+    assert load(path, attention="routed").planner.routing == Routing()  # type: ignore[union-attr]
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    from deepseek.models import Encoder, EncoderConfig
+
+    config = EncoderConfig(
+        vocab_size=30, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16
+    )
+    path = hub.save(Encoder(config), tmp_path / "encoder", name="encoder").path
+    with pytest.raises(ConfigError, match="attention of load must be"):
+        load(path, attention="routed")
