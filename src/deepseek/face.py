@@ -117,9 +117,7 @@ def load_engine(
     routing = attention if isinstance(attention, Routing) else None
     if attention == "routed":
         routing = Routing()
-    return _engine_of(
-        bundle, asked, routing, threads=threads, progress=progress, keep=keep
-    )
+    return _engine_of(bundle, asked, routing, threads=threads, progress=progress, keep=keep)
 
 
 def _engine_of(

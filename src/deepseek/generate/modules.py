@@ -111,7 +111,7 @@ def engine_of(model: nn.Module) -> Engine | None:
         slot.engine, slot.key = None, None
         slot.engine = build_engine(
             model.config,
-            _weights_of(model),
+            weights_of(model),
             scheme,
             tokenizer=model.tokenizer,
             bundle=model.bundle,
@@ -154,7 +154,8 @@ def why_no_engine(model: nn.Module) -> str | None:
     return why_missing()
 
 
-def _weights_of(model: Decoder) -> Weights:
+def weights_of(model: Decoder) -> Weights:
+    """Return what gives the weights of a decoder to `build_engine`, in place."""
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
     def rows(name: str) -> Rows | None:

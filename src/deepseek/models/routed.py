@@ -19,7 +19,9 @@ class RoutedPlanner:
         windows: of layers that slide and are not routed.
     """
 
-    def __init__(self, routing: Routing | None = None, windows: WindowPlanner | None = None) -> None:
+    def __init__(
+        self, routing: Routing | None = None, windows: WindowPlanner | None = None
+    ) -> None:
         self.routing = routing or Routing()
         self.windows = windows
 

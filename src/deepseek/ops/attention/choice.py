@@ -150,6 +150,4 @@ def _as_table(
             for head, blocks in enumerate(heads):
                 indices[at, head, group, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
                 counts[at, head, group] = len(blocks)
-    return BlockTable(
-        indices.to(device), counts.to(device), BLOCK, query_block=routing.refresh
-    )
+    return BlockTable(indices.to(device), counts.to(device), BLOCK, query_block=routing.refresh)
