@@ -33,6 +33,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .attend_span = attend_span,
     .page_scores = page_scores,
     .choose_pages = choose_pages,
+    .add_page = add_page,
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,
     .pack_panel = pack_panel,

@@ -155,11 +155,18 @@ class Program {
  private:
   struct Run { int start, count, row; };  // tokens of one sequence
   struct Group { int start, stop, count, seen; };  // tokens that share a choice, its pages, those visited
+  struct States {                         // see PageStates
+    std::vector<float> sums, bound, mass;
+    void reset(int rows, int dim);
+    void clear(int first, int count, int dim);
+    PageStates from(int row, int dim);
+  };
   struct RouteMemory {                    // of a thread
     std::vector<Group> groups;
     std::vector<int32_t> chosen;          // [groups][most pages]
     std::vector<Query> queries;
-    std::vector<float> scores, scratch, sums, most, total;
+    std::vector<float> scores, scratch, totals;
+    States all, segment;
   };
   struct Pass;
   struct AttendMemory;
@@ -204,6 +211,8 @@ class Program {
                    int thread);
   void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);
   void choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread);
+  void merge_segment(RouteMemory& m, int first, int count) const;
+  void add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment, int thread);
   float* scores_of(const Pass& pass, const Run& run, int kv_head) const;
   void rope_head(const Pass& pass, int token, float* head, int norm) const;
   void store_token(Pass& pass, const Instruction& in, int token, int kv_head);

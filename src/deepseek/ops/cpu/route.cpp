@@ -4,8 +4,8 @@
 // visited once for all groups of a unit that see it: what they choose differs, so that group after
 // group would fetch each page from far many times.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <numeric>
 
 #include "pass.h"
 
@@ -15,6 +15,7 @@ namespace {
 
 constexpr int kUnitTokens = 256;   // of a unit, at most: whole pages
 constexpr int kChunkPages = 32;    // pages that a thread scores for a token
+constexpr int kSegment = 8;        // chosen pages that are added up before the sums are merged
 
 }  // namespace
 
@@ -33,7 +34,7 @@ void Program::plan_routes(Pass& pass) {
   int group = shape_.heads / shape_.kv_heads;
   int tokens = std::min(kUnitTokens, kMaxQueries / group / kPage * kPage);
   pass.score_stride = aligned(pass.last_position / kPage + 1, 16);
-  pass.max_parts = std::max(pass.max_parts, shape_.route.most());
+  pass.max_parts = std::max(pass.max_parts, (shape_.route.most() + kSegment - 1) / kSegment);
   for (int r = int(pass.runs.size()) - 1; r >= 0 && !pass.is_decode; --r) {
     const Run& run = pass.runs[r];
     int start = pass.step.positions[run.start], stop = start + run.count, first = start + dense_tokens(pass, run);
@@ -121,22 +122,16 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
     int token = run.start + start + i / group;
     m.queries.push_back({query_of(in, token, kv_head * group + i % group), 0, pass.step.positions[token] % kPage + 1});
   }
-  m.sums.assign(size_t(rows) * l.dim_padded, 0.0f), m.most.assign(rows, -INFINITY), m.total.assign(rows, 0.0f);
+  m.all.reset(rows, l.dim_padded), m.segment.reset(rows, l.dim_padded);
   void* scratch = attend_scratch(thread);
   kernels_.load_queries(l, m.queries.data(), rows, scratch);
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
-  AttendMemory next(thread_scratch(thread), l.dim_padded, l.dim);
-  std::fill(next.queries, next.queries + kQueryBlock, Query{nullptr, 0, kPage});
+  std::vector<Query> whole(rows, Query{nullptr, 0, kPage});
   // rows first ... last - 1 with a page, which is their own or lies before it
   auto visit = [&](int first, int last, bool is_own) {
-    for (; first < last; first += kQueryBlock) {
-      int count = std::min(kQueryBlock, last - first);
-      kernels_.attend_span(a, is_own ? m.queries.data() + first : next.queries, first, count, 0, kPage, next.sums,
-                           next.most, next.total, scratch);
-      kernels_.merge(m.sums.data() + size_t(first) * l.dim_padded, m.most.data() + first, m.total.data() + first,
-                     next.sums, next.most, next.total, count, l.dim_padded);
-    }
+    kernels_.add_page(a, is_own ? m.queries.data() + first : whole.data(), first, last - first,
+                      m.segment.from(first, l.dim_padded), scratch);
   };
   int last_page = pass.step.positions[run.start + stop - 1] / kPage;
   for (int page = 0; page <= last_page; ++page) {
@@ -149,15 +144,49 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
       bool owns = pass.step.positions[run.start + each.start] / kPage == page;
       if (first >= 0 && (!sees || owns != is_own)) visit(first, last, is_own), first = -1;
       if (!sees) continue;
+      int row = (each.start - start) * group, count = (each.stop - each.start) * group;
+      if (each.seen > 0 && each.seen % kSegment == 0) merge_segment(m, row, count);
       ++each.seen;
-      if (first < 0) first = (each.start - start) * group, is_own = owns;
-      last = (each.stop - start) * group;
+      if (first < 0) first = row, is_own = owns;
+      last = row + count;
     }
     if (first >= 0) visit(first, last, is_own);
   }
+  merge_segment(m, 0, rows);
   for (int i = 0; i < rows; ++i)
     write_out(in, run.start + start + i / group, kv_head * group + i % group,
-              m.sums.data() + size_t(i) * l.dim_padded, m.total[i]);
+              m.all.sums.data() + size_t(i) * l.dim_padded, m.all.mass[i * kMassLanes]);
+}
+
+// Merges the segment of some rows into what they have, and begins another. The denominators of the
+// whole stand in the first lane of its masses.
+void Program::merge_segment(RouteMemory& m, int first, int count) const {
+  int dim = int(aligned(shape_.head_dim, 16));
+  std::vector<float>& totals = m.totals;
+  totals.resize(2 * count);
+  for (int i = 0; i < count; ++i) {
+    const float* mass = m.segment.mass.data() + size_t(first + i) * kMassLanes;
+    totals[i] = m.all.mass[size_t(first + i) * kMassLanes];
+    totals[count + i] = std::accumulate(mass, mass + kMassLanes, 0.0f);
+  }
+  PageStates all = m.all.from(first, dim), segment = m.segment.from(first, dim);
+  kernels_.merge(all.sums, all.bound, totals.data(), segment.sums, segment.bound, totals.data() + count, count, dim);
+  for (int i = 0; i < count; ++i) all.mass[i * kMassLanes] = totals[i];
+  m.segment.clear(first, count, dim);
+}
+
+void Program::States::reset(int rows, int dim) {
+  sums.assign(size_t(rows) * dim, 0.0f), bound.assign(rows, kNoBound), mass.assign(size_t(rows) * kMassLanes, 0.0f);
+}
+
+void Program::States::clear(int first, int count, int dim) {
+  std::fill_n(sums.begin() + size_t(first) * dim, size_t(count) * dim, 0.0f);
+  std::fill_n(bound.begin() + first, count, kNoBound);
+  std::fill_n(mass.begin() + size_t(first) * kMassLanes, size_t(count) * kMassLanes, 0.0f);
+}
+
+PageStates Program::States::from(int row, int dim) {
+  return {sums.data() + size_t(row) * dim, bound.data() + row, mass.data() + size_t(row) * kMassLanes};
 }
 
 // A token of each run: the parts of what they see, spans or chosen pages, are shared out, and merged at
@@ -232,7 +261,7 @@ void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run
 // The parts that a token sees of its row, first ... last - 1.
 std::pair<int, int> Program::parts_of(Pass& pass, const Instruction& in, const Run& run, int kv_head) const {
   int position = pass.step.positions[run.start];
-  if (is_routed(pass, in, run)) return {0, choice_at(pass, in, run, kv_head, position).count};
+  if (is_routed(pass, in, run)) return {0, (choice_at(pass, in, run, kv_head, position).count + kSegment - 1) / kSegment};
   int low = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
   return {low / kSpan, position / kSpan + 1};
 }
@@ -247,12 +276,9 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
   Attend a = attend_of(pass, in, run, kv_head);
   int high = position + 1, low = in.window > 0 ? std::max(0, high - in.window) : 0;
   int start = part * kSpan, stop = std::min(high, start + kSpan);
-  if (is_routed(pass, in, run)) {
-    a.table += choice_at(pass, in, run, kv_head, position).pages[part];
-    low = start = 0, high = stop = part + 1 == last_part ? position % kPage + 1 : kPage;
-  } else if (part + 1 == last_part) {
+  if (is_routed(pass, in, run)) return add_segment(pass, in, run, kv_head, part, thread);
+  if (part + 1 == last_part)
     store_token(pass, in, token, kv_head);  // the unit of the newest slots: no other reads them
-  }
   AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
   for (int first = 0; first < group; first += kQueryBlock) {
     int count = std::min(kQueryBlock, group - first), head = kv_head * group + first;
@@ -269,6 +295,33 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
       std::memcpy(state, sums, l.dim_padded * sizeof(float));
       state[l.dim_padded] = m.most[i], state[l.dim_padded + 1] = m.total[i];
     }
+  }
+}
+
+// A segment of the pages that a token chose.
+void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment,
+                          int thread) {
+  const PageLayout& l = pass.pages.layout;
+  int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads;
+  const KvPages::Choice& choice = choice_at(pass, in, run, kv_head, position);
+  AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
+  States& states = routes_[thread].segment;
+  states.reset(group, l.dim_padded);
+  rope_queries(pass, in, run.start, kv_head, 0, group, 0, kPage, m);
+  kernels_.load_queries(l, m.queries, group, m.scratch);
+  Attend a = attend_of(pass, in, run, kv_head);
+  const int32_t* table = a.table;
+  for (int i = segment * kSegment; i < std::min(choice.count, (segment + 1) * kSegment); ++i) {
+    a.table = table + choice.pages[i];
+    for (int h = 0; h < group && i + 1 == choice.count; ++h) m.queries[h].high = position % kPage + 1;
+    kernels_.add_page(a, m.queries, 0, group, states.from(0, l.dim_padded), m.scratch);
+  }
+  for (int h = 0; h < group; ++h) {
+    float* state = state_of(pass, run, kv_head * group + h) + size_t(segment) * (l.dim_padded + 2);
+    const float* mass = states.mass.data() + size_t(h) * kMassLanes;
+    std::memcpy(state, states.sums.data() + size_t(h) * l.dim_padded, l.dim_padded * sizeof(float));
+    state[l.dim_padded] = states.bound[h];
+    state[l.dim_padded + 1] = std::accumulate(mass, mass + kMassLanes, 0.0f);
   }
 }
 

@@ -142,6 +142,10 @@ inline vi right(vi a, int bits) { return _mm512_srli_epi32(a, bits); }
 inline void store_half(uint16_t* p, vf a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, 0));
 }
+// Whether any lane is above a bound.
+inline bool any_above(vf a, float bound) {
+  return _mm512_cmp_ps_mask(a, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+}
 inline vf where_less(vf a, vf b, vf yes, vf no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
 }
@@ -252,6 +256,9 @@ inline vi or_i(vi a, vi b) { return _mm256_or_si256(a, b); }
 inline vi left(vi a, int bits) { return _mm256_slli_epi32(a, bits); }
 inline vi right(vi a, int bits) { return _mm256_srli_epi32(a, bits); }
 inline void store_half(uint16_t* p, vf a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, 0)); }
+inline bool any_above(vf a, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+}
 inline vf where_less(vf a, vf b, vf yes, vf no) {
   return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }
@@ -330,6 +337,10 @@ inline vi left(vi a, int bits) { return a << bits; }
 typedef uint32_t vu __attribute__((vector_size(16), aligned(4)));
 inline vi right(vi a, int bits) { return (vi)((vu)a >> bits); }
 inline void store_half(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_half(a[i]); }
+inline bool any_above(vf a, float bound) {
+  for (int i = 0; i < 4; ++i) if (a[i] > bound) return true;
+  return false;
+}
 inline vf where_less(vf a, vf b, vf yes, vf no) { return a < b ? yes : no; }
 #define DEEPSEEK_VNNI 1
 inline vi dot_u8s8(vi acc, vi w, vi inputs) {

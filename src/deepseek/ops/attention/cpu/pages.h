@@ -493,6 +493,122 @@ void attend_span(const Attend& a, const Query* queries, int first, int count, in
   });
 }
 
+// Scores above the bound by so many powers of two make it be raised.
+constexpr float kMostAbove = 60.0f;
+
+// Weights of R queries over a page, into `p`, from scores in `s`. The bound is that of the pages before:
+// a row's largest score is looked for, and its state scaled, only where the bound does not hold.
+template <int R, typename T>
+void bounded_softmax(const Attend& a, const PageView<T>& page, const float* scales, const Query* queries,
+                     float* s, T* p, float* weight_scale, const PageStates& states) {
+  constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
+  int dim = a.layout->dim_padded;
+  for (int r = 0; r < R; ++r) {
+    float* row = s + r * kSpan;
+    float factor = a.scale * kLog2E * scales[r];
+    factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
+    bool is_cut = queries[r].low > 0 || queries[r].high < kPage;
+    vf x[kPageVectors], peak = all(-INFINITY);
+    for (int v = 0; v < kPageVectors; ++v) {
+      x[v] = mul(load(row + v * kLanes), all(factor));
+      if (page.key_scale) x[v] = mul(x[v], load(page.key_scale + v * kLanes));
+      if (is_cut) x[v] = where_between(x[v], v * kLanes, queries[r].low, queries[r].high, -INFINITY);
+      peak = vmax(peak, x[v]);
+    }
+    float* mass = states.mass + r * kMassLanes;
+    if (any_above(peak, states.bound[r] + kMostAbove)) {
+      float raised = largest(peak);
+      vf share = power_of_two<7>(all(states.bound[r] > -1e29f ? states.bound[r] - raised : -1e4f));
+      states.bound[r] = raised;
+      float* sums = states.sums + size_t(r) * dim;
+      for (int d = 0; d < dim; d += kLanes) store(sums + d, mul(load(sums + d), share));
+      store(mass, mul(load(mass), share));
+    }
+    vf total = load(mass), bound = all(states.bound[r]), most = zero();
+    for (int v = 0; v < kPageVectors; ++v) {
+      x[v] = power_of_two<terms_of_power>(sub(x[v], bound));
+      total = add(total, x[v]);
+      if (page.value_scale) x[v] = mul(x[v], load(page.value_scale + v * kLanes));
+      if constexpr (sizeof(T) == 1) most = vmax(most, x[v]);
+    }
+    store(mass, total);
+    T* place = p + r * kSpan;
+    if constexpr (sizeof(T) == 4)
+      for (int v = 0; v < kPageVectors; ++v) store(place + v * kLanes, x[v]);
+    if constexpr (sizeof(T) == 2)
+      for (int v = 0; v < kPageVectors; v += 2) store_bf16_pair(place + v * kLanes, x[v], x[v + 1]);
+    if constexpr (sizeof(T) == 1) {  // unsigned levels of 0 ... 255, of the row's largest weight
+      weight_scale[r] = largest(most) * (1.0f / 255.0f);
+      vf inverse = all(weight_scale[r] > 0 ? 1.0f / weight_scale[r] : 0.0f);
+      for (int v = 0; v < kPageVectors; ++v) store_u8((uint8_t*)place + v * kLanes, to_int(mul(x[v], inverse)));
+    }
+  }
+}
+
+inline PageStates states_from(const PageStates& states, int row, int dim) {
+  return {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
+}
+
+inline void add_up(const float* from, float* to, int count) {
+  for (int i = 0; i < count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
+}
+
+template <typename T>
+void add_page_typed(const Attend& a, const Query* queries, int count, const PageStates& states,
+                    Prepared<T> from) {
+  const PageLayout& l = *a.layout;
+  int dim = l.dim_padded;
+  constexpr int kRows = 16;
+  alignas(64) float s[kRows * kSpan], sums[kRows * kMaxDim];
+  alignas(64) T p[kRows * kSpan];
+  float weight_scale[kRows];
+  const uint8_t* head = a.pages + size_t(a.table[0]) * l.page_bytes + a.kv_head * l.head_bytes;
+  PageView<T> page;
+  if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
+  else page = {(const T*)head, (const T*)(head + l.value_offset)};
+  if constexpr (sizeof(T) == 1) {
+    page.key_scale = (const float*)(head + l.key_scale_offset);
+    page.value_scale = (const float*)(head + l.value_scale_offset);
+  }
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+  if constexpr (sizeof(T) < 4) {
+    for (int i = 0, some, configured = 0; i < count; i += kTileQueries) {
+      some = count - i < kTileQueries ? count - i : kTileQueries;
+      if (some != configured) configure_attention<T>(configured = some, dim);
+      tile_scores(from.queries + size_t(i) * dim, from.terms + i, some, page.keys, dim, s);
+      for (int r = 0; r < some; ++r)
+        bounded_softmax<1, T>(a, page, from.scales + i + r, queries + i + r, s + r * kSpan, p + r * kSpan,
+                              weight_scale + r, states_from(states, i + r, dim));
+      tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
+      add_up(sums, states.sums + size_t(i) * dim, some * dim);
+    }
+    return tile_release();
+  }
+#endif
+  auto run = [&](auto rows, int i) {
+    constexpr int R = decltype(rows)::value;
+    const T* vectors[R];
+    for (int r = 0; r < R; ++r) vectors[r] = from.queries + size_t(i + r) * dim;
+    scores_of<R>(vectors, from.terms + i, page.keys, dim, s);
+    bounded_softmax<R, T>(a, page, from.scales + i, queries + i, s, p, weight_scale, states_from(states, i, dim));
+    weighted_values<R, T>(p, weight_scale, &page, 0, 1, dim, sums);
+    add_up(sums, states.sums + size_t(i) * dim, R * dim);
+  };
+  int i = 0;
+  for (; i + kQueryTile <= count; i += kQueryTile) run(std::integral_constant<int, kQueryTile>{}, i);
+  if constexpr (kQueryTile > 3)
+    for (; i + 3 <= count; i += 3) run(std::integral_constant<int, 3>{}, i);
+  for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i);
+}
+
+void add_page(const Attend& a, const Query* queries, int first, int count, const PageStates& states,
+              void* scratch) {
+  typed(*a.layout, scratch, [&](auto from) {
+    from.scales += first, from.terms += first, from.queries += size_t(first) * a.layout->dim_padded;
+    add_page_typed(a, queries, count, states, from);
+  });
+}
+
 constexpr size_t kAttendScratch = size_t(4) * ((kMaxQueries + kSpan) * kMaxDim + 2 * kMaxQueries);
 
 // Two spans as one, for `count` queries: the states of the next are scaled into those before them.
