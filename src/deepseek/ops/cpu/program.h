@@ -159,11 +159,12 @@ class Program {
     std::vector<float> sums, bound, mass;
     void reset(int rows, int dim);
     void clear(int first, int count, int dim);
-    PageStates from(int row, int dim);
+    PageStates view() { return {sums.data(), bound.data(), mass.data()}; }
   };
   struct RouteMemory {                    // of a thread
     std::vector<Group> groups;
     std::vector<int32_t> chosen;          // [groups][most pages]
+    std::vector<int32_t> rows, own_rows;  // with a page: those that see all of it, those that lie in it
     std::vector<Query> queries;
     std::vector<float> scores, scratch, totals;
     States all, segment;

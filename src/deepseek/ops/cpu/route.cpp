@@ -128,29 +128,24 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
   std::vector<Query> whole(rows, Query{nullptr, 0, kPage});
-  // rows first ... last - 1 with a page, which is their own or lies before it
-  auto visit = [&](int first, int last, bool is_own) {
-    kernels_.add_page(a, is_own ? m.queries.data() + first : whole.data(), first, last - first,
-                      m.segment.from(first, l.dim_padded), scratch);
+  auto visit = [&](const Query* seen, std::vector<int32_t>& some) {
+    if (!some.empty()) kernels_.add_page(a, seen, some.data(), int(some.size()), m.segment.view(), scratch);
+    some.clear();
   };
   int last_page = pass.step.positions[run.start + stop - 1] / kPage;
   for (int page = 0; page <= last_page; ++page) {
     a.table = table + page;
-    int first = -1, last = 0;
-    bool is_own = false;
     for (size_t g = 0; g < m.groups.size(); ++g) {
       Group& each = m.groups[g];
-      bool sees = each.seen < each.count && m.chosen[g * most + each.seen] == page;
-      bool owns = pass.step.positions[run.start + each.start] / kPage == page;
-      if (first >= 0 && (!sees || owns != is_own)) visit(first, last, is_own), first = -1;
-      if (!sees) continue;
+      if (each.seen == each.count || m.chosen[g * most + each.seen] != page) continue;
       int row = (each.start - start) * group, count = (each.stop - each.start) * group;
       if (each.seen > 0 && each.seen % kSegment == 0) merge_segment(m, row, count);
       ++each.seen;
-      if (first < 0) first = row, is_own = owns;
-      last = row + count;
+      bool is_own = pass.step.positions[run.start + each.start] / kPage == page;
+      std::vector<int32_t>& some = is_own ? m.own_rows : m.rows;
+      for (int i = 0; i < count; ++i) some.push_back(row + i);
     }
-    if (first >= 0) visit(first, last, is_own);
+    visit(whole.data(), m.rows), visit(m.queries.data(), m.own_rows);
   }
   merge_segment(m, 0, rows);
   for (int i = 0; i < rows; ++i)
@@ -169,9 +164,10 @@ void Program::merge_segment(RouteMemory& m, int first, int count) const {
     totals[i] = m.all.mass[size_t(first + i) * kMassLanes];
     totals[count + i] = std::accumulate(mass, mass + kMassLanes, 0.0f);
   }
-  PageStates all = m.all.from(first, dim), segment = m.segment.from(first, dim);
-  kernels_.merge(all.sums, all.bound, totals.data(), segment.sums, segment.bound, totals.data() + count, count, dim);
-  for (int i = 0; i < count; ++i) all.mass[i * kMassLanes] = totals[i];
+  kernels_.merge(m.all.sums.data() + size_t(first) * dim, m.all.bound.data() + first, totals.data(),
+                 m.segment.sums.data() + size_t(first) * dim, m.segment.bound.data() + first, totals.data() + count,
+                 count, dim);
+  for (int i = 0; i < count; ++i) m.all.mass[size_t(first + i) * kMassLanes] = totals[i];
   m.segment.clear(first, count, dim);
 }
 
@@ -183,10 +179,6 @@ void Program::States::clear(int first, int count, int dim) {
   std::fill_n(sums.begin() + size_t(first) * dim, size_t(count) * dim, 0.0f);
   std::fill_n(bound.begin() + first, count, kNoBound);
   std::fill_n(mass.begin() + size_t(first) * kMassLanes, size_t(count) * kMassLanes, 0.0f);
-}
-
-PageStates Program::States::from(int row, int dim) {
-  return {sums.data() + size_t(row) * dim, bound.data() + row, mass.data() + size_t(row) * kMassLanes};
 }
 
 // A token of each run: the parts of what they see, spans or chosen pages, are shared out, and merged at
@@ -311,10 +303,13 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
   kernels_.load_queries(l, m.queries, group, m.scratch);
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
+  std::vector<int32_t>& rows = routes_[thread].rows;
+  rows.resize(group);
+  std::iota(rows.begin(), rows.end(), 0);
   for (int i = segment * kSegment; i < std::min(choice.count, (segment + 1) * kSegment); ++i) {
     a.table = table + choice.pages[i];
     for (int h = 0; h < group && i + 1 == choice.count; ++h) m.queries[h].high = position % kPage + 1;
-    kernels_.add_page(a, m.queries, 0, group, states.from(0, l.dim_padded), m.scratch);
+    kernels_.add_page(a, m.queries, rows.data(), group, states.view(), m.scratch);
   }
   for (int h = 0; h < group; ++h) {
     float* state = state_of(pass, run, kv_head * group + h) + size_t(segment) * (l.dim_padded + 2);
@@ -323,6 +318,7 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
     state[l.dim_padded] = states.bound[h];
     state[l.dim_padded + 1] = std::accumulate(mass, mass + kMassLanes, 0.0f);
   }
+  rows.clear();
 }
 
 float* Program::state_of(const Pass& pass, const Run& run, int head) const {

@@ -139,10 +139,10 @@ struct Kernels {
   // Places of the pages to see, ascending, into `chosen`; see choice.h.
   int (*choose_pages)(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
                       int recent_pages, int budget, int32_t* chosen, float* scratch);
-  // Adds the page a.table[0] to the states of `count` queries, from the loaded one `first` on. A new
-  // state is all zeros but its bound, which is kNoBound.
-  void (*add_page)(const Attend& a, const Query* queries, int first, int count, const PageStates& states,
-                   void* scratch);
+  // Adds the page a.table[0] to the states of `count` loaded queries, those of the places in `rows`. A
+  // new state is all zeros but its bound, which is kNoBound.
+  void (*add_page)(const Attend& a, const Query* queries, const int32_t* rows, int count,
+                   const PageStates& states, void* scratch);
   size_t attend_scratch_bytes;
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
+#include <cstring>
 
 #include "pages.h"
 
@@ -80,10 +80,24 @@ void page_scores(const Attend& a, const Query* queries, int count, int first, in
   });
 }
 
+// Largest bound that fewer than `wanted` of the values are above, by bisection; values as integers in
+// the order of the floats.
+inline int32_t bound_of_largest(const int32_t* values, int count, int wanted) {
+  int64_t low = INT32_MIN, high = INT32_MAX;  // at least `wanted` are above low - 1, fewer above high
+  while (low < high) {
+    int32_t middle = int32_t((low + high) >> 1);
+    int above = 0;
+    for (int i = 0; i < count; ++i) above += values[i] > middle;
+    if (above < wanted) high = middle;
+    else low = int64_t(middle) + 1;
+  }
+  return int32_t(low);
+}
+
 // The pages that `count` heads see together, of `pages` that hold something: the first ones, the recent
 // ones, and of those between the largest, up to `budget` in all. A page counts by the head to which it
 // matters most, each head's scores less the logarithm of the sum of their exponentials. Of equals the
-// first. `scratch` holds 2 * (pages + 16) floats; the scores are overwritten.
+// first. `scratch` holds 2 * (pages + 16) floats.
 int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
                  int recent_pages, int budget, int32_t* chosen, float* scratch) {
   int low = std::min(first_pages, pages), high = std::max(low, pages - recent_pages);
@@ -92,27 +106,35 @@ int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int firs
   if (wanted > 0 && wanted == high - low) {
     for (int p = low; p < high; ++p) chosen[taken++] = p;
   } else if (wanted > 0) {
-    float *best = scratch, *sorted = scratch + pages + 16;
+    float* best = scratch;
     for (int h = 0; h < count; ++h) {
-      float* row = scores + h * stride;
-      float most = row[0];
-      for (int p = 1; p < pages; ++p) most = std::max(most, row[p]);
-      vf total = zero();
+      const float* row = scores + h * stride;
+      vf peak = all(row[0]), total = zero();
       int p = 0;
-      for (; p + kLanes <= pages; p += kLanes)
+      for (; p + kLanes <= pages; p += kLanes) peak = vmax(peak, load(row + p));
+      float most = largest(peak);
+      for (; p < pages; ++p) most = std::max(most, row[p]);
+      for (p = 0; p + kLanes <= pages; p += kLanes)
         total = add(total, power_of_two<7>(mul(sub(load(row + p), all(most)), all(kLog2E))));
       float mass = sum(total);
       for (; p < pages; ++p) mass += std::exp(row[p] - most);
       float bound = most + std::log(mass);
-      for (p = low; p < high; ++p) best[p] = h && best[p] > row[p] - bound ? best[p] : row[p] - bound;
+      for (p = 0; p < pages; p += kLanes) {  // behind the pages there is room, which nobody reads
+        vf share = sub(load(row + p), all(bound));
+        store(best + p, h ? vmax(load(best + p), share) : share);
+      }
     }
-    std::copy(best + low, best + high, sorted);
-    std::nth_element(sorted, sorted + wanted - 1, sorted + (high - low), std::greater<float>());
-    float least = sorted[wanted - 1];
+    int32_t* ordered = (int32_t*)(scratch + pages + 16);
+    for (int p = low; p < high; ++p) {
+      int32_t bits;
+      std::memcpy(&bits, best + p, 4);
+      ordered[p] = bits ^ (bits >> 31 & 0x7fffffff);
+    }
+    int32_t least = bound_of_largest(ordered + low, high - low, wanted);
     int equals = wanted;
-    for (int p = low; p < high; ++p) equals -= best[p] > least;
+    for (int p = low; p < high; ++p) equals -= ordered[p] > least;
     for (int p = low; p < high; ++p)
-      if (best[p] > least || (best[p] == least && equals-- > 0)) chosen[taken++] = p;
+      if (ordered[p] > least || (ordered[p] == least && equals-- > 0)) chosen[taken++] = p;
   }
   for (int p = high; p < pages; ++p) chosen[taken++] = p;
   return taken;

@@ -496,72 +496,60 @@ void attend_span(const Attend& a, const Query* queries, int first, int count, in
 // Scores above the bound by so many powers of two make it be raised.
 constexpr float kMostAbove = 60.0f;
 
-// Weights of R queries over a page, into `p`, from scores in `s`. The bound is that of the pages before:
-// a row's largest score is looked for, and its state scaled, only where the bound does not hold.
-template <int R, typename T>
-void bounded_softmax(const Attend& a, const PageView<T>& page, const float* scales, const Query* queries,
-                     float* s, T* p, float* weight_scale, const PageStates& states) {
+// Weights of a query over a page, into `p`, from its scores. The bound is that of the pages before: the
+// largest score is looked for, and the state scaled, only where the bound does not hold.
+template <typename T>
+void bounded_softmax(const Attend& a, const PageView<T>& page, float scale, const Query& query, const float* scores,
+                     T* p, float* weight_scale, const PageStates& state) {
   constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
-  int dim = a.layout->dim_padded;
-  for (int r = 0; r < R; ++r) {
-    float* row = s + r * kSpan;
-    float factor = a.scale * kLog2E * scales[r];
-    factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
-    bool is_cut = queries[r].low > 0 || queries[r].high < kPage;
-    vf x[kPageVectors], peak = all(-INFINITY);
-    for (int v = 0; v < kPageVectors; ++v) {
-      x[v] = mul(load(row + v * kLanes), all(factor));
-      if (page.key_scale) x[v] = mul(x[v], load(page.key_scale + v * kLanes));
-      if (is_cut) x[v] = where_between(x[v], v * kLanes, queries[r].low, queries[r].high, -INFINITY);
-      peak = vmax(peak, x[v]);
-    }
-    float* mass = states.mass + r * kMassLanes;
-    if (any_above(peak, states.bound[r] + kMostAbove)) {
-      float raised = largest(peak);
-      vf share = power_of_two<7>(all(states.bound[r] > -1e29f ? states.bound[r] - raised : -1e4f));
-      states.bound[r] = raised;
-      float* sums = states.sums + size_t(r) * dim;
-      for (int d = 0; d < dim; d += kLanes) store(sums + d, mul(load(sums + d), share));
-      store(mass, mul(load(mass), share));
-    }
-    vf total = load(mass), bound = all(states.bound[r]), most = zero();
-    for (int v = 0; v < kPageVectors; ++v) {
-      x[v] = power_of_two<terms_of_power>(sub(x[v], bound));
-      total = add(total, x[v]);
-      if (page.value_scale) x[v] = mul(x[v], load(page.value_scale + v * kLanes));
-      if constexpr (sizeof(T) == 1) most = vmax(most, x[v]);
-    }
-    store(mass, total);
-    T* place = p + r * kSpan;
-    if constexpr (sizeof(T) == 4)
-      for (int v = 0; v < kPageVectors; ++v) store(place + v * kLanes, x[v]);
-    if constexpr (sizeof(T) == 2)
-      for (int v = 0; v < kPageVectors; v += 2) store_bf16_pair(place + v * kLanes, x[v], x[v + 1]);
-    if constexpr (sizeof(T) == 1) {  // unsigned levels of 0 ... 255, of the row's largest weight
-      weight_scale[r] = largest(most) * (1.0f / 255.0f);
-      vf inverse = all(weight_scale[r] > 0 ? 1.0f / weight_scale[r] : 0.0f);
-      for (int v = 0; v < kPageVectors; ++v) store_u8((uint8_t*)place + v * kLanes, to_int(mul(x[v], inverse)));
-    }
+  float factor = a.scale * kLog2E * scale;
+  factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
+  bool is_cut = query.low > 0 || query.high < kPage;
+  vf x[kPageVectors], peak = all(-INFINITY);
+  for (int v = 0; v < kPageVectors; ++v) {
+    x[v] = mul(load(scores + v * kLanes), all(factor));
+    if (page.key_scale) x[v] = mul(x[v], load(page.key_scale + v * kLanes));
+    if (is_cut) x[v] = where_between(x[v], v * kLanes, query.low, query.high, -INFINITY);
+    peak = vmax(peak, x[v]);
+  }
+  if (any_above(peak, *state.bound + kMostAbove)) {
+    float raised = largest(peak);
+    // of a new state nothing; a power so small would be a denormal number, which takes long
+    vf share = *state.bound > kNoBound ? power_of_two<7>(all(*state.bound - raised)) : zero();
+    *state.bound = raised;
+    for (int d = 0; d < a.layout->dim_padded; d += kLanes) store(state.sums + d, mul(load(state.sums + d), share));
+    store(state.mass, mul(load(state.mass), share));
+  }
+  vf total = load(state.mass), bound = all(*state.bound), most = zero();
+  for (int v = 0; v < kPageVectors; ++v) {
+    x[v] = power_of_two<terms_of_power>(sub(x[v], bound));
+    total = add(total, x[v]);
+    if (page.value_scale) x[v] = mul(x[v], load(page.value_scale + v * kLanes));
+    if constexpr (sizeof(T) == 1) most = vmax(most, x[v]);
+  }
+  store(state.mass, total);
+  if constexpr (sizeof(T) == 4)
+    for (int v = 0; v < kPageVectors; ++v) store(p + v * kLanes, x[v]);
+  if constexpr (sizeof(T) == 2)
+    for (int v = 0; v < kPageVectors; v += 2) store_bf16_pair(p + v * kLanes, x[v], x[v + 1]);
+  if constexpr (sizeof(T) == 1) {  // unsigned levels of 0 ... 255, of the largest weight
+    *weight_scale = largest(most) * (1.0f / 255.0f);
+    vf inverse = all(*weight_scale > 0 ? 1.0f / *weight_scale : 0.0f);
+    for (int v = 0; v < kPageVectors; ++v) store_u8((uint8_t*)p + v * kLanes, to_int(mul(x[v], inverse)));
   }
 }
 
-inline PageStates states_from(const PageStates& states, int row, int dim) {
-  return {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
-}
-
-inline void add_up(const float* from, float* to, int count) {
-  for (int i = 0; i < count; i += kLanes) store(to + i, add(load(to + i), load(from + i)));
-}
-
 template <typename T>
-void add_page_typed(const Attend& a, const Query* queries, int count, const PageStates& states,
+void add_page_typed(const Attend& a, const Query* queries, const int32_t* rows, int count, const PageStates& states,
                     Prepared<T> from) {
   const PageLayout& l = *a.layout;
   int dim = l.dim_padded;
-  constexpr int kRows = 16;
+  constexpr int kRows = 16;  // that are multiplied together
   alignas(64) float s[kRows * kSpan], sums[kRows * kMaxDim];
-  alignas(64) T p[kRows * kSpan];
+  alignas(64) T p[kRows * kSpan], q[kRows * kMaxDim];
   float weight_scale[kRows];
+  const T* vectors[kRows];
+  int terms[kRows];
   const uint8_t* head = a.pages + size_t(a.table[0]) * l.page_bytes + a.kv_head * l.head_bytes;
   PageView<T> page;
   if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
@@ -570,43 +558,53 @@ void add_page_typed(const Attend& a, const Query* queries, int count, const Page
     page.key_scale = (const float*)(head + l.key_scale_offset);
     page.value_scale = (const float*)(head + l.value_scale_offset);
   }
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-  if constexpr (sizeof(T) < 4) {
-    for (int i = 0, some, configured = 0; i < count; i += kTileQueries) {
-      some = count - i < kTileQueries ? count - i : kTileQueries;
-      if (some != configured) configure_attention<T>(configured = some, dim);
-      tile_scores(from.queries + size_t(i) * dim, from.terms + i, some, page.keys, dim, s);
-      for (int r = 0; r < some; ++r)
-        bounded_softmax<1, T>(a, page, from.scales + i + r, queries + i + r, s + r * kSpan, p + r * kSpan,
-                              weight_scale + r, states_from(states, i + r, dim));
-      tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
-      add_up(sums, states.sums + size_t(i) * dim, some * dim);
-    }
-    return tile_release();
-  }
-#endif
-  auto run = [&](auto rows, int i) {
-    constexpr int R = decltype(rows)::value;
-    const T* vectors[R];
-    for (int r = 0; r < R; ++r) vectors[r] = from.queries + size_t(i + r) * dim;
-    scores_of<R>(vectors, from.terms + i, page.keys, dim, s);
-    bounded_softmax<R, T>(a, page, from.scales + i, queries + i, s, p, weight_scale, states_from(states, i, dim));
-    weighted_values<R, T>(p, weight_scale, &page, 0, 1, dim, sums);
-    add_up(sums, states.sums + size_t(i) * dim, R * dim);
+  auto weights_of = [&](int r, int row) {
+    PageStates state = {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
+    bounded_softmax<T>(a, page, from.scales[row], queries[row], s + r * kSpan, p + r * kSpan, weight_scale + r, state);
   };
-  int i = 0;
-  for (; i + kQueryTile <= count; i += kQueryTile) run(std::integral_constant<int, kQueryTile>{}, i);
-  if constexpr (kQueryTile > 3)
-    for (; i + 3 <= count; i += 3) run(std::integral_constant<int, 3>{}, i);
-  for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i);
+  [[maybe_unused]] int configured = 0;
+  for (size_t byte = 0; byte < size_t(kPage) * dim * sizeof(T); byte += 64)
+    __builtin_prefetch((const uint8_t*)page.values + byte);
+  for (int start = 0; start < count; start += kRows, rows += kRows) {
+    int some = count - start < kRows ? count - start : kRows;
+    for (int r = 0; r < some; ++r) {
+      vectors[r] = from.queries + size_t(rows[r]) * dim, terms[r] = from.terms[rows[r]];
+      if (kHasTiles && sizeof(T) < 4) std::memcpy(q + r * dim, vectors[r], dim * sizeof(T));
+    }
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+    if constexpr (sizeof(T) < 4) {
+      if (some != configured) configure_attention<T>(configured = some, dim);
+      tile_scores(q, terms, some, page.keys, dim, s);
+      for (int r = 0; r < some; ++r) weights_of(r, rows[r]);
+      tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
+    }
+#endif
+    if constexpr (sizeof(T) == 4 || !kHasTiles) {
+      auto run = [&](auto width, int i) {
+        constexpr int R = decltype(width)::value;
+        scores_of<R>(vectors + i, terms + i, page.keys, dim, s + i * kSpan);
+        for (int r = i; r < i + R; ++r) weights_of(r, rows[r]);
+        weighted_values<R, T>(p + i * kSpan, weight_scale + i, &page, 0, 1, dim, sums + i * dim);
+      };
+      int i = 0;
+      for (; i + kQueryTile <= some; i += kQueryTile) run(std::integral_constant<int, kQueryTile>{}, i);
+      if constexpr (kQueryTile > 3)
+        for (; i + 3 <= some; i += 3) run(std::integral_constant<int, 3>{}, i);
+      for (; i < some; ++i) run(std::integral_constant<int, 1>{}, i);
+    }
+    for (int r = 0; r < some; ++r) {
+      float* to = states.sums + size_t(rows[r]) * dim;
+      for (int d = 0; d < dim; d += kLanes) store(to + d, add(load(to + d), load(sums + r * dim + d)));
+    }
+  }
+#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
+  if constexpr (sizeof(T) < 4) tile_release();
+#endif
 }
 
-void add_page(const Attend& a, const Query* queries, int first, int count, const PageStates& states,
+void add_page(const Attend& a, const Query* queries, const int32_t* rows, int count, const PageStates& states,
               void* scratch) {
-  typed(*a.layout, scratch, [&](auto from) {
-    from.scales += first, from.terms += first, from.queries += size_t(first) * a.layout->dim_padded;
-    add_page_typed(a, queries, count, states, from);
-  });
+  typed(*a.layout, scratch, [&](auto from) { add_page_typed(a, queries, rows, count, states, from); });
 }
 
 constexpr size_t kAttendScratch = size_t(4) * ((kMaxQueries + kSpan) * kMaxDim + 2 * kMaxQueries);
