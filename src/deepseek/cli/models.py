@@ -83,8 +83,13 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    scheme, attention = getattr(args, "scheme", None), getattr(args, "attention", "auto")
-    return load(name, dtype=args.dtype, scheme=scheme, attention=attention)
+    is_routed = getattr(args, "attention", "auto") == "routed"
+    return load(
+        name,
+        dtype=args.dtype,
+        scheme=getattr(args, "scheme", None),
+        attention="routed" if is_routed else "auto",
+    )
 
 
 def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:

@@ -575,7 +575,10 @@ void add_page_typed(const Attend& a, const Query* queries, const int32_t* rows, 
     if constexpr (sizeof(T) < 4) {
       if (some != configured) configure_attention<T>(configured = some, dim);
       tile_scores(q, terms, some, page.keys, dim, s);
-      for (int r = 0; r < some; ++r) weights_of(r, rows[r]);
+      for (int r = 0; r < some; ++r) {
+        if (r % 4 == 0) keep_tiles_awake<T>();
+        weights_of(r, rows[r]);
+      }
       tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
     }
 #endif
