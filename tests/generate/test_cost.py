@@ -10,7 +10,7 @@ from deepseek.errors import BackendError
 from deepseek.generate import Engine, build_engine
 from deepseek.generate.cost import OperationCost, cost_of_step
 from deepseek.generate.flat import decoder_program
-from deepseek.generate.modules import _weights_of
+from deepseek.generate.modules import weights_of
 from deepseek.models import Decoder
 from deepseek.ops.choice import Case, Kernel
 from deepseek.ops.cpu import why_missing
@@ -41,7 +41,7 @@ def costs(model: Decoder, scheme: Scheme, **settings: object) -> dict[str, Opera
 
 
 def engine(model: Decoder, scheme: Scheme) -> Engine:
-    return build_engine(model.config, _weights_of(model), scheme, threads=1)
+    return build_engine(model.config, weights_of(model), scheme, threads=1)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

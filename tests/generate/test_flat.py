@@ -37,10 +37,10 @@ def engine(model: Decoder, **settings: object) -> Engine:
     assert found is not None
     if not settings:
         return found
-    from deepseek.generate.modules import _weights_of
+    from deepseek.generate.modules import weights_of
 
     scheme = settings.pop("scheme", found.scheme)
-    return build_engine(model.config, _weights_of(model), scheme, **settings)
+    return build_engine(model.config, weights_of(model), scheme, **settings)
 
 
 def draw(lengths: list[int]) -> list[list[int]]:

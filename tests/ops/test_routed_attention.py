@@ -217,6 +217,15 @@ def test_a_route_that_cannot_be_is_refused(asked: dict[str, Any]) -> None:
         routed(BEST, (1, 1, 16), draw((1, 1, 16), 10, 0), asked)
 
 
+def test_pages_of_another_program_are_refused() -> None:
+    heads = (2, 1, 16)
+    table = draw(heads, 70, 0)
+    pages = program(BEST, heads, table, 0).pages("float32", 2)
+    native = routed(BEST, heads, table, route(3))
+    with pytest.raises(ValueError, match="pages made for a program that is not routed"):
+        native.run([0], [0], [0], np.array([[0, 1]]), pages)
+
+
 def test_the_budget_grows_to_its_bounds_and_then_with_the_logarithm() -> None:
     routing = Routing()
     seen = routing.budget(2048)

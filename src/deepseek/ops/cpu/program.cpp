@@ -200,6 +200,7 @@ void Program::check(const Step& s, const KvPages& pages) const {
       for (int p = 0; p <= s.positions[i] / kPage; ++p)
         if (table[p] < 0 || table[p] >= pages.num_pages) refuse("page outside the pool");
   }
+  if (pages.most_chosen() < shape_.route.most()) refuse("pages made for a program that is not routed");
   if (s.num_selected > max_tokens_) refuse("more tokens selected than a step takes");
   for (int i = 0; i < s.num_selected; ++i)
     if (s.selected[i] < 0 || s.selected[i] >= s.count) refuse("selected token out of range");
