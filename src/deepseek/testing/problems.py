@@ -6,6 +6,7 @@ Legend: M rows, K input channels, N output channels, G groups.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from deepseek.ops.choice import Case
 from deepseek.ops.linear.reference import rotate, round_inputs, round_int4, round_int8
 from deepseek.ops.scheme import scaled_together, stored_width
 
+_HAIR = 2e-6
+"""Relative: what the order of sums makes of the largest weight of a group."""
 _SUMS = 1e-5
 """Error of a float32 sum in any order, as a share of the sum of its terms' sizes."""
 
@@ -83,17 +86,21 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
 
     float32, and numbers on the grid: the order of sums. bfloat16: also the rounding of the output.
     int8 and int4: also one level of an input and one of a weight, which may lie in the middle
-    between two and go either way.
+    between two and go either way; so may a scale between two numbers of float16, and with it the
+    weights of its group.
     """
     inputs, weight = problem.inputs, problem.weight
     group = scaled_together(case.storage, case.group)
+    undecided = torch.zeros_like(weight)
     if case.storage == "bfloat16":
         inputs, weight = inputs.bfloat16().float(), weight.bfloat16().float()
     elif case.storage == "int8":
         inputs, weight = (rotate(_padded(each, case)) for each in (inputs, weight))
+        undecided = _undecided(weight, round_int8, group)
         inputs, weight = round_inputs(inputs, group), round_int8(weight, group)
     elif case.storage == "int4":
         inputs, weight = (_padded(each, case) for each in (inputs, weight))
+        undecided = _undecided(weight, round_int4, group)
         inputs, weight = round_inputs(inputs, group), round_int4(weight, group)
     bound = inputs.abs() @ weight.abs().T
     bound = _SUMS * (bound if problem.bias is None else bound + problem.bias.abs())
@@ -103,7 +110,12 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
         return bound
     level = 1 / 127 + (1 / 127 if case.storage == "int8" else 2 / 15)
     sizes = _largest(inputs, group)[:, None] * _largest(weight, group)
-    return bound + level * sizes.amax(-1)
+    return bound + level * sizes.amax(-1) + inputs.abs() @ undecided.T
+
+
+def _undecided(weight: Tensor, rounded: Callable[[Tensor, int], Tensor], group: int) -> Tensor:
+    """Return how far rounded weights lie apart when all are a hair larger or smaller, [N, K]."""
+    return (rounded(weight * (1 + _HAIR), group) - rounded(weight * (1 - _HAIR), group)).abs()
 
 
 def _padded(states: Tensor, case: Case) -> Tensor:
