@@ -492,7 +492,7 @@ void Program::attend_pages(const Attend& a, int count, int low, int high, const 
   bool is_first = true;
   for (int span = low / kSpan; span * kSpan < high; ++span) {
     int from = std::max(low, span * kSpan), to = std::min(high, (span + 1) * kSpan);
-    kernels_.attend_span(a, m.queries, 0, count, from, to, is_first ? m.sums : m.next,
+    kernels_.attend_span(a, m.queries, count, from, to, is_first ? m.sums : m.next,
                          is_first ? m.most : m.most_next, is_first ? m.total : m.total_next, m.scratch);
     if (!is_first)
       kernels_.merge(m.sums, m.most, m.total, m.next, m.most_next, m.total_next, count, a.layout->dim_padded);

@@ -276,7 +276,7 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
     int count = std::min(kQueryBlock, group - first), head = kv_head * group + first;
     rope_queries(pass, in, token, kv_head, first, count, low, high, m);
     kernels_.load_queries(l, m.queries, count, m.scratch);
-    kernels_.attend_span(a, m.queries, 0, count, std::max(low, start), stop, m.sums, m.most, m.total, m.scratch);
+    kernels_.attend_span(a, m.queries, count, std::max(low, start), stop, m.sums, m.most, m.total, m.scratch);
     for (int i = 0; i < count; ++i) {
       const float* sums = m.sums + size_t(i) * l.dim_padded;
       if (pass.max_parts == 1) {

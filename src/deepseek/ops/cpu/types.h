@@ -127,11 +127,10 @@ struct Kernels {
                float eps);
   // Puts queries into `scratch` as `attend_span` reads them, once for all spans.
   void (*load_queries)(const PageLayout& layout, const Query* queries, int count, void* scratch);
-  // Softmax-weighted values of `count` queries, from the loaded one `first` on, over the slots
-  // start ... stop - 1 (within one span each) into sums [count][dim_padded], largest scores and
-  // denominators [count]; `queries` says what each of them sees.
-  void (*attend_span)(const Attend& a, const Query* queries, int first, int count, int start, int stop,
-                      float* sums, float* largest, float* total, void* scratch);
+  // Softmax-weighted values of the `count` loaded queries over the slots start ... stop - 1 (within one
+  // span each) into sums [count][dim_padded], largest scores and denominators [count].
+  void (*attend_span)(const Attend& a, const Query* queries, int count, int start, int stop, float* sums,
+                      float* largest, float* total, void* scratch);
   // Largest score of each of the `count` loaded queries with the keys that it sees in each of the pages
   // first ... last - 1, into out [count][stride] from column `first` on; -infinity where it sees none.
   void (*page_scores)(const Attend& a, const Query* queries, int count, int first, int last, float* out,

@@ -485,10 +485,9 @@ void load_queries(const PageLayout& l, const Query* queries, int count, void* sc
   typed(l, scratch, [&](auto to) { load_typed(l, queries, count, to); });
 }
 
-void attend_span(const Attend& a, const Query* queries, int first, int count, int start, int stop,
-                 float* sums, float* most, float* total, void* scratch) {
+void attend_span(const Attend& a, const Query* queries, int count, int start, int stop, float* sums,
+                 float* most, float* total, void* scratch) {
   typed(*a.layout, scratch, [&](auto from) {
-    from.scales += first, from.terms += first, from.queries += size_t(first) * a.layout->dim_padded;
     attend_typed(a, queries, count, start, stop, sums, most, total, from);
   });
 }
