@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, PAGE, Native
@@ -82,6 +82,7 @@ def draw(heads: tuple[int, int, int], count: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", list(BOUNDS))
 @settings(max_examples=10, deadline=None)
+@example(kv_heads=2, group=3, dim=2, count=1, window=0, seed=60914)  # four values, all large
 @given(
     kv_heads=st.integers(1, 3),
     group=st.sampled_from([1, 2, 3, 5, 7]),
@@ -98,7 +99,8 @@ def test_it_is_one_softmax_over_what_a_query_sees(
     native = program(isa, heads, table, window)
     off = np.abs(attend(native, kind, count, [512]) - reference(heads, table, window))
     assert off.max() <= BOUNDS[kind]
-    assert np.sqrt(np.mean(off**2)) <= MEAN_BOUNDS[kind]
+    if kv_heads * dim * count >= 64:  # the mean of a few values is as wide as their largest
+        assert np.sqrt(np.mean(off**2)) <= MEAN_BOUNDS[kind]
 
 
 @pytest.mark.parametrize("isa", ISAS)
