@@ -37,7 +37,7 @@ ALL = Routing(refresh=4, least=192, most=1024, most_from=1024, share=1.0, recent
 
 def routed(routing: Routing, config: DecoderConfig = SHAPE) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(config, planner=RoutedPlanner(routing)).eval()
+    model = Decoder(config, planner=RoutedPlanner(config, routing)).eval()
     randomize(model)
     return model
 
@@ -129,13 +129,14 @@ def test_windows_stay_windows() -> None:
     with torch.no_grad():
         expected = model(ids).logits
         assert isinstance(model.planner, WindowPlanner)
-        model.planner = RoutedPlanner(ALL, model.planner)
+        model.planner = RoutedPlanner(config, ALL, model.planner)
         assert_logits_equal(model(ids).logits, expected)
 
 
 @NEEDS_KERNELS
-def test_the_engine_chooses_as_the_modules(tmp_path: Path) -> None:
-    model = routed(FEW)
+@pytest.mark.parametrize("dim", [16, 64])
+def test_the_engine_chooses_as_the_modules(dim: int, tmp_path: Path) -> None:
+    model = routed(FEW, SHAPE.replace(head_dim=dim))
     model.tokenizer = byte_tokenizer()
     prompt = tokens(1, 380)[0].tolist()
     found = generate(model, prompt, max_tokens=24, ignore_eos=True)

@@ -22,10 +22,20 @@ Heads = tuple[int, int, int]
 
 
 def route(
-    budget: int | list[int], *, refresh: int = 4, first: int = 1, recent: int = 1
+    budget: int | list[int],
+    *,
+    refresh: int = 4,
+    first: int = 1,
+    recent: int = 1,
+    means: bool = True,
 ) -> dict[str, Any]:
-    pages = [budget] if isinstance(budget, int) else budget
-    return {"refresh": refresh, "first_pages": first, "recent_pages": recent, "budget": pages}
+    return {
+        "refresh": refresh,
+        "first_pages": first,
+        "recent_pages": recent,
+        "budget": [budget] if isinstance(budget, int) else budget,
+        "has_means": means,
+    }
 
 
 def routed(
@@ -57,23 +67,41 @@ def routed(
 
 
 def reference(heads: Heads, table: np.ndarray, asked: dict[str, Any]) -> np.ndarray:
-    """Return the attention of each token over the pages that its group chose, float64."""
+    """Return the attention of each token over the pages that its group chose and the means of those
+    that it did not, float64."""
     num_heads, kv_heads, dim = heads
     group = num_heads // kv_heads
     rows = table.astype(np.float64).reshape(len(table), -1, dim)
     out = np.zeros((len(table), num_heads, dim))
     for kv_head in range(kv_heads):
         keys, values = rows[:, num_heads + kv_head], rows[:, num_heads + kv_heads + kv_head]
+        full = len(table) // PAGE
+        means = [x[: full * PAGE].reshape(full, PAGE, dim).mean(1) for x in (keys, values)]
         for place in range(len(table)):
             own = slice(kv_head * group, (kv_head + 1) * group)
             anchor = place - place % asked["refresh"]
-            pages = chosen(rows[anchor, own] @ keys[: anchor + 1].T * dim**-0.5, asked)
+            slow = scored_channels(dim)
+            asking = rows[anchor, own][:, slow] @ keys[: anchor + 1, slow].T
+            pages = chosen(asking * dim**-0.5, asked)
             seen = np.isin(np.arange(place + 1) // PAGE, pages)
             scores = rows[place, own] @ keys[: place + 1][seen].T * dim**-0.5
+            shown = values[: place + 1][seen]
+            others = [page for page in range(place // PAGE) if page not in pages]
+            if asked["has_means"] and others:
+                unseen = rows[place, own] @ means[0][others].T * dim**-0.5 + np.log(PAGE)
+                scores = np.concatenate([scores, unseen], 1)
+                shown = np.concatenate([shown, means[1][others]])
             weights = np.exp(scores - scores.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            out[place, own] = weights @ values[: place + 1][seen]
+            out[place, own] = weights @ shown
     return out.reshape(len(table), -1)
+
+
+def scored_channels(dim: int) -> np.ndarray:
+    """Return the channels that pages are chosen by: the slow half, where heads are in its order."""
+    quarter = dim // 4
+    slow = np.r_[quarter : 2 * quarter, 3 * quarter : dim]
+    return np.arange(dim) if dim % 64 else slow
 
 
 def chosen(scores: np.ndarray, asked: dict[str, Any]) -> list[int]:
@@ -102,6 +130,7 @@ HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1,
     first=st.integers(0, 2),
     recent=st.integers(1, 2),
     spare=st.integers(0, 3),
+    means=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
@@ -112,10 +141,13 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
     first: int,
     recent: int,
     spare: int,
+    means: bool,
     seed: int,
 ) -> None:
     table = draw(heads, count, seed)
-    asked = route(first + recent + spare, refresh=refresh, first=first, recent=recent)
+    asked = route(
+        first + recent + spare, refresh=refresh, first=first, recent=recent, means=means
+    )
     found = attend(routed(isa, heads, table, asked), "float32", count, [600])
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
 

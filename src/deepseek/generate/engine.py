@@ -227,6 +227,7 @@ def _native_route(routing: Routing, config: DecoderConfig) -> dict[str, object]:
         "first_pages": routing.first,
         "recent_pages": routing.recent,
         "budget": routing.budget(-(-config.max_positions // PAGE_SIZE) + 1),
+        "has_means": routing.means,
     }
 
 

@@ -90,7 +90,7 @@ def _route(model: Decoder | Encoder, routing: Routing) -> None:
         must = "'auto' or an execution for an encoder, which sees all of its short texts"
         raise ConfigError(describe("attention", "load", must, "routed"))
     assert model.planner is None or isinstance(model.planner, WindowPlanner)
-    model.planner = RoutedPlanner(routing, model.planner)
+    model.planner = RoutedPlanner(model.config, routing, model.planner)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -36,6 +36,8 @@ class Routing(Config):
     """Tokens seen at most, at `most_from`."""
     most_from: int = 16384
     """Slot behind which `most` grows with the logarithm."""
+    means: bool = True
+    """Whether a block that a query does not see counts by its mean key and mean value, 64 times."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.refresh <= BLOCK or BLOCK % self.refresh:

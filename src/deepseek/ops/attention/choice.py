@@ -6,7 +6,7 @@ The specification of what `cpu/choice.h` does for the engine's pages.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,7 +31,11 @@ class Choice:
 
 
 def choose_blocks(
-    queries: Tensor, kv: DenseKV | PagedKV, layout: Layout, routing: Routing
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    routing: Routing,
+    channels: Sequence[int] | None = None,
 ) -> BlockTable:
     """Return the table of routed attention.
 
@@ -47,8 +51,14 @@ def choose_blocks(
         kv: keys of this pass, or pages in which they are written; choices are kept in those.
         layout: where queries and keys sit.
         routing: what is seen.
+        channels: those that are scored, of queries and keys; None for all. The scale of a score is
+            that of all of them.
     """
     keys, _ = kv.dense(layout.num_slots)
+    scale = keys.shape[-1] ** -0.5
+    if channels is not None:
+        queries, keys = queries[..., channels], keys[..., channels]
+    queries = queries.float() * scale
     most = max(layout.key_length[row] for row in range(layout.num_rows)) - 1
     budget = routing.budget(most // BLOCK + 1)
     rows: list[list[list[list[int]]]] = []
@@ -94,13 +104,13 @@ def _importance(queries: Tensor, keys: Tensor, places: Tensor, mask: Tensor | No
     """Return how much each block matters to each place: [KV heads, places, blocks].
 
     Args:
-        queries: [KV heads, query heads of one, places, dim].
+        queries: [KV heads, query heads of one, places, dim], scaled.
         keys: [KV heads, slots, dim].
         places: slots of the queries.
         mask: bool [slots], which of them hold a token.
     """
     slots = keys.shape[1]
-    scores = queries.float() @ keys[:, None].float().transpose(-1, -2) * keys.shape[-1] ** -0.5
+    scores = queries @ keys[:, None].float().transpose(-1, -2)
     seen = torch.arange(slots, device=keys.device) <= places[:, None]
     if mask is not None:
         seen = seen & mask[:slots]
@@ -150,4 +160,10 @@ def _as_table(
             for head, blocks in enumerate(heads):
                 indices[at, head, group, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
                 counts[at, head, group] = len(blocks)
-    return BlockTable(indices.to(device), counts.to(device), BLOCK, query_block=routing.refresh)
+    return BlockTable(
+        indices.to(device),
+        counts.to(device),
+        BLOCK,
+        query_block=routing.refresh,
+        means=routing.means,
+    )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
+from deepseek.ops.attention.means import append_means
 from deepseek.ops.attention.table import BlockTable
 
 
@@ -26,13 +27,16 @@ def attention_reference(
     keys, values = kv.dense(layout.num_slots)
     heads, kv_heads = queries.shape[1], keys.shape[1]
     wide = torch.promote_types(queries.dtype, torch.float32)
+    seen = visible(layout, table, heads, kv_heads, queries.device)
+    if table is not None and table.means:
+        keys, values, bias = append_means(keys, values, seen, layout, table, slopes)
+    else:
+        bias = torch.zeros((), device=keys.device).masked_fill(~seen, float("-inf"))
+        if slopes is not None:
+            bias = bias + distance_bias(layout, slopes, wide)
     keys = keys.to(wide).repeat_interleave(heads // kv_heads, dim=1)
     values = values.to(wide).repeat_interleave(heads // kv_heads, dim=1)
-    scores = queries.to(wide) @ keys.transpose(-1, -2) * scale
-    if slopes is not None:
-        scores = scores + distance_bias(layout, slopes, wide)
-    seen = visible(layout, table, heads, kv_heads, queries.device)
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = queries.to(wide) @ keys.transpose(-1, -2) * scale + bias
     blind = ~seen.any(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
     return (weights @ values).to(queries.dtype)

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
+from deepseek.ops.attention.means import append_means
 from deepseek.ops.attention.reference import distance_bias, visible
 from deepseek.ops.attention.table import BlockTable
 from deepseek.ops.hardware import computes_bf16
@@ -30,8 +31,14 @@ def attention_sdpa(
     query heads of a KV group as rows of one product, which spares SDPA the repetition of the keys.
     """
     keys, values = kv.dense(layout.num_slots)
-    mask, blind = _mask(layout, table, slopes, queries, keys.shape[1])
     dtype = queries.dtype
+    if table is not None and table.means:
+        seen = visible(layout, table, queries.shape[1], keys.shape[1], queries.device)
+        seen, blind = _never_blind(seen)
+        keys, values, mask = append_means(keys, values, seen, layout, table, slopes)
+        mask = mask.to(dtype)
+    else:
+        mask, blind = _mask(layout, table, slopes, queries, keys.shape[1])
     if layout.num_queries == 1:
         out = _one_query(queries, keys, values, mask, scale)
     else:
@@ -68,11 +75,7 @@ def _mask(
     layout: Layout, table: BlockTable | None, slopes: Tensor | None, queries: Tensor, kv_heads: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the mask SDPA needs (None when plain attention says the same) and which queries see
-    nothing, if any.
-
-    A softmax needs something to see, so a blind query is shown slot 0; the caller zeroes its
-    output.
-    """
+    nothing, if any."""
     is_whole = layout.query_start[0] == 0 and layout.num_queries == layout.num_slots
     plain = layout.is_uniform and (not layout.causal or layout.num_queries == 1 or is_whole)
     if table is None and slopes is None and plain:
@@ -80,16 +83,25 @@ def _mask(
     memo = layout.memo if table is None else table.memo
     key = ("sdpa", queries.dtype, slopes is not None)
     if key not in memo or memo[key][2]() is not layout:
-        seen = visible(layout, table, queries.shape[1], kv_heads, queries.device)
-        blind = ~seen.any(-1, keepdim=True)
-        if bool(blind.any()):
-            seen = seen.clone()
-            seen[..., :1] |= blind
-        else:
-            blind = None
+        seen, blind = _never_blind(
+            visible(layout, table, queries.shape[1], kv_heads, queries.device)
+        )
         if slopes is not None:
             bias = distance_bias(layout, slopes, torch.float32)
             seen = bias.masked_fill(~seen, float("-inf")).to(queries.dtype)
         # held weakly: the memo may be the layout's own
         memo[key] = (seen, blind, weakref.ref(layout))
     return memo[key][:2]
+
+
+def _never_blind(seen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return what queries see, slot 0 where they see nothing, and which of them these are, if any.
+
+    A softmax needs something to see; the caller zeroes the output of a blind query.
+    """
+    blind = ~seen.any(-1, keepdim=True)
+    if not bool(blind.any()):
+        return seen, None
+    seen = seen.clone()
+    seen[..., :1] |= blind
+    return seen, blind

@@ -42,6 +42,9 @@ class BlockTable:
     reach` only."""
     query_block: int | None = None
     """Queries that share a list: a divisor of `block_size`; None for as many."""
+    means: bool = False
+    """Whether the blocks before a query's own that are not listed count by the means of their keys
+    and values (`append_means`), in the same softmax."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What executions derive from the table (masks); lives as long as the table."""
 
@@ -108,23 +111,39 @@ class BlockTable:
         it.
         """
         device = self.indices.device
-        blocks = self._blocks_seen(layout, num_heads, num_kv_heads)
-        query_slots = layout.query_slots(device)
-        first_block = query_slots[:, :1] // self.query_size
-        query_block = query_slots // self.query_size - first_block
+        listed = self._listed(layout, num_heads, num_kv_heads)
         key_block = torch.arange(layout.num_slots, device=device) // self.block_size
-        rows, heads = layout.num_rows, blocks.shape[1]
-        blocks = blocks.expand(rows, -1, -1, -1)
-        per_query = blocks.gather(
-            2, query_block[:, None, :, None].expand(-1, heads, -1, blocks.shape[-1])
-        )
-        seen = per_query[..., key_block] & layout.visible(device)[:, None]
+        seen = listed[..., key_block] & layout.visible(device)[:, None]
         if self.reach is not None:
-            reach = self.reach.expand(rows, -1, blocks.shape[2])
+            query_slots, query_block = self._places(layout)
+            reach = self.reach.expand(layout.num_rows, -1, self.counts.shape[-1])
             reach = reach.gather(2, query_block[:, None].expand(-1, reach.shape[1], -1))
             slots = torch.arange(layout.num_slots, device=device)
             seen = seen & (slots > query_slots[:, None, :, None] - reach[..., None])
         return seen
+
+    def unseen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
+        """Return which blocks before its own each query does not see: bool [B or 1, heads or 1, T,
+        key blocks]."""
+        query_slots, _ = self._places(layout)
+        blocks = torch.arange(
+            self.num_key_blocks(layout, self.block_size), device=self.indices.device
+        )
+        before = blocks < query_slots[..., None] // self.block_size
+        return ~self._listed(layout, num_heads, num_kv_heads) & before[:, None]
+
+    def _places(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Return the slot of each query and its place among the query blocks, both [B, T]."""
+        slots = layout.query_slots(self.indices.device)
+        return slots, slots // self.query_size - slots[:, :1] // self.query_size
+
+    def _listed(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
+        """Return which blocks each query's list holds: bool [B, heads or 1, T, key blocks]."""
+        blocks = self._blocks_seen(layout, num_heads, num_kv_heads)
+        blocks = blocks.expand(layout.num_rows, -1, -1, -1)
+        _, query_block = self._places(layout)
+        place = query_block[:, None, :, None].expand(-1, blocks.shape[1], -1, blocks.shape[-1])
+        return blocks.gather(2, place)
 
     def _blocks_seen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
         """Return bool [B or 1, heads or 1, query blocks, key blocks]."""

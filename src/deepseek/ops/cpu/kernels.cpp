@@ -34,6 +34,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .page_scores = page_scores,
     .choose_pages = choose_pages,
     .add_page = add_page,
+    .page_means = page_means,
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,
     .pack_panel = pack_panel,

@@ -23,6 +23,7 @@ struct Program::Pass {
   // attention of longer runs: run, first query, last query; and of its first tokens alone, which see
   // all that is before them; the others of a routed layer: run, first token, last token
   std::vector<std::array<int, 3>> blocks, dense_blocks, routed_blocks;
+  std::vector<int> full_pages;  // whose last slots are written, of longer runs
   int last_position = 0;
   size_t score_stride = 0;  // floats of a query's scores of pages
 };

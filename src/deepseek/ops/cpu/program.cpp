@@ -51,11 +51,13 @@ Memory::~Memory() {
 #endif
 
 KvPages::KvPages(Kind kind, const Shape& shape, int pages)
-    : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()) {
+    : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()), has_means_(shape.route.has_means) {
   layout.kind = kind;
   layout.kv_heads = shape.kv_heads;
   layout.dim = shape.head_dim;
   layout.dim_padded = int(aligned(shape.head_dim, 16));
+  // int8 keys are mixed before they are rounded: each holds something of all channels
+  layout.scored_from = kind != Kind::int8 && turns_in_order(shape.head_dim) ? shape.head_dim / 2 : 0;
   size_t element = kind == Kind::f32 ? 4 : kind == Kind::bf16 ? 2 : 1;
   layout.value_offset = element * layout.dim_padded * kPage;
   layout.key_scale_offset = 2 * layout.value_offset;
@@ -67,6 +69,7 @@ KvPages::KvPages(Kind kind, const Shape& shape, int pages)
   if (!most_chosen_) return;
   choice_bytes_ = (2 + most_chosen_) * sizeof(int32_t);
   choices_ = Memory(choice_bytes_ * layout.kv_heads * num_pages * layers_);
+  if (has_means_) means_ = Memory(sizeof(float) * 2 * layout.dim_padded * layout.kv_heads * num_pages * layers_);
 }
 
 void KvPages::copy(int target, int source) {
@@ -75,6 +78,8 @@ void KvPages::copy(int target, int source) {
                 layout.page_bytes);
   for (int i = 0; i < layers_ && most_chosen_; ++i)
     std::memcpy(&choice(i, target, 0), &choice(i, source, 0), choice_bytes_ * layout.kv_heads);
+  for (int i = 0; i < layers_ && has_means_; ++i)
+    std::memcpy(means(i, target, 0), means(i, source, 0), sizeof(float) * 2 * layout.dim_padded * layout.kv_heads);
 }
 
 Program::Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
@@ -454,6 +459,7 @@ void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_h
   kernels_.store_kv(pass.pages.layout, place, kv_head, position % kPage, key, value);
   if (shape_.route.refresh && position % kPage == 0)
     pass.pages.choice(in.layer, page, kv_head).group = 0;  // what a former owner of the page chose
+  if (pass.is_decode && position % kPage == kPage - 1) keep_means(pass, in, page, kv_head);
 }
 
 void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
@@ -466,6 +472,12 @@ void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
   }
   pool_.barrier().wait();
   bool has_route = in.is_routed && shape_.route.refresh;
+  if (has_route && shape_.route.has_means) {
+    int full = int(pass.full_pages.size()) * shape_.kv_heads;
+    for (int u; (u = counters_[kCounters * index + 1].fetch_add(1)) < full;)
+      keep_means(pass, in, pass.full_pages[u / shape_.kv_heads], u % shape_.kv_heads);
+    pool_.barrier().wait();
+  }
   const auto& dense = has_route ? pass.dense_blocks : pass.blocks;
   int routed = has_route ? int(pass.routed_blocks.size()) * shape_.kv_heads : 0;
   int units = routed + int(dense.size()) * shape_.kv_heads;

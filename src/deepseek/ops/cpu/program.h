@@ -66,6 +66,7 @@ struct Route {
   int refresh = 0;                     // slots that share a choice, a divisor of kPage; 0: no route
   int first_pages = 0, recent_pages = 0;  // always seen; the own page is a recent one
   std::vector<int32_t> budget;         // pages seen by a query in each page; the last for all behind
+  bool has_means = false;              // pages that are not seen count by the means of their keys and values
   int most() const { return refresh ? *std::max_element(budget.begin(), budget.end()) : 0; }
   int budget_at(int page) const { return budget[std::min<size_t>(page, budget.size() - 1)]; }
 };
@@ -105,12 +106,18 @@ class KvPages {
     return *(Choice*)(choices_.data() + place * choice_bytes_);
   }
   int most_chosen() const { return most_chosen_; }
+  // Mean key, then mean value of a KV head in a full page.
+  float* means(int layer, int page, int kv_head) {
+    size_t place = (size_t(layer) * num_pages + page) * layout.kv_heads + kv_head;
+    return (float*)means_.data() + place * 2 * layout.dim_padded;
+  }
   void copy(int target, int source);
 
  private:
   int layers_, most_chosen_;
+  bool has_means_;
   size_t choice_bytes_ = 0;
-  Memory memory_, choices_;
+  Memory memory_, choices_, means_;
 };
 
 // The experts that the tokens of a step go to. Slot token * active + i is the token's i-th expert; the
@@ -165,6 +172,9 @@ class Program {
     std::vector<Group> groups;
     std::vector<int32_t> chosen;          // [groups][most pages]
     std::vector<int32_t> rows, own_rows;  // with a page: those that see all of it, those that lie in it
+    std::vector<uint64_t> shown, unseen;  // slots of a page that rows see; pages that groups do not, by bits
+    std::vector<int32_t> mean_table;
+    Memory mean_pages;                    // pages of this thread, whose slots are the means of pages
     std::vector<Query> queries;
     std::vector<float> scores, scratch, totals;
     States all, segment;
@@ -212,7 +222,11 @@ class Program {
                    int thread);
   void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);
   void choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread);
+  void add_means(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop, int thread);
   void merge_segment(RouteMemory& m, int first, int count) const;
+  void keep_means(Pass& pass, const Instruction& in, int page, int kv_head);
+  int find_unseen(const int32_t* chosen, int count, int own, uint64_t* bits) const;
+  Attend mean_pages_of(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, RouteMemory& m);
   void add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment, int thread);
   float* scores_of(const Pass& pass, const Run& run, int kv_head) const;
   void rope_head(const Pass& pass, int token, float* head, int norm) const;

@@ -4,6 +4,7 @@
 // visited once for all groups of a unit that see it: what they choose differs, so that group after
 // group would fetch each page from far many times.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -34,10 +35,12 @@ void Program::plan_routes(Pass& pass) {
   int group = shape_.heads / shape_.kv_heads;
   int tokens = std::min(kUnitTokens, kMaxQueries / group / kPage * kPage);
   pass.score_stride = aligned(pass.last_position / kPage + 1, 16);
-  pass.max_parts = std::max(pass.max_parts, (shape_.route.most() + kSegment - 1) / kSegment);
+  pass.max_parts = std::max(pass.max_parts, (shape_.route.most() + kSegment - 1) / kSegment + shape_.route.has_means);
   for (int r = int(pass.runs.size()) - 1; r >= 0 && !pass.is_decode; --r) {
     const Run& run = pass.runs[r];
     int start = pass.step.positions[run.start], stop = start + run.count, first = start + dense_tokens(pass, run);
+    for (int page = start / kPage; (page + 1) * kPage <= stop; ++page)
+      pass.full_pages.push_back(pass.step.page_table[size_t(run.row) * pass.step.pages_per_row + page]);
     for (int unit = (stop - 1) / tokens * tokens; unit + tokens > first && first < stop; unit -= tokens)
       pass.routed_blocks.push_back({r, std::max(unit, first) - start, std::min(unit + tokens, stop) - start});
   }
@@ -72,6 +75,40 @@ int Program::choose(int position, float* scores, ptrdiff_t stride, int32_t* chos
 void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const {
   choice.group = position / shape_.route.refresh + 1, choice.count = count;
   std::memcpy(choice.pages, chosen, count * sizeof(int32_t));
+}
+
+void Program::keep_means(Pass& pass, const Instruction& in, int page, int kv_head) {
+  if (!in.is_routed || !shape_.route.has_means) return;
+  float* means = pass.pages.means(in.layer, page, kv_head);
+  const PageLayout& l = pass.pages.layout;
+  kernels_.page_means(l, pass.pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head, means, means + l.dim_padded);
+}
+
+// Sets the bits of the pages before `own` that were not chosen, and returns their number.
+int Program::find_unseen(const int32_t* chosen, int count, int own, uint64_t* bits) const {
+  std::fill_n(bits, (own + 63) / 64, ~uint64_t(0));
+  if (own % 64) bits[own / 64] >>= 64 - own % 64;
+  int seen = 0;
+  for (; seen < count && chosen[seen] < own; ++seen) bits[chosen[seen] / 64] &= ~(uint64_t(1) << chosen[seen] % 64);
+  return own - seen;
+}
+
+// Pages of a run whose slots are the means of its first `count` pages, each slot for kPage tokens.
+Attend Program::mean_pages_of(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count,
+                              RouteMemory& m) {
+  static_assert(kPage == 64);
+  const PageLayout& l = pass.pages.layout;
+  int pages = (count + kPage - 1) / kPage;
+  if (pages * l.page_bytes > m.mean_pages.bytes()) m.mean_pages = Memory(2 * pages * l.page_bytes);
+  for (int p = int(m.mean_table.size()); p < pages; ++p) m.mean_table.push_back(p);
+  Attend a = attend_of(pass, in, run, kv_head);
+  for (int p = 0; p < count; ++p) {
+    const float* means = pass.pages.means(in.layer, a.table[p], kv_head);
+    kernels_.store_kv(l, m.mean_pages.data() + size_t(p / kPage) * l.page_bytes, kv_head, p % kPage, means,
+                      means + l.dim_padded);
+  }
+  a.pages = m.mean_pages.data(), a.table = m.mean_table.data(), a.bias = std::log2(float(kPage));
+  return a;
 }
 
 // The groups of tokens start ... stop - 1 of a run, with the pages that each of them chose.
@@ -117,18 +154,19 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
   int group = shape_.heads / shape_.kv_heads, rows = (stop - start) * group, most = shape_.route.most();
   RouteMemory& m = routes_[thread];
   choose_groups(pass, in, run, kv_head, start, stop, thread);
-  m.queries.clear();
+  m.queries.clear(), m.shown.clear();
   for (int i = 0; i < rows; ++i) {
-    int token = run.start + start + i / group;
-    m.queries.push_back({query_of(in, token, kv_head * group + i % group), 0, pass.step.positions[token] % kPage + 1});
+    int token = run.start + start + i / group, slot = pass.step.positions[token] % kPage;
+    m.queries.push_back({query_of(in, token, kv_head * group + i % group), 0, slot + 1});
+    m.shown.push_back(~uint64_t(0) >> (kPage - 1 - slot));
   }
   m.all.reset(rows, l.dim_padded), m.segment.reset(rows, l.dim_padded);
   void* scratch = attend_scratch(thread);
   kernels_.load_queries(l, m.queries.data(), rows, scratch);
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
-  std::vector<Query> whole(rows, Query{nullptr, 0, kPage});
-  auto visit = [&](const Query* seen, std::vector<int32_t>& some) {
+  std::vector<uint64_t> whole(rows, ~uint64_t(0));
+  auto visit = [&](const uint64_t* seen, std::vector<int32_t>& some) {
     if (!some.empty()) kernels_.add_page(a, seen, some.data(), int(some.size()), m.segment.view(), scratch);
     some.clear();
   };
@@ -145,12 +183,37 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
       std::vector<int32_t>& some = is_own ? m.own_rows : m.rows;
       for (int i = 0; i < count; ++i) some.push_back(row + i);
     }
-    visit(whole.data(), m.rows), visit(m.queries.data(), m.own_rows);
+    visit(whole.data(), m.rows), visit(m.shown.data(), m.own_rows);
   }
   merge_segment(m, 0, rows);
+  if (shape_.route.has_means) add_means(pass, in, run, kv_head, start, stop, thread);
   for (int i = 0; i < rows; ++i)
     write_out(in, run.start + start + i / group, kv_head * group + i % group,
               m.all.sums.data() + size_t(i) * l.dim_padded, m.all.mass[i * kMassLanes]);
+}
+
+// Adds the means of the pages that the groups of a unit do not see to what they have.
+void Program::add_means(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
+                        int thread) {
+  int group = shape_.heads / shape_.kv_heads, rows = (stop - start) * group, most = shape_.route.most();
+  RouteMemory& m = routes_[thread];
+  int last = pass.step.positions[run.start + stop - 1] / kPage, words = (last + kPage - 1) / kPage, any = 0;
+  m.unseen.assign(m.groups.size() * words, 0);
+  for (size_t g = 0; g < m.groups.size(); ++g)
+    any |= find_unseen(m.chosen.data() + g * most, m.groups[g].count,
+                       pass.step.positions[run.start + m.groups[g].start] / kPage, m.unseen.data() + g * words);
+  if (!any) return;
+  Attend a = mean_pages_of(pass, in, run, kv_head, last, m);
+  m.rows.resize(rows);
+  std::iota(m.rows.begin(), m.rows.end(), 0);
+  for (int word = 0; word < words; ++word, ++a.table) {
+    for (size_t g = 0; g < m.groups.size(); ++g)
+      std::fill_n(m.shown.begin() + (m.groups[g].start - start) * group, (m.groups[g].stop - m.groups[g].start) * group,
+                  m.unseen[g * words + word]);
+    kernels_.add_page(a, m.shown.data(), m.rows.data(), rows, m.segment.view(), attend_scratch(thread));
+  }
+  merge_segment(m, 0, rows);
+  m.rows.clear();
 }
 
 // Merges the segment of some rows into what they have, and begins another. The denominators of the
@@ -253,7 +316,10 @@ void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run
 // The parts that a token sees of its row, first ... last - 1.
 std::pair<int, int> Program::parts_of(Pass& pass, const Instruction& in, const Run& run, int kv_head) const {
   int position = pass.step.positions[run.start];
-  if (is_routed(pass, in, run)) return {0, (choice_at(pass, in, run, kv_head, position).count + kSegment - 1) / kSegment};
+  if (is_routed(pass, in, run)) {
+    int count = choice_at(pass, in, run, kv_head, position).count;
+    return {0, (count + kSegment - 1) / kSegment + (shape_.route.has_means && count <= position / kPage)};
+  }
   int low = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
   return {low / kSpan, position / kSpan + 1};
 }
@@ -290,7 +356,7 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
   }
 }
 
-// A segment of the pages that a token chose.
+// A segment of the pages that a token chose, or the means of the others.
 void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment,
                           int thread) {
   const PageLayout& l = pass.pages.layout;
@@ -306,10 +372,22 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
   std::vector<int32_t>& rows = routes_[thread].rows;
   rows.resize(group);
   std::iota(rows.begin(), rows.end(), 0);
+  std::vector<uint64_t>& shown = routes_[thread].shown;
   for (int i = segment * kSegment; i < std::min(choice.count, (segment + 1) * kSegment); ++i) {
     a.table = table + choice.pages[i];
-    for (int h = 0; h < group && i + 1 == choice.count; ++h) m.queries[h].high = position % kPage + 1;
-    kernels_.add_page(a, m.queries, rows.data(), group, states.view(), m.scratch);
+    shown.assign(group, ~uint64_t(0) >> (i + 1 == choice.count ? kPage - 1 - position % kPage : 0));
+    kernels_.add_page(a, shown.data(), rows.data(), group, states.view(), m.scratch);
+  }
+  if (segment * kSegment >= choice.count) {  // the means of the pages that were not chosen
+    int own = position / kPage;
+    std::vector<uint64_t>& unseen = routes_[thread].unseen;
+    unseen.resize(own / kPage + 1);
+    find_unseen(choice.pages, choice.count, own, unseen.data());
+    a = mean_pages_of(pass, in, run, kv_head, own, routes_[thread]);
+    for (int word = 0; word * kPage < own; ++word, ++a.table) {
+      shown.assign(group, unseen[word]);
+      kernels_.add_page(a, shown.data(), rows.data(), group, states.view(), m.scratch);
+    }
   }
   for (int h = 0; h < group; ++h) {
     float* state = state_of(pass, run, kv_head * group + h) + size_t(segment) * (l.dim_padded + 2);

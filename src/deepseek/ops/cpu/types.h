@@ -74,13 +74,18 @@ enum class Store : int { set = 0, add = 1 };
 //   int8  keys uint8  [dim / 4][64][4],    values int8   [16][dim][4], float key scale [64],
 //         float value scale [64]; keys are rotated and hold value + 128
 //   int8 where there is no integer product of quads: [dim / 2][64][2] and [32][dim][2], int8
-// dim is padded to a multiple of 16.
+// dim is padded to a multiple of 16. Of a head whose dim is a multiple of 64 the channels that turn fast come
+// first, their first members and then their second ones, and the slow half behind them in the same way.
 struct PageLayout {
   Kind kind = Kind::bf16;
   int kv_heads = 0, dim = 0, dim_padded = 0;
+  int scored_from = 0;  // the channel from which on keys are scored, where pages are chosen
   size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
   size_t head_bytes = 0, page_bytes = 0;
 };
+
+// Whether a rotated head is put in the order of its angles.
+constexpr bool turns_in_order(int dim) { return dim % 64 == 0; }
 
 // Queries of one KV head over the pages of one row.
 struct Attend {
@@ -89,6 +94,7 @@ struct Attend {
   const int32_t* table = nullptr;  // pages of the row
   int kv_head = 0;
   float scale = 1.0f;
+  float bias = 0.0f;  // of all scores, as a power of two
 };
 
 // One query vector with what it may see: slots low ... high - 1.
@@ -138,10 +144,12 @@ struct Kernels {
   // Places of the pages to see, ascending, into `chosen`; see choice.h.
   int (*choose_pages)(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
                       int recent_pages, int budget, int32_t* chosen, float* scratch);
-  // Adds the page a.table[0] to the states of `count` loaded queries, those of the places in `rows`. A
-  // new state is all zeros but its bound, which is kNoBound.
-  void (*add_page)(const Attend& a, const Query* queries, const int32_t* rows, int count,
+  // Adds the page a.table[0] to the states of `count` loaded queries, those of the places in `rows`: of
+  // each the slots whose bits are set in its `shown`. A new state is all zeros but its bound, kNoBound.
+  void (*add_page)(const Attend& a, const uint64_t* shown, const int32_t* rows, int count,
                    const PageStates& states, void* scratch);
+  // Mean key and mean value of a page that is full, each [dim_padded].
+  void (*page_means)(const PageLayout& layout, const uint8_t* page, int kv_head, float* key, float* value);
   size_t attend_scratch_bytes;
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);

@@ -101,6 +101,10 @@ inline vf where_between(vf a, int first, int low, int high, float other) {
                    _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(high));
   return _mm512_mask_blend_ps(kept, _mm512_set1_ps(other), a);
 }
+// The lanes whose bits are set, another value in the others.
+inline vf where_bits(vf a, uint32_t bits, float other) {
+  return _mm512_mask_blend_ps(__mmask16(bits), _mm512_set1_ps(other), a);
+}
 inline void store_s8(int8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a)); }
 inline void store_u8(uint8_t* p, vi a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtusepi32_epi8(a)); }
 inline void store_bf16(uint16_t* p, vf a) {
@@ -148,6 +152,18 @@ inline bool any_above(vf a, float bound) {
 }
 inline vf where_less(vf a, vf b, vf yes, vf no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
+// The largest lane of each of kLanes vectors, side by side: halves of two vectors in one, until each is a lane.
+inline vf largest_of_each(const vf* x) {
+  vf a[8], b[4];
+  for (int i = 0; i < 8; ++i)
+    a[i] = vmax(_mm512_shuffle_f32x4(x[i], x[i + 8], 0x44), _mm512_shuffle_f32x4(x[i], x[i + 8], 0xee));
+  for (int i = 0; i < 4; ++i)
+    b[i] = vmax(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  vf c = vmax(_mm512_unpacklo_ps(b[0], b[1]), _mm512_unpackhi_ps(b[0], b[1]));
+  vf d = vmax(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3]));
+  vf all_four = vmax(_mm512_shuffle_ps(c, d, 0x44), _mm512_shuffle_ps(c, d, 0xee));
+  return _mm512_shuffle_f32x4(all_four, all_four, 0xd8);
 }
 #if defined(__AVX512VNNI__)
 #define DEEPSEEK_VNNI 1
@@ -212,6 +228,11 @@ inline vf where_between(vf a, int first, int low, int high, float other) {
   __m256i place = _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(low), place);
   __m256i kept = _mm256_andnot_si256(below, _mm256_cmpgt_epi32(_mm256_set1_epi32(high), place));
+  return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(kept));
+}
+inline vf where_bits(vf a, uint32_t bits, float other) {
+  __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
   return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(kept));
 }
 inline void store_s8(int8_t* p, vi a) {
@@ -313,6 +334,10 @@ inline vf where_between(vf a, int first, int low, int high, float other) {
   for (int i = 0; i < 4; ++i) if (first + i < low || first + i >= high) a[i] = other;
   return a;
 }
+inline vf where_bits(vf a, uint32_t bits, float other) {
+  for (int i = 0; i < 4; ++i) if (!(bits >> i & 1)) a[i] = other;
+  return a;
+}
 inline void store_s8(int8_t* p, vi a) { for (int i = 0; i < 4; ++i) p[i] = int8_t(a[i] > 127 ? 127 : a[i] < -128 ? -128 : a[i]); }
 inline void store_u8(uint8_t* p, vi a) { for (int i = 0; i < 4; ++i) p[i] = uint8_t(a[i] > 255 ? 255 : a[i] < 0 ? 0 : a[i]); }
 inline void store_bf16(uint16_t* p, vf a) { for (int i = 0; i < 4; ++i) p[i] = float_to_bf16(a[i]); }
@@ -353,6 +378,15 @@ inline vi dot_u8s8(vi acc, vi w, vi inputs) {
   return acc;
 }
 
+#endif
+
+#if !defined(__AVX512F__)
+// The largest lane of each of kLanes vectors, side by side.
+inline vf largest_of_each(const vf* x) {
+  alignas(64) float each[kLanes];
+  for (int i = 0; i < kLanes; ++i) each[i] = largest(x[i]);
+  return load(each);
+}
 #endif
 
 // Two vectors of bfloat16, side by side.

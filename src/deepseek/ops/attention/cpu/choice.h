@@ -9,68 +9,97 @@
 
 namespace {
 
-constexpr int kScoredPages = kSpan / kPage;
+constexpr int kPeakPages = 16;  // pages whose largest scores are put side by side
+
+// The largest of each of kLanes rows of a page's scores.
+inline vf largest_in_rows(const float* scores) {
+  vf each[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const float* row = scores + i * kSpan;
+    vf a = load(row), b = load(row + kLanes);
+    for (int v = 2; v < kPageVectors; v += 2)
+      a = vmax(a, load(row + v * kLanes)), b = vmax(b, load(row + (v + 1) * kLanes));
+    each[i] = vmax(a, b);
+  }
+  return largest_of_each(each);
+}
+
+// Largest scores of queries with the keys that they see in one page, into `peaks`: [count], room for 16 more.
+// `channels` of them from `first` on are multiplied.
+template <typename T>
+void page_peaks(const PageView<T>& page, const Prepared<T>& from, const Query* queries, int count, int slot, int dim,
+                int first, float* peaks) {
+  bool is_whole = std::all_of(queries, queries + count, [&](const Query& q) { return q.low <= slot && q.high >= slot + kPage; });
+  int channels = dim - first;
+  const T* keys = page.keys + size_t(first) * kPage;
+  alignas(64) float s[kPageRows * kSpan];
+  [[maybe_unused]] bool fits = channels * sizeof(T) <= 64;
+  if constexpr (kHasTiles && sizeof(T) < 4) if (fits) load_peak_keys(keys);
+  for (int base = 0; base < count; base += kPageRows) {
+    int some = std::min(kPageRows, count - base);
+    auto largest_seen = [&](int start) {
+      vf each[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        int r = std::min(start + i, some - 1);
+        const Query& query = queries[base + r];
+        each[i] = all(-INFINITY);
+        for (int v = 0; v < kPageVectors; ++v) {
+          vf x = load(s + r * kSpan + v * kLanes);
+          if constexpr (kHasTiles && sizeof(T) == 1) x = to_float(add_i(as_int(x), all_i(from.terms[base + r])));
+          if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
+          each[i] = vmax(each[i], where_between(x, v * kLanes, query.low - slot, query.high - slot, -INFINITY));
+        }
+      }
+      return largest_of_each(each);
+    };
+    const T* q = from.queries + size_t(base) * dim + first;
+    const int* terms = from.terms + base;
+    if constexpr (kHasTiles && sizeof(T) < 4) {
+      if (fits) peak_scores(q, dim, s);
+      else tile_scores(q, dim, keys, channels, s);
+    } else {
+      auto run = [&](auto rows, int r) {
+        constexpr int R = decltype(rows)::value;
+        const T* vectors[R];
+        for (int k = 0; k < R; ++k) vectors[k] = q + size_t(r + k) * dim;
+        scores_of<R>(vectors, terms + r, keys, channels, s + r * kSpan);
+      };
+      int r = 0;
+      for (; r + 3 <= some; r += 3) run(std::integral_constant<int, 3>{}, r);
+      for (; r < some; ++r) run(std::integral_constant<int, 1>{}, r);
+    }
+    for (int start = 0; start < some; start += kLanes)
+      store(peaks + base + start, is_whole && !page.key_scale ? largest_in_rows(s + start * kSpan) : largest_seen(start));
+  }
+}
 
 template <typename T>
 void page_scores_typed(const Attend& a, const Query* queries, int count, int first, int last,
                        float* out, ptrdiff_t stride, Prepared<T> from) {
   const PageLayout& l = *a.layout;
-  int dim = l.dim_padded;
-  constexpr int kRows = 16;
-  alignas(64) float s[kRows * kSpan];
-  [[maybe_unused]] int configured = 0;
-  for (int start = first; start < last; start += kScoredPages) {
-    int some_pages = std::min(kScoredPages, last - start);
-    PageView<T> pages[kScoredPages] = {};
-    for (int i = 0; i < some_pages; ++i) {
+  alignas(64) static thread_local float peaks[kPeakPages][kMaxQueries + kPageRows];
+  if constexpr (kHasTiles && sizeof(T) < 4) {
+    int rows = std::min(kPageRows, count), channels = l.dim_padded - l.scored_from;
+    if (channels * sizeof(T) <= 64) configure_peaks<T>(rows, channels);
+    else configure_attention<T>(rows, channels);
+  }
+  for (int start = first; start < last; start += kPeakPages) {
+    int some = std::min(kPeakPages, last - start);
+    for (int i = 0; i < some; ++i) {
       const uint8_t* head = a.pages + size_t(a.table[start + i]) * l.page_bytes + a.kv_head * l.head_bytes;
-      if constexpr (sizeof(T) == 2) pages[i] = view_bf16(l, head, from.wide + size_t(2 * i) * kPage * dim);
-      else pages[i] = {(const T*)head, nullptr};
-      if constexpr (sizeof(T) == 1) pages[i].key_scale = (const float*)(head + l.key_scale_offset);
+      PageView<T> page;
+      if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
+      else page = {(const T*)head, nullptr};
+      if constexpr (sizeof(T) == 1) page.key_scale = (const float*)(head + l.key_scale_offset);
+      page_peaks(page, from, queries, count, (start + i) * kPage, l.dim_padded, l.scored_from, peaks[i]);
     }
-    for (int base = 0; base < count; base += kRows) {
-      int some = std::min(kRows, count - base);
-      const T* q = from.queries + size_t(base) * dim;
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-      if constexpr (sizeof(T) < 4) {
-        if (some != configured) configure_attention<T>(configured = some, dim);
-        for (int i = 0; i < some_pages; ++i)
-          tile_scores(q, from.terms + base, some, pages[i].keys, dim, s + i * kPage);
-      }
-#endif
-      if constexpr (sizeof(T) == 4 || !kHasTiles)
-        for (int i = 0; i < some_pages; ++i) {
-          auto run = [&](auto rows, int r) {
-            constexpr int R = decltype(rows)::value;
-            const T* vectors[R];
-            for (int k = 0; k < R; ++k) vectors[k] = q + size_t(r + k) * dim;
-            scores_of<R>(vectors, from.terms + base + r, pages[i].keys, dim, s + r * kSpan + i * kPage);
-          };
-          int r = 0;
-          for (; r + 3 <= some; r += 3) run(std::integral_constant<int, 3>{}, r);
-          for (; r < some; ++r) run(std::integral_constant<int, 1>{}, r);
-        }
-      for (int r = 0; r < some; ++r)
-        for (int i = 0; i < some_pages; ++i) {
-          const Query& query = queries[base + r];
-          int slot = (start + i) * kPage, low = query.low - slot, high = query.high - slot;
-          bool is_cut = low > 0 || high < kPage;
-          vf peak = all(-INFINITY);
-          for (int v = 0; v < kPageVectors; ++v) {
-            vf x = load(s + r * kSpan + i * kPage + v * kLanes);
-            if (pages[i].key_scale) x = mul(x, load(pages[i].key_scale + v * kLanes));
-            if (is_cut) x = where_between(x, v * kLanes, low, high, -INFINITY);
-            peak = vmax(peak, x);
-          }
-          float factor = a.scale * from.scales[base + r];
-          factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
-          out[size_t(base + r) * stride + start + i] = largest(peak) * factor;
-        }
+    for (int r = 0; r < count; ++r) {
+      float factor = a.scale * from.scales[r];
+      factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
+      for (int i = 0; i < some; ++i) out[size_t(r) * stride + start + i] = peaks[i][r] * factor;
     }
   }
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-  if constexpr (sizeof(T) < 4) tile_release();
-#endif
+  if constexpr (kHasTiles && sizeof(T) < 4) tile_release();
 }
 
 void page_scores(const Attend& a, const Query* queries, int count, int first, int last, float* out,

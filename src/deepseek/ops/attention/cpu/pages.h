@@ -9,6 +9,16 @@
 constexpr bool kHasTiles = true;
 #else
 constexpr bool kHasTiles = false;
+// What code for tiles names, where it is left out.
+template <typename T, typename... A> void configure_attention(A...);
+template <typename T, typename... A> void configure_peaks(A...);
+template <typename T, typename... A> void keep_tiles_awake(A...);
+template <typename T, typename... A> void add_terms(A...);
+template <typename... A> void tile_scores(A...);
+template <typename... A> void tile_values(A...);
+template <typename... A> void load_peak_keys(A...);
+template <typename... A> void peak_scores(A...);
+template <typename... A> void tile_release(A...);
 #endif
 
 namespace {
@@ -16,6 +26,7 @@ namespace {
 using namespace deepseek;
 
 constexpr int kPageVectors = kPage / kLanes;
+constexpr int kPageRows = 16;  // that meet a page together
 constexpr int kMaxDim = 256;
 #if defined(__AVX512F__)
 constexpr int kQueryTile = 6, kColumnTile = 4;
@@ -30,10 +41,23 @@ constexpr int kStep = 4;
 constexpr int kStep = 2;
 #endif
 
+// Of a head whose channels come in two halves, by pairs; see PageLayout for the order they leave in.
 void rope(float* head, int dim, const float* cosines, const float* sines, const float* norm,
           float eps) {
   if (norm) rms_norm(head, norm, eps, head, dim);
   int half = dim / 2, i = 0;
+  if (turns_in_order(dim)) {
+    alignas(64) float out[kMaxDim];
+    int quarter = dim / 4;
+    for (; i < half; i += kLanes) {
+      vf a = load(head + i), b = load(head + half + i), c = load(cosines + i), s = load(sines + i);
+      float* to = out + (i < quarter ? i : i + quarter);
+      store(to, sub(mul(a, c), mul(b, s)));
+      store(to + quarter, add(mul(b, c), mul(a, s)));
+    }
+    std::memcpy(head, out, size_t(dim) * sizeof(float));
+    return;
+  }
   for (; i + kLanes <= half; i += kLanes) {
     vf a = load(head + i), b = load(head + half + i), c = load(cosines + i), s = load(sines + i);
     store(head + i, sub(mul(a, c), mul(b, s)));
@@ -363,7 +387,6 @@ void attend_tile(const Attend& a, const PageView<T>* pages, int num_pages, const
   weighted_values<R, T>(p, weight_scale, pages, first, last, dim, sums);
 }
 
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
 // The same by tiles, for up to 16 queries.
 template <typename T>
 void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
@@ -372,11 +395,11 @@ void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, c
   int dim = a.layout->dim_padded;
   auto [first, last] = Seen(queries, count, span_slot, num_pages);
   if (first == last) return see_nothing(count, dim, sums, most, total);
-  alignas(64) float s[kTileQueries * kSpan];
-  alignas(64) T p[kTileQueries * kSpan];
-  float weight_scale[kTileQueries];
+  alignas(64) float s[kPageRows * kSpan];
+  alignas(64) T p[kPageRows * kSpan];
+  float weight_scale[kPageRows];
   for (int page = first; page < last; ++page)
-    tile_scores(q, terms, count, pages[page].keys, dim, s + page * kPage);
+    tile_scores(q, dim, pages[page].keys, dim, s + page * kPage), add_terms<T>(terms, count, s + page * kPage);
   auto weights_of = [&](auto rows, int i) {
     keep_tiles_awake<T>();
     softmax<decltype(rows)::value, T>(a, pages, first, last, scales + i, queries + i, span_slot,
@@ -388,7 +411,6 @@ void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, c
   for (; i < count; ++i) weights_of(std::integral_constant<int, 1>{}, i);
   tile_values(p, weight_scale, count, pages, first, last, dim, sums);
 }
-#endif
 
 // What `attend_span` reads beside the pages: queries as their keys are stored, and room for the pages of
 // a span widened to bfloat16.
@@ -447,17 +469,15 @@ void attend_typed(const Attend& a, const Query* queries, int count, int start, i
       pages[i].value_scale = (const float*)(head + l.value_scale_offset);
     }
   }
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-  if constexpr (sizeof(T) < 4) {
-    for (int i = 0, some, configured = 0; i < count; i += kTileQueries) {
-      some = count - i < kTileQueries ? count - i : kTileQueries;
+  if constexpr (kHasTiles && sizeof(T) < 4) {
+    for (int i = 0, some, configured = 0; i < count; i += kPageRows) {
+      some = count - i < kPageRows ? count - i : kPageRows;
       if (some != configured) configure_attention<T>(configured = some, dim);
       attend_by_tiles<T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i, from.terms + i,
                          queries + i, some, span_slot, sums + size_t(i) * dim, most + i, total + i);
     }
     return tile_release();
   }
-#endif
   auto run = [&](auto rows, int i) {
     constexpr int R = decltype(rows)::value;
     attend_tile<R, T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i,
@@ -492,41 +512,51 @@ void attend_span(const Attend& a, const Query* queries, int count, int start, in
   });
 }
 
-// Scores above the bound by so many powers of two make it be raised.
-constexpr float kMostAbove = 60.0f;
+// A mass above this makes the bound be raised.
+constexpr float kMostMass = 0x1p60f;
 
-// Weights of a query over a page, into `p`, from its scores. The bound is that of the pages before: the
-// largest score is looked for, and the state scaled, only where the bound does not hold.
+// Weights of a query over the shown slots of a page, into `p`, from its scores. The bound is that of the pages
+// before: the largest score is looked for, and the state scaled, only where the bound does not hold.
 template <typename T>
-void bounded_softmax(const Attend& a, const PageView<T>& page, float scale, const Query& query, const float* scores,
-                     T* p, float* weight_scale, const PageStates& state) {
+inline void bounded_softmax(const Attend& a, const PageView<T>& page, float scale, uint64_t shown,
+                            const float* scores, T* p, float* weight_scale, const PageStates& state) {
   constexpr int terms_of_power = sizeof(T) == 4 ? 7 : 4;
-  float factor = a.scale * kLog2E * scale;
-  factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
-  bool is_cut = query.low > 0 || query.high < kPage;
-  vf x[kPageVectors], peak = all(-INFINITY);
-  for (int v = 0; v < kPageVectors; ++v) {
-    x[v] = mul(load(scores + v * kLanes), all(factor));
-    if (page.key_scale) x[v] = mul(x[v], load(page.key_scale + v * kLanes));
-    if (is_cut) x[v] = where_between(x[v], v * kLanes, query.low, query.high, -INFINITY);
-    peak = vmax(peak, x[v]);
-  }
-  if (any_above(peak, *state.bound + kMostAbove)) {
+  bool is_cut = ~shown, has_bias = a.bias != 0;
+  vf factor = all(a.scale * kLog2E * scale), x[kPageVectors];
+  auto score = [&](int v) {
+    vf y = mul(load(scores + v * kLanes), factor);
+    if (page.key_scale) y = mul(y, load(page.key_scale + v * kLanes));
+    if (has_bias) y = add(y, all(a.bias));
+    return is_cut ? where_bits(y, uint32_t(shown >> v * kLanes), -INFINITY) : y;
+  };
+  auto weigh = [&] {
+    vf total = load(state.mass), bound = all(*state.bound);
+    for (int v = 0; v < kPageVectors; ++v) {
+      x[v] = sub(score(v), bound);
+      if constexpr (kLanes < 16) x[v] = vmin(x[v], all(100.0f));  // where a power does not overflow to infinity
+      x[v] = power_of_two<terms_of_power>(x[v]);
+      total = add(total, x[v]);
+    }
+    return total;
+  };
+  vf total = weigh();
+  if (any_above(total, kMostMass)) {
+    vf peak = score(0);
+    for (int v = 1; v < kPageVectors; ++v) peak = vmax(peak, score(v));
     float raised = largest(peak);
     // of a new state nothing; a power so small would be a denormal number, which takes long
     vf share = *state.bound > kNoBound ? power_of_two<7>(all(*state.bound - raised)) : zero();
     *state.bound = raised;
     for (int d = 0; d < a.layout->dim_padded; d += kLanes) store(state.sums + d, mul(load(state.sums + d), share));
     store(state.mass, mul(load(state.mass), share));
+    total = weigh();
   }
-  vf total = load(state.mass), bound = all(*state.bound), most = zero();
+  store(state.mass, total);
+  vf most = zero();
   for (int v = 0; v < kPageVectors; ++v) {
-    x[v] = power_of_two<terms_of_power>(sub(x[v], bound));
-    total = add(total, x[v]);
     if (page.value_scale) x[v] = mul(x[v], load(page.value_scale + v * kLanes));
     if constexpr (sizeof(T) == 1) most = vmax(most, x[v]);
   }
-  store(state.mass, total);
   if constexpr (sizeof(T) == 4)
     for (int v = 0; v < kPageVectors; ++v) store(p + v * kLanes, x[v]);
   if constexpr (sizeof(T) == 2)
@@ -538,17 +568,77 @@ void bounded_softmax(const Attend& a, const PageView<T>& page, float scale, cons
   }
 }
 
+inline PageStates state_of(const PageStates& states, int row, int dim) {
+  return {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
+}
+
 template <typename T>
-void add_page_typed(const Attend& a, const Query* queries, const int32_t* rows, int count, const PageStates& states,
+void add_page_by_tiles(const Attend& a, const PageView<T>& page, const uint64_t* shown, const int32_t* rows, int count,
+                       const PageStates& states, const Prepared<T>& from) {
+  int dim = a.layout->dim_padded;
+  alignas(64) float s[kPageRows * kSpan], sums[kPageRows * kMaxDim];
+  alignas(64) T p[kPageRows * kSpan], q[kPageRows * kMaxDim];
+  float weight_scale[kPageRows];
+  int terms[kPageRows];
+  for (int start = 0, some, configured = 0; start < count; start += some, rows += some) {
+    some = std::min(kPageRows, count - start);
+    if (some != configured) configure_attention<T>(configured = some, dim);
+    for (int r = 0; r < some; ++r) {
+      terms[r] = from.terms[rows[r]];
+      const T* vector = from.queries + size_t(rows[r]) * dim;
+      for (int d = 0; d < dim; d += 16) std::memcpy(q + r * dim + d, vector + d, 16 * sizeof(T));
+    }
+    tile_scores(q, dim, page.keys, dim, s), add_terms<T>(terms, some, s);
+    for (int r = 0; r < some; ++r) {
+      if (r % 4 == 0) keep_tiles_awake<T>();
+      bounded_softmax<T>(a, page, from.scales[rows[r]], shown[rows[r]], s + r * kSpan, p + r * kSpan,
+                         weight_scale + r, state_of(states, rows[r], dim));
+    }
+    tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
+    for (int r = 0; r < some; ++r) {
+      float* to = states.sums + size_t(rows[r]) * dim;
+      for (int d = 0; d < dim; d += kLanes) store(to + d, add(load(to + d), load(sums + r * dim + d)));
+    }
+  }
+  tile_release();
+}
+
+template <typename T>
+void add_page_by_vectors(const Attend& a, const PageView<T>& page, const uint64_t* shown, const int32_t* rows, int count,
+                         const PageStates& states, const Prepared<T>& from) {
+  int dim = a.layout->dim_padded;
+  alignas(64) float s[kQueryTile * kSpan], sums[kQueryTile * kMaxDim];
+  alignas(64) T p[kQueryTile * kSpan];
+  float weight_scale[kQueryTile];
+  auto run = [&](auto width, int i) {
+    constexpr int R = decltype(width)::value;
+    const T* vectors[R];
+    int terms[R];
+    for (int r = 0; r < R; ++r)
+      vectors[r] = from.queries + size_t(rows[i + r]) * dim, terms[r] = from.terms[rows[i + r]];
+    scores_of<R>(vectors, terms, page.keys, dim, s);
+    for (int r = 0; r < R; ++r) {
+      int row = rows[i + r];
+      bounded_softmax<T>(a, page, from.scales[row], shown[row], s + r * kSpan, p + r * kSpan, weight_scale + r,
+                         state_of(states, row, dim));
+    }
+    weighted_values<R, T>(p, weight_scale, &page, 0, 1, dim, sums);
+    for (int r = 0; r < R; ++r) {
+      float* to = states.sums + size_t(rows[i + r]) * dim;
+      for (int d = 0; d < dim; d += kLanes) store(to + d, add(load(to + d), load(sums + r * dim + d)));
+    }
+  };
+  int i = 0;
+  for (; i + kQueryTile <= count; i += kQueryTile) run(std::integral_constant<int, kQueryTile>{}, i);
+  if constexpr (kQueryTile > 3)
+    for (; i + 3 <= count; i += 3) run(std::integral_constant<int, 3>{}, i);
+  for (; i < count; ++i) run(std::integral_constant<int, 1>{}, i);
+}
+
+template <typename T>
+void add_page_typed(const Attend& a, const uint64_t* shown, const int32_t* rows, int count, const PageStates& states,
                     Prepared<T> from) {
   const PageLayout& l = *a.layout;
-  int dim = l.dim_padded;
-  constexpr int kRows = 16;  // that are multiplied together
-  alignas(64) float s[kRows * kSpan], sums[kRows * kMaxDim];
-  alignas(64) T p[kRows * kSpan], q[kRows * kMaxDim];
-  float weight_scale[kRows];
-  const T* vectors[kRows];
-  int terms[kRows];
   const uint8_t* head = a.pages + size_t(a.table[0]) * l.page_bytes + a.kv_head * l.head_bytes;
   PageView<T> page;
   if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
@@ -557,56 +647,44 @@ void add_page_typed(const Attend& a, const Query* queries, const int32_t* rows, 
     page.key_scale = (const float*)(head + l.key_scale_offset);
     page.value_scale = (const float*)(head + l.value_scale_offset);
   }
-  auto weights_of = [&](int r, int row) {
-    PageStates state = {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
-    bounded_softmax<T>(a, page, from.scales[row], queries[row], s + r * kSpan, p + r * kSpan, weight_scale + r, state);
-  };
-  [[maybe_unused]] int configured = 0;
-  for (size_t byte = 0; byte < size_t(kPage) * dim * sizeof(T); byte += 64)
+  for (size_t byte = 0; byte < size_t(kPage) * l.dim_padded * sizeof(T); byte += 64)
     __builtin_prefetch((const uint8_t*)page.values + byte);
-  for (int start = 0; start < count; start += kRows, rows += kRows) {
-    int some = count - start < kRows ? count - start : kRows;
-    for (int r = 0; r < some; ++r) {
-      vectors[r] = from.queries + size_t(rows[r]) * dim, terms[r] = from.terms[rows[r]];
-      if (kHasTiles && sizeof(T) < 4) std::memcpy(q + r * dim, vectors[r], dim * sizeof(T));
-    }
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-    if constexpr (sizeof(T) < 4) {
-      if (some != configured) configure_attention<T>(configured = some, dim);
-      tile_scores(q, terms, some, page.keys, dim, s);
-      for (int r = 0; r < some; ++r) {
-        if (r % 4 == 0) keep_tiles_awake<T>();
-        weights_of(r, rows[r]);
-      }
-      tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
-    }
-#endif
-    if constexpr (sizeof(T) == 4 || !kHasTiles) {
-      auto run = [&](auto width, int i) {
-        constexpr int R = decltype(width)::value;
-        scores_of<R>(vectors + i, terms + i, page.keys, dim, s + i * kSpan);
-        for (int r = i; r < i + R; ++r) weights_of(r, rows[r]);
-        weighted_values<R, T>(p + i * kSpan, weight_scale + i, &page, 0, 1, dim, sums + i * dim);
-      };
-      int i = 0;
-      for (; i + kQueryTile <= some; i += kQueryTile) run(std::integral_constant<int, kQueryTile>{}, i);
-      if constexpr (kQueryTile > 3)
-        for (; i + 3 <= some; i += 3) run(std::integral_constant<int, 3>{}, i);
-      for (; i < some; ++i) run(std::integral_constant<int, 1>{}, i);
-    }
-    for (int r = 0; r < some; ++r) {
-      float* to = states.sums + size_t(rows[r]) * dim;
-      for (int d = 0; d < dim; d += kLanes) store(to + d, add(load(to + d), load(sums + r * dim + d)));
-    }
-  }
-#if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
-  if constexpr (sizeof(T) < 4) tile_release();
-#endif
+  if constexpr (kHasTiles && sizeof(T) < 4) add_page_by_tiles(a, page, shown, rows, count, states, from);
+  else add_page_by_vectors(a, page, shown, rows, count, states, from);
 }
 
-void add_page(const Attend& a, const Query* queries, const int32_t* rows, int count, const PageStates& states,
+void add_page(const Attend& a, const uint64_t* shown, const int32_t* rows, int count, const PageStates& states,
               void* scratch) {
-  typed(*a.layout, scratch, [&](auto from) { add_page_typed(a, queries, rows, count, states, from); });
+  typed(*a.layout, scratch, [&](auto from) { add_page_typed(a, shown, rows, count, states, from); });
+}
+
+// A float that a page holds: of a key, or of a value.
+inline float key_in(const PageLayout& l, const uint8_t* head, int d, int slot) {
+  if (l.kind == Kind::f32) return ((const float*)head)[d * kPage + slot];
+  if (l.kind == Kind::bf16) return bf16_to_float(((const uint16_t*)head)[(d / 2 * kPage + slot) * 2 + d % 2]);
+  uint8_t level = head[(d / kStep * kPage + slot) * kStep + d % kStep];
+  int value = kStep == 4 ? level - 128 : int8_t(level);
+  return float(value) * ((const float*)(head + l.key_scale_offset))[slot];
+}
+
+inline float value_in(const PageLayout& l, const uint8_t* head, int d, int slot) {
+  const uint8_t* values = head + l.value_offset;
+  if (l.kind == Kind::f32) return ((const float*)values)[slot * l.dim_padded + d];
+  if (l.kind == Kind::bf16)
+    return bf16_to_float(((const uint16_t*)values)[(slot / 2 * l.dim_padded + d) * 2 + slot % 2]);
+  return float(((const int8_t*)values)[(slot / kStep * l.dim_padded + d) * kStep + slot % kStep]) *
+         ((const float*)(head + l.value_scale_offset))[slot];
+}
+
+void page_means(const PageLayout& l, const uint8_t* page, int kv_head, float* key, float* value) {
+  const uint8_t* head = page + kv_head * l.head_bytes;
+  for (int d = 0; d < l.dim_padded; ++d) {
+    float keys[kPage], values[kPage], key_sum = 0, value_sum = 0;
+    for (int s = 0; s < kPage; ++s) keys[s] = key_in(l, head, d, s), values[s] = value_in(l, head, d, s);
+    for (int s = 0; s < kPage; ++s) key_sum += keys[s], value_sum += values[s];
+    key[d] = key_sum / kPage, value[d] = value_sum / kPage;
+  }
+  if (l.kind == Kind::int8) rotate_if_whole(key, l.dim_padded);
 }
 
 constexpr size_t kAttendScratch = size_t(4) * ((kMaxQueries + kSpan) * kMaxDim + 2 * kMaxQueries);

@@ -11,7 +11,6 @@
 
 namespace {
 
-constexpr int kTileQueries = 16;
 // Registers: 0 to 3 hold sums, 4 and 5 the operands; 6 and 7 those of channels that fill no tile.
 constexpr int kLeft = 4, kRight = 5, kLastLeft = 6, kLastRight = 7;
 
@@ -46,10 +45,9 @@ inline void keep_tiles_awake() {
   else tile_dot_bf16<0, kLeft, kRight>();
 }
 
-// Scores of `queries` vectors with a page's keys, rows of a span apart. Integer ones start from
-// `terms`, -128 times the sum of a query's integers.
+// Products of the configured queries, `pitch` values apart, with a page's keys, rows of a span apart.
 template <typename T>
-void tile_scores(const T* q, const int* terms, int queries, const T* keys, int dim, float* out) {
+void tile_scores(const T* q, int pitch, const T* keys, int dim, float* out) {
   constexpr int kInner = kInnerValues<T>, kColumns = kPage / 16;
   constexpr ptrdiff_t kPitch = kPage * 4;
   const uint8_t* from = (const uint8_t*)keys;
@@ -63,14 +61,19 @@ void tile_scores(const T* q, const int* terms, int queries, const T* keys, int d
   each_column(kColumns, [](auto c) { tile_zero<c()>(); });
   int d = 0;
   for (; d + kInner <= dim; d += kInner, from += 16 * kPitch) {
-    tile_load<kLeft>(q + d, dim * sizeof(T));
+    tile_load<kLeft>(q + d, pitch * sizeof(T));
     add_up(std::integral_constant<int, kLeft>{}, std::integral_constant<int, kRight>{}, from);
   }
   if (d < dim) {
-    tile_load<kLastLeft>(q + d, dim * sizeof(T));
+    tile_load<kLastLeft>(q + d, pitch * sizeof(T));
     add_up(std::integral_constant<int, kLastLeft>{}, std::integral_constant<int, kLastRight>{}, from);
   }
   each_column(kColumns, [&](auto c) { tile_store<c()>(out + c * 16, kSpan * 4); });
+}
+
+// Makes scores of integer products: `terms` are -128 times the sums of the queries' integers.
+template <typename T>
+void add_terms(const int* terms, int queries, float* out) {
   if constexpr (sizeof(T) == 1)
     for (int r = 0; r < queries; ++r)
       for (int s = 0; s < kPage; s += kLanes) {
@@ -79,6 +82,36 @@ void tile_scores(const T* q, const int* terms, int queries, const T* keys, int d
       }
 }
 
+// Products of up to 16 queries and the keys of a page by channels that fill one tile: the keys stay in the
+// registers, whatever queries come.
+constexpr int kQueryTile0 = 3, kKeyTile0 = 4;
+
+template <typename T>
+void configure_peaks(int queries, int channels) {
+  TileConfig config;
+  int bytes = channels * int(sizeof(T));
+  for (int sum = 0; sum < kQueryTile0; ++sum) config.set(sum, queries, 64);
+  config.set(kQueryTile0, queries, bytes);
+  for (int column = 0; column < 4; ++column) config.set(kKeyTile0 + column, bytes / 4, 64);
+  tile_configure(config);
+}
+
+template <typename T>
+void load_peak_keys(const T* keys) {
+  each_column(4, [&](auto c) { tile_load<kKeyTile0 + c()>((const uint8_t*)keys + c() * 64, kPage * 4); });
+}
+
+template <typename T>
+void peak_scores(const T* q, int pitch, float* out) {
+  tile_load<kQueryTile0>(q, pitch * sizeof(T));
+  each_column(4, [&](auto c) {
+    constexpr int sum = c() % kQueryTile0;
+    tile_zero<sum>();
+    if constexpr (sizeof(T) == 1) tile_dot_s8u8<sum, kQueryTile0, kKeyTile0 + c()>();
+    else tile_dot_bf16<sum, kQueryTile0, kKeyTile0 + c()>();
+    tile_store<sum>(out + c() * 16, kSpan * 4);
+  });
+}
 // sums [queries][dim] = weights [queries][kSpan] times the values of pages first ... last - 1 of a span.
 template <typename T, typename Pages>
 void tile_values(const T* p, const float* scale, int queries, const Pages* pages, int first, int last,
