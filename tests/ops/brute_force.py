@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -59,19 +61,48 @@ def brute_force(
         for head in range(heads):
             kv_head = head // group
             for query in range(length):
-                scores = {}
-                for slot in range(layout.num_slots):
-                    if is_seen(layout, table, row, head, kv_head, query, slot):
-                        product = torch.dot(
-                            queries[row, head, query].double(), keys[row, kv_head, slot].double()
-                        )
-                        distance = layout.query_start[row] + query - slot
-                        bias = 0.0 if slopes is None else -float(slopes[head]) * distance
-                        scores[slot] = float(product) / math.sqrt(dim) + bias
-                if scores:
-                    top = max(scores.values())
-                    total = sum(math.exp(score - top) for score in scores.values())
-                    for slot, score in scores.items():
-                        weight = math.exp(score - top) / total
-                        out[row, head, query] += weight * values[row, kv_head, slot].double()
+                if not any(
+                    is_seen(layout, table, row, head, kv_head, query, slot)
+                    for slot in range(layout.num_slots)
+                ):
+                    continue
+                scores, shown = [], []
+                for slots, middle in _seen(layout, table, row, head, kv_head, query):
+                    key, value = (
+                        x[row, kv_head, slots].double().mean(0) for x in (keys, values)
+                    )
+                    product = torch.dot(queries[row, head, query].double(), key)
+                    bias = math.log(len(slots))
+                    if slopes is not None:
+                        distance = layout.query_start[row] + query - middle
+                        bias -= float(slopes[head]) * distance
+                    scores.append(float(product) / math.sqrt(dim) + bias)
+                    shown.append(value)
+                top = max(scores)
+                total = sum(math.exp(score - top) for score in scores)
+                for score, value in zip(scores, shown, strict=True):
+                    out[row, head, query] += math.exp(score - top) / total * value
     return out
+
+
+def _seen(
+    layout: Layout, table: BlockTable | None, row: int, head: int, kv_head: int, query: int
+) -> Iterator[tuple[list[int], float]]:
+    """Yield the slots that a query sees, each alone, then the tokens of each block that counts by
+    its mean; and where what is yielded lies."""
+    for slot in range(layout.num_slots):
+        if is_seen(layout, table, row, head, kv_head, query, slot):
+            yield [slot], slot
+    if table is None or not table.means:
+        return
+    size = table.block_size
+    whole = dataclasses.replace(table, reach=None)
+    for block in range((layout.query_start[row] + query) // size):
+        slots = [
+            slot
+            for slot in range(block * size, (block + 1) * size)
+            if is_seen(layout, None, row, 0, 0, query, slot)
+        ]
+        if slots and not is_seen(layout, whole, row, head, kv_head, query, slots[0]):
+            yield slots, block * size + (size - 1) / 2
+

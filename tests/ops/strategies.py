@@ -25,7 +25,8 @@ def layouts(draw: st.DrawFn) -> Layout:
 
 @st.composite
 def tables(draw: st.DrawFn, layout: Layout, heads: int, kv_heads: int) -> BlockTable:
-    """Draw a table for a layout, with shared dimensions, skip bits and reaches now and then."""
+    """Draw a table for a layout, with shared dimensions, skip bits, reaches and means now and
+    then."""
     block = draw(st.sampled_from([1, 2, 3, 4, 16]))
     query_blocks = BlockTable.num_query_blocks(layout, block)
     key_blocks = BlockTable.num_key_blocks(layout, block)
@@ -47,4 +48,5 @@ def tables(draw: st.DrawFn, layout: Layout, heads: int, kv_heads: int) -> BlockT
         block_size=block,
         skip=skip,
         reach=reach,
+        means=draw(st.booleans()),
     )

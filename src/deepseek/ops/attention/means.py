@@ -36,9 +36,10 @@ def append_means(
     slots, size = keys.shape[2], table.block_size
     blocks = table.num_key_blocks(layout, size)
     spare = blocks * size - slots
-    mask = torch.ones(1, slots, device=keys.device)
+    length = torch.tensor(layout.key_length, device=keys.device)
+    mask = (torch.arange(slots, device=keys.device) < length[:, None]).float()
     if layout.key_mask is not None:
-        mask = layout.key_mask[:, :slots].float()
+        mask = mask * layout.key_mask[:, :slots]
     tokens = pad(mask, (0, spare)).view(-1, 1, blocks, size)
     count = tokens.sum(-1)
     share = (tokens / count.clamp(min=1)[..., None])[..., None]

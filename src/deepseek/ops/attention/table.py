@@ -43,8 +43,8 @@ class BlockTable:
     query_block: int | None = None
     """Queries that share a list: a divisor of `block_size`; None for as many."""
     means: bool = False
-    """Whether the blocks before a query's own that are not listed count by the means of their keys
-    and values (`append_means`), in the same softmax."""
+    """Whether the blocks before a query's own that its head does not see count by the means of
+    their keys and values (`append_means`), in the same softmax."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
     """What executions derive from the table (masks); lives as long as the table."""
 
