@@ -22,7 +22,7 @@ class Routing(Config):
     what was chosen is then O(n log n).
     """
 
-    refresh: int = 2
+    refresh: int = 1
     """Neighbouring tokens that share a choice, that of the first of them; a divisor of 64."""
     first: int = 1
     """Blocks at the start of a text that are always seen."""

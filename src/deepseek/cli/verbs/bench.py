@@ -1,10 +1,19 @@
-"""Measure speed and memory beside transformers: same weights, dtype, threads and prompt."""
+"""Measure speed and memory beside transformers: same weights, dtype, threads and prompt.
+
+With the word attention in the place of MODEL: what routed attention saves, or loses.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 
+from deepseek.cli.attention_bench import (
+    WORD,
+    add_attention_options,
+    bench_attention,
+    refuse_attention_options,
+)
 from deepseek.cli.models import add_model_arguments, bundle_of, load_decoder, positive
 from deepseek.cli.output import Output, number
 from deepseek.errors import missing_extra
@@ -15,17 +24,23 @@ EXAMPLE = "deepseek bench smollm2-135m --dtype bfloat16 --prompt-tokens 512 --ne
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek bench`."""
     add_model_arguments(parser)
+    attended = "with attention as MODEL: the model whose attention is measured (smollm2-135m)"
+    parser.add_argument("attended", metavar="MODEL", nargs="?", help=attended)
     parser.add_argument(
         "--prompt-tokens", type=positive, default=128, help="length of the prompt (128)"
     )
     parser.add_argument("--new-tokens", type=positive, default=64, help="tokens generated (64)")
     parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (5)")
     parser.add_argument("--save", action="store_true", help="add the figures to the bundle's card")
+    add_attention_options(parser)
     parser.set_defaults(verb="bench")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Show both engines' figures and the ratios of the rounds."""
+    """Show both engines' figures and the ratios of the rounds; or what attention costs."""
+    if args.model == WORD:
+        return bench_attention(args, out)
+    refuse_attention_options(args)
     if importlib.util.find_spec("transformers") is None:
         raise missing_extra("transformers", "transformers", "as the peer of a benchmark")
     model = load_decoder(args, out)

@@ -374,6 +374,10 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
   std::iota(rows.begin(), rows.end(), 0);
   std::vector<uint64_t>& shown = routes_[thread].shown;
   for (int i = segment * kSegment; i < std::min(choice.count, (segment + 1) * kSegment); ++i) {
+    if (i + 1 < choice.count) {  // a page comes from memory while the one before it is attended
+      const uint8_t* next = a.pages + size_t(table[choice.pages[i + 1]]) * l.page_bytes + kv_head * l.head_bytes;
+      for (size_t byte = 0; byte < l.head_bytes; byte += 64) __builtin_prefetch(next + byte);
+    }
     a.table = table + choice.pages[i];
     shown.assign(group, ~uint64_t(0) >> (i + 1 == choice.count ? kPage - 1 - position % kPage : 0));
     kernels_.add_page(a, shown.data(), rows.data(), group, states.view(), m.scratch);

@@ -86,7 +86,10 @@ void page_scores_typed(const Attend& a, const Query* queries, int count, int fir
   for (int start = first; start < last; start += kPeakPages) {
     int some = std::min(kPeakPages, last - start);
     for (int i = 0; i < some; ++i) {
-      const uint8_t* head = a.pages + size_t(a.table[start + i]) * l.page_bytes + a.kv_head * l.head_bytes;
+      const uint8_t* head = head_of(a, start + i);
+      if (start + i + 1 < last)
+        prefetch(head_of(a, start + i + 1) + l.value_offset / l.dim_padded * l.scored_from,
+                 l.value_offset / l.dim_padded * (l.dim_padded - l.scored_from));
       PageView<T> page;
       if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
       else page = {(const T*)head, nullptr};
@@ -109,14 +112,17 @@ void page_scores(const Attend& a, const Query* queries, int count, int first, in
   });
 }
 
-// Largest bound that fewer than `wanted` of the values are above, by bisection; values as integers in
-// the order of the floats.
+// A bound that just `wanted` of the values are above, or the largest that fewer are above, by bisection;
+// values as integers in the order of the floats.
 inline int32_t bound_of_largest(const int32_t* values, int count, int wanted) {
-  int64_t low = INT32_MIN, high = INT32_MAX;  // at least `wanted` are above low - 1, fewer above high
+  int32_t least = values[0], most = values[0];
+  for (int i = 1; i < count; ++i) least = std::min(least, values[i]), most = std::max(most, values[i]);
+  int64_t low = least, high = most;  // at least `wanted` are above low - 1, fewer above high
   while (low < high) {
     int32_t middle = int32_t((low + high) >> 1);
     int above = 0;
     for (int i = 0; i < count; ++i) above += values[i] > middle;
+    if (above == wanted) return middle;
     if (above < wanted) high = middle;
     else low = int64_t(middle) + 1;
   }

@@ -572,6 +572,14 @@ inline PageStates state_of(const PageStates& states, int row, int dim) {
   return {states.sums + size_t(row) * dim, states.bound + row, states.mass + size_t(row) * kMassLanes};
 }
 
+inline const uint8_t* head_of(const Attend& a, int page) {
+  return a.pages + size_t(a.table[page]) * a.layout->page_bytes + a.kv_head * a.layout->head_bytes;
+}
+
+inline void prefetch(const void* from, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const uint8_t*)from + byte);
+}
+
 template <typename T>
 void add_page_by_tiles(const Attend& a, const PageView<T>& page, const uint64_t* shown, const int32_t* rows, int count,
                        const PageStates& states, const Prepared<T>& from) {
@@ -639,7 +647,7 @@ template <typename T>
 void add_page_typed(const Attend& a, const uint64_t* shown, const int32_t* rows, int count, const PageStates& states,
                     Prepared<T> from) {
   const PageLayout& l = *a.layout;
-  const uint8_t* head = a.pages + size_t(a.table[0]) * l.page_bytes + a.kv_head * l.head_bytes;
+  const uint8_t* head = head_of(a, 0);
   PageView<T> page;
   if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
   else page = {(const T*)head, (const T*)(head + l.value_offset)};
@@ -647,8 +655,7 @@ void add_page_typed(const Attend& a, const uint64_t* shown, const int32_t* rows,
     page.key_scale = (const float*)(head + l.key_scale_offset);
     page.value_scale = (const float*)(head + l.value_scale_offset);
   }
-  for (size_t byte = 0; byte < size_t(kPage) * l.dim_padded * sizeof(T); byte += 64)
-    __builtin_prefetch((const uint8_t*)page.values + byte);
+  prefetch(page.values, size_t(kPage) * l.dim_padded * sizeof(T));
   if constexpr (kHasTiles && sizeof(T) < 4) add_page_by_tiles(a, page, shown, rows, count, states, from);
   else add_page_by_vectors(a, page, shown, rows, count, states, from);
 }

@@ -1,4 +1,4 @@
-"""The benchmark of routed attention: its contenders, its figures, and the whole of it."""
+"""`deepseek bench attention`: its contenders, its figures, its tables, and users' mistakes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import routing
 from deepseek import hub
+from deepseek.cli.attention_contenders import routing_of
+from deepseek.cli.attention_quality import documents
+from deepseek.cli.attention_speed import exponents
+from deepseek.cli.main import main
 from deepseek.errors import ConfigError
 from deepseek.models import Decoder
 from deepseek.records import Measurement
@@ -29,16 +32,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_recent_sees_as_many_tokens_as_routed_attention() -> None:
     for length in (1000, 4096, 8192, 50_000):
-        (_, recent), (_, routed) = routing.contenders(("recent", "routed-8"), length)
+        recent, routed = routing_of("recent", length), routing_of("routed-8", length)
         assert recent is not None and routed is not None and routed.refresh == 8
+        assert routed.means and not recent.means and not routing_of("bare-1", 4096).means  # type: ignore[union-attr]
         block = (length - 1) // 64
         assert recent.blocks_seen(block) == routed.blocks_seen(block) == recent.recent + 1
 
 
 def test_documents_are_spread_over_the_text() -> None:
-    assert routing.documents(range(100), 40, 3) == [list(range(at, at + 40)) for at in (0, 30, 60)]
+    assert documents(range(100), 40, 3) == [list(range(at, at + 40)) for at in (0, 30, 60)]
     with pytest.raises(ConfigError, match="at least 101 tokens long; got '100 tokens'"):
-        routing.documents(range(100), 101, 2)
+        documents(range(100), 101, 2)
 
 
 def test_exponents_are_slopes_of_three_lengths_at_least() -> None:
@@ -47,14 +51,15 @@ def test_exponents_are_slopes_of_three_lengths_at_least() -> None:
         return Measurement(name="attention_s", value=value, unit="s", conditions=about)
 
     square = [seconds("dense", n, n**2 / 1e6) for n in (100, 200, 400)]
-    (found,) = routing.exponents([*square, seconds("routed-1", 100, 1.0)])
+    (found,) = exponents([*square, seconds("routed-1", 100, 1.0)])
     assert found.value == pytest.approx(2.0) and found.conditions["contender"] == "dense"
 
 
 @NEEDS_KERNELS
 def test_quality_of_dense_is_its_own(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["quality", "--model", folder, "--lengths", "1300", "--items", "2", "--probes", "1"]
-    assert routing.main([*words, "--contenders", "routed-4", "recent", "--json"]) == 0
+    words = ["bench", "attention", folder, "--quality", "--lengths", "1300", "--documents", "2"]
+    words += ["--probes", "1", "--contenders", "routed-4", "recent"]
+    assert main([*words, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)["measurements"]
     ratios = {
         each["conditions"]["contender"]: each["value"]
@@ -65,18 +70,42 @@ def test_quality_of_dense_is_its_own(folder: str, capsys: pytest.CaptureFixture[
     assert 0 < abs(ratios["routed-4"] - 1) < 0.1 and math.isfinite(ratios["recent"])
     names = {each["name"] for each in figures}
     assert {"perplexity", "kl_divergence", "copy_accuracy", "needle_accuracy"} <= names
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert "1,300 recent" in told and "KL, nats" in told and "1.0000" in told
 
 
 @NEEDS_KERNELS
 def test_speed_is_measured_and_drawn(
     folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["speed", "--model", folder, "--lengths", "1100", "1500", "2000", "--rounds", "1"]
-    drawn = tmp_path / "routing.svg"
-    assert routing.main([*words, "--contenders", "dense", "routed-4", "--plot", str(drawn)]) == 0
+    drawn = tmp_path / "attention.svg"
+    words = ["bench", "attention", folder, "--lengths", "1100", "1500", "2000", "--repeats", "1"]
+    words += ["--contenders", "dense", "routed-1", "--plot", str(drawn), "--longest-dense", "1500"]
+    assert main(words) == 0
     told = capsys.readouterr().out
-    assert "routed-4 2000" in told and "exponent" in told and "sdpa 1100" in told
+    assert "2,000 routed-1" in told and "power" in told and "1,100 sdpa" in told
+    assert "1,500 dense" in told and "2,000 dense" not in told
     assert drawn.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["attention", "FOLDER", "--contenders", "routed-x"], "must be dense, recent, routed-N"),
+        (["attention", "FOLDER", "--contenders", "routed-3"], "divisor of 64"),
+        (["attention", "FOLDER", "--quality", "--plot", "x.svg"], "plot of bench attention"),
+        (["attention", "nobody"], "nobody"),
+        (["FOLDER", "--lengths", "100"], "behind the word attention"),
+        (["FOLDER", "FOLDER"], "behind the word attention"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    folder: str, words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *(folder if word == "FOLDER" else word for word in words)]) == 2
+    told = capsys.readouterr().err
+    assert line in told and len(told.strip().splitlines()) == 1
 
 
 def test_a_text_that_is_too_short_is_one_line(
@@ -84,6 +113,6 @@ def test_a_text_that_is_too_short_is_one_line(
 ) -> None:
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
-    words = ["quality", "--model", folder, "--lengths", "1300", "--text", str(short)]
-    assert routing.main(words) == 2
+    words = ["bench", "attention", folder, "--quality", "--lengths", "1300", "--text", str(short)]
+    assert main(words) == 2
     assert "must be at least 1300 tokens long" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""`deepseek bench attention`: what routed attention saves, and with `--quality` what it loses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from deepseek.cli.models import load_decoder, positive
+from deepseek.cli.output import Output, number
+from deepseek.errors import ConfigError, describe, missing_extra
+from deepseek.ops.scheme import SCHEMES
+from deepseek.records import Measurement
+
+WORD = "attention"
+"""In the place of a model's name."""
+DEFAULT_MODEL = "smollm2-135m"
+CONTENDERS = ("dense", "routed-1", "routed-2", "routed-4", "recent")
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "--lengths": {"type": positive, "nargs": "+", "help": "tokens of a text (2048 4096 8192)"},
+    "--contenders": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "dense, recent, routed-N or bare-N: N tokens share a choice, and what is not seen "
+        f"counts by its means or not at all ({' '.join(CONTENDERS)})",
+    },
+    "--scheme": {"choices": SCHEMES, "metavar": "NAME", "help": "of the weights (bfloat16)"},
+    "--quality": {"action": "store_true", "help": "what is lost, in place of what is saved"},
+    "--documents": {"type": positive, "help": "of each length, for --quality (20)"},
+    "--probes": {"type": positive, "help": "copies, and needles, for --quality (8)"},
+    "--text": {"type": Path, "nargs": "+", "metavar": "FILE", "help": "that is read (own text)"},
+    "--longest-dense": {"type": positive, "help": "tokens that dense attention reads (16384)"},
+    "--plot": {"type": Path, "metavar": "FILE", "help": "draw seconds over tokens (.svg, .png)"},
+}
+"""Options of `bench attention` alone; `--repeats` and `--threads` are shared."""
+DEFAULTS: dict[str, object] = {
+    "lengths": [2048, 4096, 8192],
+    "contenders": list(CONTENDERS),
+    "scheme": "bfloat16",
+    "quality": False,
+    "documents": 20,
+    "probes": 8,
+    "text": [],
+    "longest_dense": 16384,
+    "plot": None,
+}
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `bench attention`; what is not given is absent from the namespace."""
+    group = parser.add_argument_group("bench attention [MODEL]")
+    for flag, settings in OPTIONS.items():
+        group.add_argument(flag, default=argparse.SUPPRESS, **settings)  # type: ignore[arg-type]
+
+
+def refuse_attention_options(args: argparse.Namespace) -> None:
+    """Raise if something was given that only `bench attention` takes.
+
+    Raises:
+        ConfigError: names it.
+    """
+    given = [name for name in DEFAULTS if name in vars(args)]
+    if args.attended is not None:
+        given = [args.attended]
+    if given:
+        must = f"given behind the word {WORD}: deepseek bench {WORD} MODEL"
+        raise ConfigError(describe(given[0].replace("_", "-"), "bench", must, args.model))
+
+
+def bench_attention(args: argparse.Namespace, out: Output) -> int:
+    """Measure each contender at each length, show the tables, draw what was asked for."""
+    options = argparse.Namespace(**{**DEFAULTS, **vars(args)})
+    options.model = args.attended or DEFAULT_MODEL
+    if options.plot is not None:
+        if options.quality:
+            raise ConfigError(describe("plot", "bench attention", "of speed", "--quality"))
+        if importlib.util.find_spec("matplotlib") is None:
+            raise missing_extra("matplotlib", "report", "to draw a plot")
+    model = load_decoder(options, out)
+    import torch
+
+    from deepseek.cli.attention_contenders import Trial, routing_of
+    from deepseek.cli.attention_quality import attention_quality
+    from deepseek.cli.attention_speed import attention_speed, draw_speed
+    from deepseek.evaluate import default_corpus, read_corpus
+    from deepseek.evaluate.corpus import Corpus
+
+    corpora = [read_corpus(file) for file in options.text] or [default_corpus()]
+    corpus = Corpus(
+        name="+".join(each.name for each in corpora),
+        text="\n\n".join(each.text for each in corpora),
+    )
+    trial = Trial(
+        lengths=tuple(options.lengths),
+        contenders=tuple(dict.fromkeys(options.contenders)),
+        scheme=options.scheme,
+        threads=torch.get_num_threads(),
+        rounds=options.repeats,
+        documents=options.documents,
+        probes=options.probes,
+        longest_dense=options.longest_dense,
+    )
+    for name in trial.contenders:
+        routing_of(name, max(trial.lengths))  # an unknown name is told at once
+    with out.progress() as progress:
+        measure = attention_quality if options.quality else attention_speed
+        found = measure(model, corpus, trial, progress)
+    command = _command(args)
+    found = [dataclasses.replace(each, command=command) for each in found]
+    title = f"{options.model}, {trial.scheme}, {trial.threads} threads"
+    (_show_quality if options.quality else _show_speed)(title, found, out)
+    if options.plot is not None:
+        draw_speed(found).savefig(options.plot)
+        out.say(f"drawn in {options.plot}")
+    return out.finish({"model": options.model, "scheme": trial.scheme}, found)
+
+
+def _command(args: argparse.Namespace) -> str:
+    words = ["deepseek", "bench", WORD, args.attended or DEFAULT_MODEL]
+    for name in DEFAULTS:
+        if name in vars(args):
+            given = vars(args)[name]
+            values = given if isinstance(given, list) else [] if given is True else [given]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return shlex.join([*words, "--repeats", str(args.repeats)])
+
+
+Place = tuple[int, str]
+"""A length and a contender."""
+
+
+def _by_place(found: Sequence[Measurement]) -> dict[Place, list[Measurement]]:
+    places: dict[Place, list[Measurement]] = {}
+    for each in found:
+        if "length" in each.conditions:
+            place = (int(str(each.conditions["length"])), str(each.conditions["contender"]))
+            places.setdefault(place, []).append(each)
+    return places
+
+
+def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
+    from deepseek.cli.attention_speed import PEER, TIMED
+
+    values = {
+        place: {each.name: each for each in figures}
+        for place, figures in _by_place(found).items()
+    }
+    rows = []
+    for (length, name), figures in values.items():
+        times = values[length, PEER][TIMED[0]].value / figures[TIMED[0]].value
+        told = [_with_range(figures[what]) if what in figures else "" for what in TIMED]
+        rows.append((f"{length:,} {name}", told[0], f"{times:.2f}", *told[1:]))
+    header = ("tokens", "attention, s", "times PyTorch's", "prompt, s", "a token, s")
+    out.table(title, header, rows)
+    slopes = [
+        (str(each.conditions["contender"]), str(each.conditions["of"]), number(each.value))
+        for each in found
+        if each.name == "exponent"
+    ]
+    if slopes:
+        out.say()
+        out.table("seconds grow with tokens to the power of", ("", "of", "power"), slopes)
+
+
+def _show_quality(title: str, found: Sequence[Measurement], out: Output) -> None:
+    rows = []
+    for (length, name), figures in _by_place(found).items():
+        told = [f"{length:,} {name}"]
+        for what in ("perplexity_ratio", "kl_divergence", "copy_accuracy", "needle_accuracy"):
+            told.append("; ".join(_with_range(each) for each in figures if each.name == what))
+        rows.append(tuple(told))
+    header = ("tokens", "perplexity, ratio", "KL, nats", "copies right", "needles found")
+    out.table(title, header, rows)
+
+
+def _with_range(each: Measurement) -> str:
+    if each.name == "perplexity_ratio":
+        value = f"{each.value:.4f}"
+    else:
+        value = number(each.value)
+    if each.spread is None or each.name.endswith("accuracy"):
+        return value
+    return f"{value} ({number(each.spread.low)} to {number(each.spread.high)})"

@@ -1,0 +1,138 @@
+"""What attention costs: of all layers while a prompt is read, of the prompt, of tokens behind it.
+
+Beside it PyTorch's `scaled_dot_product_attention`: one layer of the same shape in bfloat16, times
+the layers. What a choice costs is part of attention.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from deepseek.cli.attention_contenders import DECODED, Trial, new_engine, read, routing_of
+from deepseek.cli.output import Progress
+from deepseek.evaluate.corpus import Corpus
+from deepseek.generate.engine import Engine
+from deepseek.models import Decoder
+from deepseek.records import Measurement, Spread
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PEER = "sdpa"
+"""The name under which PyTorch's attention stands."""
+TIMED = ("attention_s", "prefill_s", "decode_s")
+"""Attention and all while a prompt is read, and a token behind it; in seconds."""
+
+
+def attention_speed(
+    model: Decoder, corpus: Corpus, trial: Trial, progress: Progress
+) -> list[Measurement]:
+    """Return the seconds of each contender at each length, and how they grow with it; the text is
+    read again from the start where a length goes beyond it."""
+    assert model.tokenizer is not None
+    tokens = model.tokenizer.encode(corpus.text)
+    tokens *= max(trial.lengths) // len(tokens) + 1
+    figures: list[Measurement] = []
+    work = sum(length**2 for length in trial.lengths)
+    done = 0
+    for length in trial.lengths:
+        about = {"length": length, "threads": trial.threads, "scheme": trial.scheme}
+        progress(f"{length} tokens, {PEER}", done / work)
+        times = sdpa_seconds(model, length, trial)
+        figures.append(_seconds(TIMED[0], times, {**about, "contender": PEER}))
+        for name in trial.contenders:
+            if name == "dense" and length > trial.longest_dense:
+                continue
+            progress(f"{length} tokens, {name}", done / work)
+            engine = new_engine(model, trial, routing_of(name, length))
+            rounds = [_timed(engine, tokens[:length]) for _ in range(trial.rounds)]
+            for part, what in enumerate(TIMED):
+                times = [each[part] for each in rounds]
+                figures.append(_seconds(what, times, {**about, "contender": name}))
+            del engine
+        done += length**2
+    return figures + exponents(figures)
+
+
+def _timed(engine: Engine, tokens: Sequence[int]) -> tuple[float, float, float]:
+    """Return seconds of attention and of all while a prompt is read, and of a token behind it."""
+    engine.native.is_timed = True
+    before = np.array(engine.native.seconds)
+    start = time.perf_counter()
+    _, pages, table = read(engine, tokens, room=DECODED)
+    whole = time.perf_counter() - start
+    spent = np.array(engine.native.seconds) - before
+    ops = [item.op for item in engine.program.instructions]
+    attention = sum(s for s, op in zip(spent, ops, strict=False) if op == "attend")
+    start = time.perf_counter()
+    for place in range(len(tokens), len(tokens) + DECODED):
+        engine.step(pages, [tokens[place % len(tokens)]], [place], [0], table, [0])
+    return float(attention), whole, (time.perf_counter() - start) / DECODED
+
+
+def sdpa_seconds(model: Decoder, length: int, trial: Trial) -> list[float]:
+    """Return seconds that PyTorch's attention takes for all layers, from one of them."""
+    config = model.config
+    torch.set_num_threads(trial.threads)
+    drawn = [
+        torch.randn(1, heads, length, config.head_dim, dtype=torch.bfloat16)
+        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    ]
+    times = []
+    with torch.no_grad():
+        for _ in range(trial.rounds + 1):  # the first is for warming up
+            start = time.perf_counter()
+            scaled_dot_product_attention(*drawn, is_causal=True, enable_gqa=True)
+            times.append((time.perf_counter() - start) * config.num_layers)
+    return times[1:]
+
+
+def exponents(figures: Sequence[Measurement]) -> list[Measurement]:
+    """Return the slopes of log seconds over log length, of each contender with three lengths."""
+    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for each in figures:
+        key = (each.name, str(each.conditions["contender"]))
+        groups.setdefault(key, []).append(
+            (math.log(float(each.conditions["length"])), math.log(each.value))  # type: ignore[arg-type]
+        )
+    found = []
+    for (name, contender), points in groups.items():
+        if len(points) < 3 or name not in TIMED[:2]:
+            continue
+        slope = statistics.linear_regression(*zip(*points, strict=True)).slope
+        where = {"contender": contender, "of": name, "points": len(points)}
+        found.append(Measurement(name="exponent", value=slope, unit="1", conditions=where))
+    return found
+
+
+def _seconds(name: str, times: Sequence[float], about: Mapping[str, Any]) -> Measurement:
+    spread = Spread(kind="range", low=min(times), high=max(times)) if len(times) > 1 else None
+    value = statistics.median(times)
+    return Measurement(name=name, value=value, unit="s", spread=spread, conditions=about)
+
+
+def draw_speed(figures: Sequence[Measurement]) -> Figure:
+    """Draw seconds over lengths, both by their logarithms."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="tight")
+    axes = figure.subplots(1, len(TIMED))
+    for axis, name in zip(axes, TIMED, strict=True):
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for each in figures:
+            if each.name == name:
+                at = (float(each.conditions["length"]), each.value)  # type: ignore[arg-type]
+                lines.setdefault(str(each.conditions["contender"]), []).append(at)
+        for contender, points in lines.items():
+            axis.loglog(*zip(*points, strict=True), marker="o", label=contender)
+        axis.set(title=name.replace("_s", ", seconds"), xlabel="tokens")
+    axes[0].legend()
+    return figure
