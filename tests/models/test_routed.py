@@ -3,6 +3,7 @@ engine computes the same."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,10 @@ SHAPE = DecoderConfig(
     intermediate_size=48,
     max_positions=1024,
 )
-FEW = Routing(refresh=4, first=1, recent=1, least=192, most=256, most_from=512)
+FEW = Routing(
+    refresh=4, first=1, recent=1, threshold=0, share=0.25, least=192, most=256, most_from=512
+)
+WORTH = dataclasses.replace(FEW, refresh=1, threshold=0.25)
 ALL = Routing(refresh=4, least=192, most=1024, most_from=1024, share=1.0, recent=1)
 
 
@@ -119,6 +123,8 @@ def test_the_table_fits_and_is_within_the_budget() -> None:
     own = torch.arange(125) * 4 // 64
     most = torch.tensor([FEW.blocks_seen(int(block)) for block in own])
     assert bool((table.counts <= most).all()) and bool((table.counts[..., 64:] == 3).all())
+    fewer = choose_blocks(queries, DenseKV(keys, keys), layout, dataclasses.replace(FEW, threshold=0.5))
+    assert bool((fewer.counts <= table.counts).all()) and bool((fewer.counts < table.counts).any())
 
 
 def test_windows_stay_windows() -> None:
@@ -134,19 +140,19 @@ def test_windows_stay_windows() -> None:
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize("dim", [16, 64])
-def test_the_engine_chooses_as_the_modules(dim: int, tmp_path: Path) -> None:
-    model = routed(FEW, SHAPE.replace(head_dim=dim))
+@pytest.mark.parametrize(("dim", "routing"), [(16, FEW), (64, FEW), (16, WORTH)])
+def test_the_engine_chooses_as_the_modules(dim: int, routing: Routing, tmp_path: Path) -> None:
+    model = routed(routing, SHAPE.replace(head_dim=dim))
     model.tokenizer = byte_tokenizer()
     prompt = tokens(1, 380)[0].tolist()
     found = generate(model, prompt, max_tokens=24, ignore_eos=True)
     model.impl = "sdpa"
     assert generate(model, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
     path = hub.save(model, tmp_path / "bundle", name="tiny").path
-    loaded = load(path, attention=FEW)
+    loaded = load(path, attention=routing)
     assert generate(loaded, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
-    engine = load_engine(path, attention=FEW, keep=False)
-    assert engine is not None and engine.routing == FEW
+    engine = load_engine(path, attention=routing, keep=False)
+    assert engine is not None and engine.routing == routing
     assert generate(engine, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
     assert load(path, attention="routed").planner.routing == Routing()  # type: ignore[union-attr]
 

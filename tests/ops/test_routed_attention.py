@@ -4,6 +4,7 @@ called."""
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def route(
     refresh: int = 4,
     first: int = 1,
     recent: int = 1,
+    threshold: float = 0.0,
     means: bool = True,
 ) -> dict[str, Any]:
     return {
@@ -34,6 +36,7 @@ def route(
         "first_pages": first,
         "recent_pages": recent,
         "budget": [budget] if isinstance(budget, int) else budget,
+        "least_share": math.log(threshold) if threshold else -math.inf,
         "has_means": means,
     }
 
@@ -114,8 +117,10 @@ def chosen(scores: np.ndarray, asked: dict[str, Any]) -> list[int]:
     best = best - np.log(np.exp(best).sum(1, keepdims=True))
     between = best.max(0)[first:recent]
     wanted = max(0, min(budget - first - (pages - recent), recent - first))
-    order = np.argsort(-between, kind="stable")[:wanted] + first
-    return [*range(first), *order.tolist(), *range(recent, pages)]
+    order = np.argsort(-between, kind="stable")[:wanted]
+    if wanted < recent - first:
+        order = order[between[order] > asked["least_share"]]
+    return [*range(first), *(order + first).tolist(), *range(recent, pages)]
 
 
 HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1, 16)])
@@ -130,6 +135,7 @@ HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1,
     first=st.integers(0, 2),
     recent=st.integers(1, 2),
     spare=st.integers(0, 3),
+    threshold=st.sampled_from([0.0, 0.05, 0.3]),
     means=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -141,12 +147,18 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
     first: int,
     recent: int,
     spare: int,
+    threshold: float,
     means: bool,
     seed: int,
 ) -> None:
     table = draw(heads, count, seed)
     asked = route(
-        first + recent + spare, refresh=refresh, first=first, recent=recent, means=means
+        first + recent + spare,
+        refresh=refresh,
+        first=first,
+        recent=recent,
+        threshold=threshold,
+        means=means,
     )
     found = attend(routed(isa, heads, table, asked), "float32", count, [600])
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
@@ -158,7 +170,7 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
 def test_steps_chunks_and_threads_give_the_same_bits(isa: str, kind: str, refresh: int) -> None:
     heads = (6, 2, 64)
     table = draw(heads, 450, 0)
-    asked = route([3, 3, 3, 3, 4], refresh=refresh)
+    asked = route([3, 3, 3, 3, 4], refresh=refresh, threshold=0.2)
     whole = attend(routed(isa, heads, table, asked, threads=3), kind, 450, [512])
     one = routed(isa, heads, table, asked, threads=1)
     for splits in ([1], [7, 64, 1, 130]):
@@ -252,18 +264,18 @@ def test_a_route_that_cannot_be_is_refused(asked: dict[str, Any]) -> None:
 def test_pages_of_another_program_are_refused() -> None:
     heads = (2, 1, 16)
     table = draw(heads, 70, 0)
-    pages = program(BEST, heads, table, 0).pages("float32", 2)
     native = routed(BEST, heads, table, route(3))
-    with pytest.raises(ValueError, match="pages made for a program that is not routed"):
-        native.run([0], [0], [0], np.array([[0, 1]]), pages)
+    for other in (program(BEST, heads, table, 0), routed(BEST, heads, table, route(3, means=False))):
+        with pytest.raises(ValueError, match="pages made for a program that is not routed"):
+            native.run([0], [0], [0], np.array([[0, 1]]), other.pages("float32", 2))
 
 
 def test_the_budget_grows_to_its_bounds_and_then_with_the_logarithm() -> None:
     routing = Routing()
     seen = routing.budget(2048)
-    assert seen[:64] == [16] * 64 and seen[128] == seen[256] == 32
+    assert seen[:32] == [16] * 32 and seen[63] == 32 and seen[128] == seen[256] == 64
     assert all(before <= after for before, after in itertools.pairwise(seen))
-    assert seen[1023] == int(2048 * 16 / 14) // BLOCK
+    assert seen[1023] == int(4096 * 16 / 14) // BLOCK
 
 
 @pytest.mark.parametrize(
@@ -272,7 +284,8 @@ def test_the_budget_grows_to_its_bounds_and_then_with_the_logarithm() -> None:
         {"refresh": 3},
         {"recent": 0},
         {"least": 256},
-        {"least": 4096},
+        {"least": 8192},
+        {"threshold": 1.0},
         {"share": 0.0},
         {"most_from": 1024},
     ],

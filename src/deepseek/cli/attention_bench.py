@@ -129,6 +129,15 @@ def _command(args: argparse.Namespace) -> str:
     return shlex.join([*words, "--repeats", str(args.repeats)])
 
 
+QUALITIES = {
+    "tokens_seen": "seen",
+    "perplexity_ratio": "perplexity, ratio",
+    "kl_divergence": "KL, nats",
+    "copy_accuracy": "copies right",
+    "needle_accuracy": "needles found",
+}
+"""The columns of the table of quality."""
+
 Place = tuple[int, str]
 """A length and a contender."""
 
@@ -170,10 +179,10 @@ def _show_quality(title: str, found: Sequence[Measurement], out: Output) -> None
     rows = []
     for (length, name), figures in _by_place(found).items():
         told = [f"{length:,} {name}"]
-        for what in ("perplexity_ratio", "kl_divergence", "copy_accuracy", "needle_accuracy"):
+        for what in QUALITIES:
             told.append("; ".join(_with_range(each) for each in figures if each.name == what))
         rows.append(tuple(told))
-    header = ("tokens", "perplexity, ratio", "KL, nats", "copies right", "needles found")
+    header = ("tokens", *QUALITIES.values())
     out.table(title, header, rows)
 
 

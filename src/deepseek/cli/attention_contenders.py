@@ -41,8 +41,8 @@ class Trial:
 
 
 def routing_of(name: str, length: int) -> Routing | None:
-    """Return the routing of a contender: None for dense; the most recent tokens alone, as many as
-    routed attention sees; routed-N or bare-N, where N tokens share a choice, and what is not seen
+    """Return the routing of a contender: None for dense; the most recent tokens alone, half as many
+    as routed attention may see, which is about what it does see; routed-N or bare-N, where N tokens share a choice, and what is not seen
     counts by its means or not at all.
 
     Raises:
@@ -51,11 +51,16 @@ def routing_of(name: str, length: int) -> Routing | None:
     if name == "dense":
         return None
     if name == "recent":
-        seen = Routing().blocks_seen((length - 1) // BLOCK)
+        seen = Routing().blocks_seen((length - 1) // BLOCK) // 2
         tokens = seen * BLOCK
         most_from = max(tokens, length)
         return Routing(
-            recent=seen - 1, least=tokens, most=tokens, most_from=most_from, means=False
+            recent=seen - 1,
+            threshold=0,
+            least=tokens,
+            most=tokens,
+            most_from=most_from,
+            means=False,
         )
     kind, _, refresh = name.partition("-")
     if kind not in ("routed", "bare") or not refresh.isdigit():

@@ -20,7 +20,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import copy_accuracy, needle
 from deepseek.evaluate.corpus import Corpus
 from deepseek.evaluate.intervals import student_quantile
-from deepseek.generate.engine import Engine
+from deepseek.generate.engine import PAGE_SIZE, Engine
 from deepseek.models import Decoder
 from deepseek.records import Measurement, Spread
 
@@ -75,6 +75,8 @@ class Read:
 
     loss: float
     divergence: float
+    seen: float
+    """Tokens that the last token of a block sees, on average over layers, KV heads and blocks."""
 
 
 def read_documents(
@@ -85,7 +87,9 @@ def read_documents(
     found = []
     for number, piece in enumerate(pieces):
         half = len(piece) // 2
-        logits = torch.from_numpy(read(engine, piece, every=True)[0])[half:-1]
+        logits, pages, _ = read(engine, piece, every=True)
+        logits = torch.from_numpy(logits)[half:-1]
+        seen = pages.mean_chosen() * PAGE_SIZE if engine.routing else float(len(piece))
         chances = logits.log_softmax(-1)
         if len(dense) == number:
             dense.append(chances.bfloat16())
@@ -93,7 +97,7 @@ def read_documents(
         targets = torch.tensor(piece[half + 1 :])[:, None]
         loss = -chances.gather(1, targets).mean().item()
         kl = (reference.exp() * (reference - chances)).sum(-1).mean().item()
-        found.append(Read(loss, kl))
+        found.append(Read(loss, kl, seen))
     return found
 
 
@@ -130,6 +134,12 @@ def _document_figures(
             conditions=conditions,
         ),
         Measurement(name="kl_divergence", value=divergence, unit="nats", conditions=conditions),
+        Measurement(
+            name="tokens_seen",
+            value=statistics.fmean(row.seen for row in rows),
+            unit="tokens",
+            conditions=conditions,
+        ),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -227,6 +228,7 @@ def _native_route(routing: Routing, config: DecoderConfig) -> dict[str, object]:
         "first_pages": routing.first,
         "recent_pages": routing.recent,
         "budget": routing.budget(-(-config.max_positions // PAGE_SIZE) + 1),
+        "least_share": math.log(routing.threshold) if routing.threshold > 0 else -math.inf,
         "has_means": routing.means,
     }
 

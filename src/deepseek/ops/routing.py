@@ -15,11 +15,12 @@ BLOCK = 64
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routing(Config):
     """What a query of routed attention sees: the first block, the recent ones, and of those between
-    the ones whose keys it scores best, chosen anew every `refresh` tokens.
+    the ones that matter to it, chosen anew every `refresh` tokens.
 
-    The tokens that a query sees are `share` of the s slots up to the end of its block, at least
-    `least` and at most `most`, which grows with log s behind `most_from`: the work of attention to
-    what was chosen is then O(n log n).
+    A block matters by its largest score, as a share of a softmax over the blocks' largest scores;
+    what has less than `threshold` of it is not seen. The tokens that a query may see are `share` of
+    the s slots up to the end of its block, at least `least` and at most `most`, which grows with
+    log s behind `most_from`: the work of attention to what was chosen is then O(n log n).
     """
 
     refresh: int = 1
@@ -28,12 +29,15 @@ class Routing(Config):
     """Blocks at the start of a text that are always seen."""
     recent: int = 4
     """Blocks before a query that are always seen, its own included."""
-    share: float = 0.25
-    """Of the tokens up to the end of a query's block, those that it sees."""
+    threshold: float = 0.01
+    """Share from which on a block between the first and the recent ones is seen; 0 for as many
+    blocks as may be."""
+    share: float = 0.5
+    """Of the tokens up to the end of a query's block, those that it may see."""
     least: int = 1024
-    """Tokens seen at least; a text so short is attended densely."""
-    most: int = 2048
-    """Tokens seen at most, at `most_from`."""
+    """Tokens that may be seen at least; a text so short is attended densely."""
+    most: int = 4096
+    """Tokens that may be seen at most, at `most_from`."""
     most_from: int = 16384
     """Slot behind which `most` grows with the logarithm."""
     means: bool = True
@@ -48,6 +52,9 @@ class Routing(Config):
         if not (self.first + self.recent) * BLOCK <= self.least <= self.most:
             must = "room for what is always seen, and no more than most"
             raise ConfigError(describe("least", "Routing", must, self.least))
+        if not 0 <= self.threshold < 1:
+            must = "from 0 to below 1"
+            raise ConfigError(describe("threshold", "Routing", must, self.threshold))
         if not 0 < self.share <= 1 or self.most_from < self.most:
             must = "from above 0 to 1, and behind most"
             got = f"{self.share}, {self.most_from}"

@@ -6,6 +6,7 @@ The specification of what `cpu/choice.h` does for the engine's pages.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -42,9 +43,9 @@ def choose_blocks(
     A group of `refresh` slots sees what the query in its first slot chooses: the first blocks, the
     recent ones, and of those between the ones that matter most to one of the KV head's queries. A
     block matters to a query by its largest score, less the logarithm of the sum of the exponentials
-    of all blocks' largest scores. Keys behind the first slot have no part in it, so that steps,
-    chunks and whole texts choose alike; of a group that began in an earlier pass the choice is read
-    from the cache.
+    of all blocks' largest scores; one that matters less than the threshold is not seen, unless all
+    fit. Keys behind the first slot have no part in it, so that steps, chunks and whole texts choose
+    alike; of a group that began in an earlier pass the choice is read from the cache.
 
     Args:
         queries: [B, heads, T, dim].
@@ -128,6 +129,9 @@ def _best(importance: list[float], anchor: int, routing: Routing, budget: list[i
     recent = max(first, count - routing.recent)
     wanted = max(0, budget[count - 1] - first - (count - recent))
     between = sorted(range(first, recent), key=lambda block: -importance[block])[:wanted]
+    if wanted < recent - first and routing.threshold > 0:
+        least = math.log(routing.threshold)
+        between = [block for block in between if importance[block] > least]
     return [*range(first), *sorted(between), *range(recent, count)]
 
 

@@ -75,7 +75,8 @@ std::unique_ptr<Program> make_program(const std::string& isa, const nb::dict& sh
   if (shape.contains("route")) {
     nb::dict route = nb::cast<nb::dict>(shape["route"]);
     s.route = {nb::cast<int>(route["refresh"]), nb::cast<int>(route["first_pages"]),
-               nb::cast<int>(route["recent_pages"]), nb::cast<std::vector<int32_t>>(route["budget"]), nb::cast<bool>(route["has_means"])};
+               nb::cast<int>(route["recent_pages"]), nb::cast<std::vector<int32_t>>(route["budget"]), nb::cast<float>(route["least_share"]),
+               nb::cast<bool>(route["has_means"])};
     if (s.route.refresh < 1 || kPage % s.route.refresh || s.route.recent_pages < 1 || s.route.budget.empty())
       throw std::invalid_argument("a route must share choices within a page and see the own one");
     if (s.heads / s.kv_heads > kMaxQueries / kPage)
@@ -170,6 +171,7 @@ NB_MODULE(_cpu, m) {
            })
       .def("copy", &KvPages::copy)
       .def_ro("num_pages", &KvPages::num_pages)
+      .def("mean_chosen", &KvPages::mean_chosen)
       .def_prop_ro("num_bytes", &KvPages::bytes);
   nb::class_<Program>(m, "Program")
       .def("add_weight", &add_weight, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"),

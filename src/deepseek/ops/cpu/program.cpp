@@ -82,6 +82,17 @@ void KvPages::copy(int target, int source) {
     std::memcpy(means(i, target, 0), means(i, source, 0), sizeof(float) * 2 * layout.dim_padded * layout.kv_heads);
 }
 
+double KvPages::mean_chosen() {
+  double sum = 0, count = 0;
+  for (int i = 0; i < layers_ && most_chosen_; ++i)
+    for (int p = 0; p < num_pages; ++p)
+      for (int h = 0; h < layout.kv_heads; ++h) {
+        const Choice& each = choice(i, p, h);
+        if (each.group > 0) sum += each.count, ++count;
+      }
+  return count ? sum / count : 0;
+}
+
 Program::Program(const Kernels& kernels, Shape shape, std::vector<Buffer> buffers,
                  std::vector<Instruction> instructions, int max_tokens, int threads)
     : kernels_(kernels), shape_(std::move(shape)), buffers_(std::move(buffers)),
@@ -205,7 +216,8 @@ void Program::check(const Step& s, const KvPages& pages) const {
       for (int p = 0; p <= s.positions[i] / kPage; ++p)
         if (table[p] < 0 || table[p] >= pages.num_pages) refuse("page outside the pool");
   }
-  if (pages.most_chosen() < shape_.route.most()) refuse("pages made for a program that is not routed");
+  if (pages.most_chosen() < shape_.route.most() || pages.has_means() < shape_.route.has_means)
+    refuse("pages made for a program that is not routed");
   if (s.num_selected > max_tokens_) refuse("more tokens selected than a step takes");
   for (int i = 0; i < s.num_selected; ++i)
     if (s.selected[i] < 0 || s.selected[i] >= s.count) refuse("selected token out of range");

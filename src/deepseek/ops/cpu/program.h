@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -66,6 +67,7 @@ struct Route {
   int refresh = 0;                     // slots that share a choice, a divisor of kPage; 0: no route
   int first_pages = 0, recent_pages = 0;  // always seen; the own page is a recent one
   std::vector<int32_t> budget;         // pages seen by a query in each page; the last for all behind
+  float least_share = -INFINITY;       // of those between first and recent, its logarithm
   bool has_means = false;              // pages that are not seen count by the means of their keys and values
   int most() const { return refresh ? *std::max_element(budget.begin(), budget.end()) : 0; }
   int budget_at(int page) const { return budget[std::min<size_t>(page, budget.size() - 1)]; }
@@ -106,6 +108,8 @@ class KvPages {
     return *(Choice*)(choices_.data() + place * choice_bytes_);
   }
   int most_chosen() const { return most_chosen_; }
+  bool has_means() const { return has_means_; }
+  double mean_chosen();  // pages that the newest choices hold, on average
   // Mean key, then mean value of a KV head in a full page.
   float* means(int layer, int page, int kv_head) {
     size_t place = (size_t(layer) * num_pages + page) * layout.kv_heads + kv_head;

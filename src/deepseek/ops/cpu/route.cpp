@@ -69,7 +69,7 @@ int Program::choose(int position, float* scores, ptrdiff_t stride, int32_t* chos
   std::vector<float>& scratch = routes_[thread].scratch;
   scratch.resize(std::max(scratch.size(), size_t(2 * (pages + 16))));
   return kernels_.choose_pages(scores, stride, group, pages, route.first_pages, route.recent_pages,
-                               route.budget_at(position / kPage), chosen, scratch.data());
+                               route.budget_at(position / kPage), route.least_share, chosen, scratch.data());
 }
 
 void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const {

@@ -143,7 +143,7 @@ struct Kernels {
                       ptrdiff_t stride, void* scratch);
   // Places of the pages to see, ascending, into `chosen`; see choice.h.
   int (*choose_pages)(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
-                      int recent_pages, int budget, int32_t* chosen, float* scratch);
+                      int recent_pages, int budget, float least_share, int32_t* chosen, float* scratch);
   // Adds the page a.table[0] to the states of `count` loaded queries, those of the places in `rows`: of
   // each the slots whose bits are set in its `shown`. A new state is all zeros but its bound, kNoBound.
   void (*add_page)(const Attend& a, const uint64_t* shown, const int32_t* rows, int count,

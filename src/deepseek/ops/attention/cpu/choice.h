@@ -129,12 +129,13 @@ inline int32_t bound_of_largest(const int32_t* values, int count, int wanted) {
   return int32_t(low);
 }
 
-// The pages that `count` heads see together, of `pages` that hold something: the first ones, the recent
-// ones, and of those between the largest, up to `budget` in all. A page counts by the head to which it
-// matters most, each head's scores less the logarithm of the sum of their exponentials. Of equals the
-// first. `scratch` holds 2 * (pages + 16) floats.
+// The pages that `count` heads see together, of `pages` that hold something: all if the budget has room for
+// them; or else the first ones, the recent ones, and of those between the largest, up to `budget` in all,
+// whose share is above the `least` one. A page counts by the head to which it matters most; its share of a
+// head is its score less the logarithm of the sum of the exponentials of all. Of equals the first.
+// `scratch` holds 2 * (pages + 16) floats.
 int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
-                 int recent_pages, int budget, int32_t* chosen, float* scratch) {
+                 int recent_pages, int budget, float least_share, int32_t* chosen, float* scratch) {
   int low = std::min(first_pages, pages), high = std::max(low, pages - recent_pages);
   int wanted = std::min(budget - low - (pages - high), high - low), taken = 0;
   for (int p = 0; p < low; ++p) chosen[taken++] = p;
@@ -165,9 +166,15 @@ int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int firs
       std::memcpy(&bits, best + p, 4);
       ordered[p] = bits ^ (bits >> 31 & 0x7fffffff);
     }
-    int32_t least = bound_of_largest(ordered + low, high - low, wanted);
-    int equals = wanted;
-    for (int p = low; p < high; ++p) equals -= ordered[p] > least;
+    int32_t least;
+    std::memcpy(&least, &least_share, 4);
+    least ^= least >> 31 & 0x7fffffff;
+    int above = 0, equals = 0;
+    for (int p = low; p < high; ++p) above += ordered[p] > least;
+    if (above > wanted) {
+      least = bound_of_largest(ordered + low, high - low, wanted), equals = wanted;
+      for (int p = low; p < high; ++p) equals -= ordered[p] > least;
+    }
     for (int p = low; p < high; ++p)
       if (ordered[p] > least || (ordered[p] == least && equals-- > 0)) chosen[taken++] = p;
   }
