@@ -123,7 +123,9 @@ def test_the_table_fits_and_is_within_the_budget() -> None:
     own = torch.arange(125) * 4 // 64
     most = torch.tensor([FEW.blocks_seen(int(block)) for block in own])
     assert bool((table.counts <= most).all()) and bool((table.counts[..., 64:] == 3).all())
-    fewer = choose_blocks(queries, DenseKV(keys, keys), layout, dataclasses.replace(FEW, threshold=0.5))
+    fewer = choose_blocks(
+        queries, DenseKV(keys, keys), layout, dataclasses.replace(FEW, threshold=0.5)
+    )
     assert bool((fewer.counts <= table.counts).all()) and bool((fewer.counts < table.counts).any())
 
 

@@ -68,9 +68,7 @@ def brute_force(
                     continue
                 scores, shown = [], []
                 for slots, middle in _seen(layout, table, row, head, kv_head, query):
-                    key, value = (
-                        x[row, kv_head, slots].double().mean(0) for x in (keys, values)
-                    )
+                    key, value = (x[row, kv_head, slots].double().mean(0) for x in (keys, values))
                     product = torch.dot(queries[row, head, query].double(), key)
                     bias = math.log(len(slots))
                     if slopes is not None:
@@ -105,4 +103,3 @@ def _seen(
         ]
         if slots and not is_seen(layout, whole, row, head, kv_head, query, slots[0]):
             yield slots, block * size + (size - 1) / 2
-

@@ -265,7 +265,10 @@ def test_pages_of_another_program_are_refused() -> None:
     heads = (2, 1, 16)
     table = draw(heads, 70, 0)
     native = routed(BEST, heads, table, route(3))
-    for other in (program(BEST, heads, table, 0), routed(BEST, heads, table, route(3, means=False))):
+    for other in (
+        program(BEST, heads, table, 0),
+        routed(BEST, heads, table, route(3, means=False)),
+    ):
         with pytest.raises(ValueError, match="pages made for a program that is not routed"):
             native.run([0], [0], [0], np.array([[0, 1]]), other.pages("float32", 2))
 

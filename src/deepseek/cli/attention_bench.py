@@ -155,8 +155,7 @@ def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
     from deepseek.cli.attention_speed import PEER, TIMED
 
     values = {
-        place: {each.name: each for each in figures}
-        for place, figures in _by_place(found).items()
+        place: {each.name: each for each in figures} for place, figures in _by_place(found).items()
     }
     rows = []
     for (length, name), figures in values.items():

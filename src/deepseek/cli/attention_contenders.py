@@ -41,9 +41,9 @@ class Trial:
 
 
 def routing_of(name: str, length: int) -> Routing | None:
-    """Return the routing of a contender: None for dense; the most recent tokens alone, half as many
-    as routed attention may see, which is about what it does see; routed-N or bare-N, where N tokens share a choice, and what is not seen
-    counts by its means or not at all.
+    """Return the routing of a contender: None for dense; "recent", the most recent tokens alone,
+    half as many as routed attention may see, which is about what it does see; "routed-N" or
+    "bare-N", where N tokens share a choice, and what is not seen counts by its means or not at all.
 
     Raises:
         ConfigError: no contender has this name.

@@ -175,6 +175,7 @@ class Program {
   struct RouteMemory {                    // of a thread
     std::vector<Group> groups;
     std::vector<int32_t> chosen;          // [groups][most pages]
+    std::vector<int32_t> visitors, first_visitor;  // groups that see a page, page after page; [pages + 1]
     std::vector<int32_t> rows, own_rows;  // with a page: those that see all of it, those that lie in it
     std::vector<uint64_t> shown, unseen;  // slots of a page that rows see; pages that groups do not, by bits
     std::vector<int32_t> mean_table;
@@ -226,6 +227,7 @@ class Program {
                    int thread);
   void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);
   void choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread);
+  void sort_visitors(RouteMemory& m, int pages) const;
   void add_means(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop, int thread);
   void merge_segment(RouteMemory& m, int first, int count) const;
   void keep_means(Pass& pass, const Instruction& in, int page, int kv_head);

@@ -148,10 +148,26 @@ void Program::choose_groups(Pass& pass, const Instruction& in, const Run& run, i
   }
 }
 
+// Finds the groups that chose each page, page after page.
+void Program::sort_visitors(RouteMemory& m, int pages) const {
+  int most = shape_.route.most();
+  auto each_choice = [&](auto f) {
+    for (size_t g = 0; g < m.groups.size(); ++g)
+      for (int i = 0; i < m.groups[g].count; ++i) f(int(g), m.chosen[g * most + i]);
+  };
+  m.first_visitor.assign(pages + 1, 0);
+  each_choice([&](int, int page) { ++m.first_visitor[page + 1]; });
+  for (int page = 0; page < pages; ++page) m.first_visitor[page + 1] += m.first_visitor[page];
+  m.visitors.resize(m.first_visitor[pages]);
+  each_choice([&](int g, int page) { m.visitors[m.first_visitor[page]++] = g; });
+  for (int page = pages; page > 0; --page) m.first_visitor[page] = m.first_visitor[page - 1];
+  m.first_visitor[0] = 0;
+}
+
 void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
                           int stop, int thread) {
   const PageLayout& l = pass.pages.layout;
-  int group = shape_.heads / shape_.kv_heads, rows = (stop - start) * group, most = shape_.route.most();
+  int group = shape_.heads / shape_.kv_heads, rows = (stop - start) * group;
   RouteMemory& m = routes_[thread];
   choose_groups(pass, in, run, kv_head, start, stop, thread);
   m.queries.clear(), m.shown.clear();
@@ -171,11 +187,11 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
     some.clear();
   };
   int last_page = pass.step.positions[run.start + stop - 1] / kPage;
+  sort_visitors(m, last_page + 1);
   for (int page = 0; page <= last_page; ++page) {
     a.table = table + page;
-    for (size_t g = 0; g < m.groups.size(); ++g) {
-      Group& each = m.groups[g];
-      if (each.seen == each.count || m.chosen[g * most + each.seen] != page) continue;
+    for (int v = m.first_visitor[page]; v < m.first_visitor[page + 1]; ++v) {
+      Group& each = m.groups[m.visitors[v]];
       int row = (each.start - start) * group, count = (each.stop - each.start) * group;
       if (each.seen > 0 && each.seen % kSegment == 0) merge_segment(m, row, count);
       ++each.seen;

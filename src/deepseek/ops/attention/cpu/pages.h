@@ -436,12 +436,16 @@ void load_typed(const PageLayout& l, const Query* queries, int count, Prepared<T
   for (int i = 0; i < count; ++i) {
     T* q = to.queries + size_t(i) * dim;
     to.scales[i] = 1.0f, to.terms[i] = 0;
-    std::memcpy(vector, queries[i].vector, size_t(l.dim) * sizeof(float));
-    for (int d = l.dim; d < dim; ++d) vector[d] = 0.0f;
-    if (l.kind == Kind::int8) rotate_if_whole(vector, dim);
-    if constexpr (sizeof(T) == 4) std::memcpy(q, vector, size_t(dim) * 4);
+    const float* as_given = queries[i].vector;
+    if (l.dim < dim || l.kind == Kind::int8) {
+      std::memcpy(vector, as_given, size_t(l.dim) * sizeof(float));
+      for (int d = l.dim; d < dim; ++d) vector[d] = 0.0f;
+      if (l.kind == Kind::int8) rotate_if_whole(vector, dim);
+      as_given = vector;
+    }
+    if constexpr (sizeof(T) == 4) std::memcpy(q, as_given, size_t(dim) * 4);
     if constexpr (sizeof(T) == 2)
-      for (int d = 0; d < dim; d += kLanes) store_bf16(q + d, load(vector + d));
+      for (int d = 0; d < dim; d += kLanes) store_bf16(q + d, load(as_given + d));
     if constexpr (sizeof(T) == 1) {
       to.scales[i] = quantize_vector(vector, dim, q, &to.terms[i]);
       to.terms[i] *= -128;
