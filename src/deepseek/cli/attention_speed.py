@@ -82,15 +82,15 @@ def sdpa_seconds(model: Decoder, length: int, trial: Trial) -> list[float]:
     """Return seconds that PyTorch's attention takes for all layers, from one of them."""
     config = model.config
     torch.set_num_threads(trial.threads)
-    drawn = [
+    queries, keys, values = (
         torch.randn(1, heads, length, config.head_dim, dtype=torch.bfloat16)
         for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    ]
+    )
     times = []
     with torch.no_grad():
         for _ in range(trial.rounds + 1):  # the first is for warming up
             start = time.perf_counter()
-            scaled_dot_product_attention(*drawn, is_causal=True, enable_gqa=True)
+            scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
             times.append((time.perf_counter() - start) * config.num_layers)
     return times[1:]
 
@@ -114,7 +114,7 @@ def exponents(figures: Sequence[Measurement]) -> list[Measurement]:
 
 
 def _seconds(name: str, times: Sequence[float], about: Mapping[str, Any]) -> Measurement:
-    spread = Spread(kind="range", low=min(times), high=max(times)) if len(times) > 1 else None
+    spread = Spread(kind="min-max", low=min(times), high=max(times)) if len(times) > 1 else None
     value = statistics.median(times)
     return Measurement(name=name, value=value, unit="s", spread=spread, conditions=about)
 
