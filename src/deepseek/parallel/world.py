@@ -60,6 +60,7 @@ def joined_world() -> Iterator[World]:
         timeout=TIMEOUT,
     )
     try:
+        dist.barrier()  # one that ended at once, by a mistake, would break the connecting of another
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
