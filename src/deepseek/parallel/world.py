@@ -60,7 +60,7 @@ def joined_world() -> Iterator[World]:
         timeout=TIMEOUT,
     )
     try:
-        dist.barrier()  # one that ended at once, by a mistake, would break the connecting of another
+        dist.barrier()  # one that ends at once, by a mistake, would break the others' connecting
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
