@@ -96,6 +96,8 @@ def test_speed_is_measured_and_drawn(
         (["attention", "FOLDER", "--contenders", "routed-x"], "must be dense, recent, routed-N"),
         (["attention", "FOLDER", "--contenders", "routed-3"], "divisor of 64"),
         (["attention", "FOLDER", "--quality", "--plot", "x.svg"], "plot of bench attention"),
+        (["attention", "FOLDER", "--plot", "x.doc"], "ends in .svg, .png, .pdf"),
+        (["attention", "FOLDER", "--plot", "/nowhere/x.svg"], "in a folder that is there"),
         (["attention", "nobody"], "nobody"),
         (["FOLDER", "--lengths", "100"], "behind the word attention"),
         (["FOLDER", "FOLDER"], "behind the word attention"),

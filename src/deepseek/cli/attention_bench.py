@@ -20,6 +20,8 @@ WORD = "attention"
 DEFAULT_MODEL = "smollm2-135m"
 CONTENDERS = ("dense", "routed-1", "routed-2", "routed-4", "recent")
 
+PLOTS = (".svg", ".png", ".pdf")
+
 OPTIONS: dict[str, dict[str, object]] = {
     "--lengths": {"type": positive, "nargs": "+", "help": "tokens of a text (2048 4096 8192)"},
     "--contenders": {
@@ -76,10 +78,7 @@ def bench_attention(args: argparse.Namespace, out: Output) -> int:
     options = argparse.Namespace(**{**DEFAULTS, **vars(args)})
     options.model = args.attended or DEFAULT_MODEL
     if options.plot is not None:
-        if options.quality:
-            raise ConfigError(describe("plot", "bench attention", "of speed", "--quality"))
-        if importlib.util.find_spec("matplotlib") is None:
-            raise missing_extra("matplotlib", "report", "to draw a plot")
+        _check_plot(options.plot, options.quality)
     model = load_decoder(options, out)
     import torch
 
@@ -117,6 +116,17 @@ def bench_attention(args: argparse.Namespace, out: Output) -> int:
         draw_speed(found).savefig(options.plot)
         out.say(f"drawn in {options.plot}")
     return out.finish({"model": options.model, "scheme": trial.scheme}, found)
+
+
+def _check_plot(path: Path, of_quality: bool) -> None:
+    """Raise if a plot could not be written once everything is measured."""
+    if of_quality:
+        raise ConfigError(describe("plot", "bench attention", "of speed", "--quality"))
+    if path.suffix not in PLOTS or not path.parent.is_dir():
+        must = f"a file that ends in {', '.join(PLOTS)}, in a folder that is there"
+        raise ConfigError(describe("plot", "bench attention", must, path))
+    if importlib.util.find_spec("matplotlib") is None:
+        raise missing_extra("matplotlib", "report", "to draw a plot")
 
 
 def _command(args: argparse.Namespace) -> str:
