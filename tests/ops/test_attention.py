@@ -48,6 +48,21 @@ def test_reference_equals_loops(data: st.DataObject) -> None:
     assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
 
 
+def test_means_equal_loops() -> None:
+    """Blocks of three that are not listed, whole and with a token masked, with and without ALiBi."""
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 4:6] = False
+    layout = Layout.dense(2, 12, mask)
+    own = torch.arange(4, dtype=torch.int32)
+    table = BlockTable(own[None, None, :, None], torch.ones(1, 1, 4).int(), 3, means=True)
+    queries, keys, values = random_inputs(layout, 4, 2)
+    for slopes in (None, torch.rand(4)):
+        out = attention(
+            queries, DenseKV(keys, values), layout, table=table, slopes=slopes, impl="reference"
+        )
+        assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
+
+
 GENERAL = [name for name in ATTENTION_IMPLS if name != "blocked"]
 """Executions that take every layout."""
 
