@@ -49,7 +49,7 @@ def test_reference_equals_loops(data: st.DataObject) -> None:
 
 
 def test_means_equal_loops() -> None:
-    """Blocks of three that are not listed, whole and with a token masked, with and without ALiBi."""
+    """Blocks of three that are not listed, whole or with masked tokens, with and without ALiBi."""
     mask = torch.ones(2, 12, dtype=torch.bool)
     mask[1, 4:6] = False
     layout = Layout.dense(2, 12, mask)
