@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,7 @@ from deepseek.ops.attention import (
     Layout,
     attention,
     choose,
+    gathered,
 )
 from tests.ops.brute_force import brute_force
 from tests.ops.strategies import layouts, tables
@@ -63,7 +66,7 @@ def test_means_equal_loops() -> None:
         assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
 
 
-GENERAL = [name for name in ATTENTION_IMPLS if name != "blocked"]
+GENERAL = [name for name in ATTENTION_IMPLS if name not in ("blocked", "gathered")]
 """Executions that take every layout."""
 
 
@@ -86,6 +89,88 @@ def test_executions_equal_reference_with_gradients(impl: str, data: st.DataObjec
         results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_gathered_equals_reference_with_gradients(data: st.DataObject) -> None:
+    """Any table, a few query blocks at a time."""
+    layout = data.draw(layouts())
+    heads, kv_heads = data.draw(st.sampled_from(HEADS))
+    table = dataclasses.replace(data.draw(tables(layout, heads, kv_heads)), means=False)
+    inputs = random_inputs(layout, heads, kv_heads)
+    weight = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1])
+    results = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gathered, "CHUNK_SCORES", data.draw(st.sampled_from([1, 200, 1 << 20])))
+        for name in ("reference", "gathered"):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            kv = DenseKV(leaves[1], leaves[2])
+            out = attention(leaves[0], kv, layout, table=table, impl=name)
+            (out * weight).sum().backward()
+            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+def a_window(length: int, width: int, block: int = 16) -> BlockTable:
+    own = torch.arange(-(-length // block), dtype=torch.int32)
+    listed = (own[:, None] - torch.arange(width, dtype=torch.int32)).clamp(min=0)
+    return BlockTable(listed[None, None], (own + 1).clamp(max=width)[None, None], block)
+
+
+def test_gathered_has_the_gradients_of_its_output() -> None:
+    layout = Layout.dense(1, 7)
+    shapes = [(1, 2, 7, 3), (1, 1, 7, 3), (1, 1, 7, 3)]
+    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+    def run(queries, keys, values):
+        kv = DenseKV(keys, values)
+        return attention(queries, kv, layout, table=a_window(7, 2, 2), impl="gathered")
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+def test_gathered_in_bfloat16_is_as_near_as_a_mask() -> None:
+    layout = Layout.dense(2, 200)
+    table = a_window(200, 5)
+    inputs = random_inputs(layout, 6, 2, 64, 64)
+    weight = torch.randn(2, 6, 200, 64)
+
+    def run(impl: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [each.to(dtype, copy=True).requires_grad_() for each in inputs]
+        kv = DenseKV(leaves[1], leaves[2])
+        out = attention(leaves[0], kv, layout, table=table, impl=impl)
+        (out.float() * weight).sum().backward()
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    exact = run("reference", torch.float32)
+    errors = {
+        impl: [
+            float((found.float() - right).norm() / right.norm())
+            for found, right in zip(run(impl, torch.bfloat16), exact, strict=True)
+        ]
+        for impl in ("sdpa", "gathered")
+    }
+    for gathered_error, masked_error in zip(*reversed(errors.values()), strict=True):
+        assert gathered_error < 2 * masked_error
+
+
+def test_gathered_runs_where_a_table_is_sparse() -> None:
+    layout = Layout.dense(1, 64)
+    queries, keys, values = random_inputs(layout, 2, 1)
+    kv = DenseKV(keys, values)
+    assert choose(queries, kv, layout, a_window(64, 2)) == "gathered"
+    assert choose(queries, kv, layout, a_window(64, 3)) == "sdpa"
+    assert choose(queries, kv, layout, a_window(64, 4, 8)) == "sdpa", "keys copied for 8 queries"
+    one = Layout((63,), (64,), 1)
+    assert choose(queries[:, :, -1:], kv, one, a_window(1, 2)) == "gathered"
+    with_means = dataclasses.replace(a_window(64, 2), means=True)
+    refused = [(None, None), (with_means, None), (a_window(64, 2), torch.rand(2))]
+    for table, slopes in refused:
+        assert choose(queries, kv, layout, table, slopes) == "sdpa"
+        with pytest.raises(ConfigError, match="a block table without means"):
+            attention(queries, kv, layout, table=table, slopes=slopes, impl="gathered")
 
 
 @pytest.mark.parametrize("heads,kv_heads", HEADS)
@@ -187,7 +272,8 @@ def test_bad_calls_say_what_is_wrong() -> None:
     layout = Layout.dense(1, 4)
     kv = DenseKV(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))
     with pytest.raises(
-        ConfigError, match=r"impl of attention must be one of auto, blocked, reference, sdpa"
+        ConfigError,
+        match=r"impl of attention must be one of auto, blocked, gathered, reference, sdpa",
     ):
         attention(torch.randn(1, 2, 4, 8), kv, layout, impl="flash")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"multiple of the 2 KV heads"):

@@ -30,6 +30,15 @@ def computes_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or _cpu_computes_bf16()
 
 
+def computed_in(states: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which products of the states are computed: that of autocast, where it is
+    on."""
+    device = states.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
+
+
 class _OneDnnSwitch:
     """Counts who wants oneDNN off: one flag per process, its users may be several threads."""
 

@@ -8,16 +8,17 @@ from typing import Literal
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.ops.attention.blocked import attention_blocked, pays, suits
+from deepseek.ops.attention import blocked, gathered
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.reference import attention_reference
 from deepseek.ops.attention.sdpa import attention_sdpa
 from deepseek.ops.attention.table import BlockTable
 
-AttentionImpl = Literal["auto", "blocked", "reference", "sdpa"]
+AttentionImpl = Literal["auto", "blocked", "gathered", "reference", "sdpa"]
 ATTENTION_IMPLS: dict[str, Callable[..., Tensor]] = {
-    "blocked": attention_blocked,
+    "blocked": blocked.attention_blocked,
+    "gathered": gathered.attention_gathered,
     "reference": attention_reference,
     "sdpa": attention_sdpa,
 }
@@ -76,8 +77,11 @@ def choose(
     layout: Layout,
     table: BlockTable | None = None,
     slopes: Tensor | None = None,
-) -> Literal["blocked", "sdpa"]:
+) -> Literal["blocked", "gathered", "sdpa"]:
     """Return the name of the execution that "auto" uses; arguments as in `attention`."""
-    if isinstance(kv, DenseKV) and suits(kv, layout, table, slopes) and pays(queries, kv):
-        return "blocked"
+    if table is not None:
+        pays = gathered.suits(table, slopes) and gathered.pays(table, layout)
+        return "gathered" if pays else "sdpa"
+    if isinstance(kv, DenseKV) and blocked.suits(kv, layout, None, slopes):
+        return "blocked" if blocked.pays(queries, kv) else "sdpa"
     return "sdpa"

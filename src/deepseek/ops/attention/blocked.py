@@ -17,7 +17,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
-from deepseek.ops.hardware import computes_bf16
+from deepseek.ops.hardware import computed_in, computes_bf16
 
 BLOCK = 128
 """Queries that are multiplied together."""
@@ -45,7 +45,7 @@ def attention_blocked(
         step = "Use attention='auto' or 'sdpa'"
         raise ConfigError(describe("layout", "attention", must, "another one", step))
     keys, values = kv.dense(layout.num_slots)
-    dtype = _computed_in(queries)
+    dtype = computed_in(queries)
     out: Tensor = _Blocked.apply(  # type: ignore[assignment]
         queries.to(dtype), keys.to(dtype), values.to(dtype), scale
     )
@@ -66,15 +66,8 @@ def pays(queries: Tensor, kv: DenseKV) -> bool:
     wants = torch.is_grad_enabled() and any(
         each.requires_grad for each in (queries, kv.keys, kv.values)
     )
-    is_bf16 = queries.device.type == "cpu" and _computed_in(queries) == torch.bfloat16
+    is_bf16 = queries.device.type == "cpu" and computed_in(queries) == torch.bfloat16
     return wants and is_bf16 and queries.shape[2] <= MAX_QUERIES and computes_bf16(queries.device)
-
-
-def _computed_in(queries: Tensor) -> torch.dtype:
-    device = queries.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return queries.dtype
 
 
 class _Blocked(torch.autograd.Function):

@@ -90,7 +90,7 @@ class BlockTable:
         if int(self.counts.min()) < 0 or int(self.counts.max()) > wanted[3]:
             must = f"between 0 and {wanted[3]}, the width of indices"
             raise ShapeError(describe("counts", "BlockTable", must, self.counts.max().item()))
-        indices, held = torch.broadcast_tensors(self.indices, self._held())
+        indices, held = torch.broadcast_tensors(self.indices, self.held())
         key_blocks = self.num_key_blocks(layout, self.block_size)
         listed = indices[held]
         if listed.numel() and not (int(listed.min()) >= 0 and int(listed.max()) < key_blocks):
@@ -147,7 +147,7 @@ class BlockTable:
 
     def _blocks_seen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
         """Return bool [B or 1, heads or 1, query blocks, key blocks]."""
-        indices, listed = torch.broadcast_tensors(self.indices.long().clamp(min=0), self._held())
+        indices, listed = torch.broadcast_tensors(self.indices.long().clamp(min=0), self.held())
         if self.skip is not None or indices.shape[1] > 1:
             group = num_heads // num_kv_heads
             listed = listed.expand(-1, num_kv_heads, -1, -1).repeat_interleave(group, dim=1)
@@ -164,7 +164,8 @@ class BlockTable:
         hits.scatter_(-1, target, 1)
         return hits[..., :key_blocks] > 0
 
-    def _held(self) -> Tensor:
+    def held(self) -> Tensor:
+        """Return which entries of `indices` count: bool, broadcastable to it."""
         place = torch.arange(self.indices.shape[-1], device=self.indices.device)
         return place < self.counts[..., None]
 
