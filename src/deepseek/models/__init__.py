@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepseek.models.routed import RoutedPlanner
     from deepseek.models.splits import check_mesh, decoder_splits
     from deepseek.models.stage import DecoderStage
+    from deepseek.models.static import Pattern, StaticPlanner
 
 __all__ = [
     "CausalOutput",
@@ -35,9 +36,11 @@ __all__ = [
     "EncoderOutput",
     "ExpertsConfig",
     "LatentConfig",
+    "Pattern",
     "Planner",
     "RopeConfig",
     "RoutedPlanner",
+    "StaticPlanner",
     "WindowPlanner",
     "check_mesh",
     "decoder_splits",
@@ -51,8 +54,10 @@ _PLACES = {
     "DividedDecoder": "divided",
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
+    "Pattern": "static",
     "Planner": "planner",
     "RoutedPlanner": "routed",
+    "StaticPlanner": "static",
     "WindowPlanner": "planner",
     "check_mesh": "splits",
     "decoder_splits": "splits",

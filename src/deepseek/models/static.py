@@ -1,0 +1,102 @@
+"""Static sparse attention: what a query sees depends on its place alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepseek.config import Config
+from deepseek.errors import ConfigError, describe
+from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pattern(Config):
+    """The union of the blocks at the start of a text, the recent ones, every so many-th one, and a
+    random share of the rest, drawn once for each layer and place.
+
+    Source: sinks and a window as StreamingLLM (2309.17453), dilation as Longformer (2004.05150,
+    section 3.1), random blocks as BigBird (2007.14062, section 2); here by blocks, and causal.
+    """
+
+    first: int = 1
+    """Blocks at the start of a text that are always seen."""
+    recent: int = 4
+    """Blocks before a query that are always seen, its own included."""
+    every: int | None = None
+    """Distance in blocks between those that are seen all the way back; None for none."""
+    sparsity: float = 1.0
+    """Share of the blocks left by these that is not seen; 0 for dense attention."""
+    seed: int = 0
+    """Of the random blocks."""
+    block_size: int = 64
+    """Slots of a block, the page size of the cache."""
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.recent < 1 or (self.every is not None and self.every < 1):
+            got = f"first {self.first}, recent {self.recent}, every {self.every}"
+            must = "from 0, from 1 and from 1 on"
+            raise ConfigError(describe("first, recent and every", "Pattern", must, got))
+        if not 0 <= self.sparsity <= 1:
+            raise ConfigError(describe("sparsity", "Pattern", "from 0 to 1", self.sparsity))
+        if self.seed < 0 or self.block_size < 1:
+            got = f"seed {self.seed}, block_size {self.block_size}"
+            raise ConfigError(describe("seed and block_size", "Pattern", "from 0 and 1 on", got))
+
+
+class StaticPlanner:
+    """Lets every layer see the blocks of a pattern: for training with sparse attention, and to hold
+    routed attention against.
+
+    Queries of a block share what they see, and a text is seen the same way whole, in chunks and
+    token by token.
+    """
+
+    def __init__(self, pattern: Pattern | None = None) -> None:
+        self.pattern = pattern or Pattern()
+
+    def plan(
+        self, layer: int, queries: Tensor, kv: DenseKV | PagedKV, layout: Layout
+    ) -> BlockTable | None:
+        """Return what the queries [B, heads, T, dim] of a layer see; None where that is all."""
+        pattern = self.pattern
+        if layout.num_slots <= (pattern.first + pattern.recent) * pattern.block_size:
+            return None
+        # Without random blocks every layer sees the same.
+        key = ("static", pattern, layer if 0 < pattern.sparsity < 1 else None)
+        if key not in layout.memo:
+            layout.memo[key] = pattern_table(layout, pattern, layer, queries.device)
+        return layout.memo[key]
+
+
+def pattern_table(layout: Layout, pattern: Pattern, layer: int, device: torch.device) -> BlockTable:
+    """Return the table of a pattern in a layer, one for all heads."""
+    size = pattern.block_size
+    query_blocks = BlockTable.num_query_blocks(layout, size)
+    last = BlockTable.num_key_blocks(layout, size) - 1
+    # A row shorter than the longest touches fewer blocks; its surplus query blocks hold no query.
+    listed = [
+        [seen_blocks(pattern, layer, min(start // size + at, last)) for at in range(query_blocks)]
+        for start in layout.query_start
+    ]
+    counts = torch.tensor([[len(blocks) for blocks in row] for row in listed], dtype=torch.int32)
+    indices = torch.zeros(*counts.shape, int(counts.max()), dtype=torch.int32)
+    for row, blocks_of_row in enumerate(listed):
+        for at, blocks in enumerate(blocks_of_row):
+            indices[row, at, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+    return BlockTable(indices[:, None].to(device), counts[:, None].to(device), size)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def seen_blocks(pattern: Pattern, layer: int, own: int) -> tuple[int, ...]:
+    """Return which blocks the queries of block `own` see, in order."""
+    always = {*range(min(pattern.first, own + 1)), *range(max(own + 1 - pattern.recent, 0), own)}
+    always |= {own, *(range(own, -1, -pattern.every) if pattern.every else ())}
+    rest = [block for block in range(own) if block not in always]
+    wanted = round(len(rest) * (1 - pattern.sparsity))
+    chosen = np.random.default_rng((pattern.seed, layer, own)).permutation(len(rest))[:wanted]
+    return tuple(sorted(always | {rest[at] for at in chosen}))
