@@ -156,6 +156,21 @@ def test_gathered_in_bfloat16_is_as_near_as_a_mask() -> None:
         assert gathered_error < 2 * masked_error
 
 
+def test_gathered_keeps_what_grows_with_the_text_alone() -> None:
+    """Queries, keys and values, filled up to whole blocks: no scores, no gathered keys."""
+    layout = Layout.dense(1, 320)
+    inputs = [each.requires_grad_() for each in random_inputs(layout, 4, 2)]
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention(inputs[0], DenseKV(*inputs[1:]), layout, table=a_window(320, 9), impl="gathered")
+    assert sum(kept) == sum(each.numel() for each in inputs)
+
+
 def test_gathered_runs_where_a_table_is_sparse() -> None:
     layout = Layout.dense(1, 64)
     queries, keys, values = random_inputs(layout, 2, 1)
