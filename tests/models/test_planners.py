@@ -6,14 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError
-from deepseek.models import Decoder, DecoderConfig, Pattern, StaticPlanner, WindowPlanner
+from deepseek.models import Decoder, DecoderConfig, WindowPlanner
 from deepseek.models.positions import alibi_slopes
-from deepseek.models.static import pattern_table, seen_blocks
 from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
 from tests.models.zoo import CASES, ours, randomize, reference
 from tests.tolerances import assert_logits_equal
@@ -125,80 +122,6 @@ def test_the_window_equals_transformers(window: int, block_size: int) -> None:
         parts = [model(tokens[:, :80], cache=cache).logits]
         parts += [model(tokens[:, at : at + 1], cache=cache).logits for at in range(80, 150)]
     assert_logits_equal(torch.cat(parts, 1), expected)
-
-
-PATTERNS = st.builds(
-    Pattern,
-    first=st.integers(0, 3),
-    recent=st.integers(1, 5),
-    every=st.none() | st.integers(1, 6),
-    sparsity=st.floats(0, 1),
-    seed=st.integers(0, 3),
-    block_size=st.sampled_from([4, 16, 64]),
-)
-
-
-@settings(deadline=None)
-@given(pattern=PATTERNS, layer=st.integers(0, 40), own=st.integers(0, 60))
-def test_a_pattern_lists_what_its_settings_say(pattern: Pattern, layer: int, own: int) -> None:
-    seen = seen_blocks(pattern, layer, own)
-    assert list(seen) == sorted(set(seen)) and seen[-1] == own and seen[0] >= 0
-    always = {
-        block
-        for block in range(own + 1)
-        if block < pattern.first
-        or own - block < pattern.recent
-        or (pattern.every and (own - block) % pattern.every == 0)
-    }
-    assert always <= set(seen)
-    assert len(seen) - len(always) == round((own + 1 - len(always)) * (1 - pattern.sparsity))
-
-
-@settings(deadline=None)
-@given(pattern=PATTERNS, starts=st.lists(st.integers(0, 90), min_size=1, max_size=3))
-def test_a_pattern_is_a_table_that_fits_any_rows(pattern: Pattern, starts: list[int]) -> None:
-    layout = Layout(tuple(starts), tuple(start + 33 for start in starts), 33)
-    table = pattern_table(layout, pattern, 0, torch.device("cpu"))
-    table.check(layout, 4, 2)
-    dense = pattern_table(layout, pattern.replace(sparsity=0.0), 0, torch.device("cpu"))
-    whole = layout.visible(torch.device("cpu")).expand(len(starts), -1, -1)
-    assert torch.equal(dense.visible(layout, 4, 2)[:, 0], whole)
-
-
-@pytest.mark.parametrize("impl", ["auto", "gathered", "reference", "sdpa"])
-def test_a_pattern_decodes_as_it_prefills(impl: str) -> None:
-    pattern = Pattern(recent=2, every=4, sparsity=0.7, block_size=16)
-    model = Decoder(TINY, planner=StaticPlanner(pattern), impl="reference").eval()
-    randomize(model)
-    tokens = torch.randint(0, 50, (2, 170))
-    with torch.no_grad():
-        expected = model(tokens).logits
-        model.planner = None
-        assert float((model(tokens).logits - expected).abs().max()) > 1e-3
-        model.planner = StaticPlanner(pattern)
-        model.impl = impl
-        cache = model.new_cache(2, 170)
-        parts = [model(tokens[:, :50], cache=cache).logits]
-        parts.append(model(tokens[:, 50:165], cache=cache).logits)
-        parts += [model(tokens[:, at : at + 1], cache=cache).logits for at in range(165, 170)]
-        assert_logits_equal(torch.cat(parts, 1), expected)
-
-
-def test_random_blocks_differ_by_layer_place_and_seed_alone() -> None:
-    pattern = Pattern(sparsity=0.5)
-    drawn = seen_blocks(pattern, 0, 40)
-    assert seen_blocks(pattern.replace(seed=0), 0, 40) == drawn
-    assert seen_blocks(pattern, 1, 40) != drawn
-    assert seen_blocks(pattern.replace(seed=1), 0, 40) != drawn
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"recent": 0}, {"first": -1}, {"every": 0}, {"sparsity": 1.1}, {"seed": -1}],
-)
-def test_a_pattern_that_cannot_be_is_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(wrong))}.* of Pattern must be from 0"):
-        Pattern(**wrong)
 
 
 @pytest.mark.parametrize("heads", [1, 4, 6, 9, 16])

@@ -23,6 +23,8 @@ def why_not_flat(config: DecoderConfig) -> str | None:
         return "latent attention has no flat instruction"
     if config.positions != "rope":
         return "ALiBi has no flat instruction"
+    if config.pattern is not None:
+        return "a static pattern of attention has no flat instruction"
     if config.rope.scaling == "dynamic":
         return "the dynamic rope rule changes its angles while it generates"
     return None

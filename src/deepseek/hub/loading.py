@@ -89,6 +89,9 @@ def _route(model: Decoder | Encoder, routing: Routing) -> None:
     if not isinstance(model, Decoder):
         must = "'auto' or an execution for an encoder, which sees all of its short texts"
         raise ConfigError(describe("attention", "load", must, "routed"))
+    if model.config.pattern is not None:
+        must = "'auto' or an execution for a model made for a pattern, which it sees by place alone"
+        raise ConfigError(describe("attention", "load", must, "routed"))
     assert model.planner is None or isinstance(model.planner, WindowPlanner)
     model.planner = RoutedPlanner(model.config, routing, model.planner)
 

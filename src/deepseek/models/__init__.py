@@ -11,6 +11,7 @@ from deepseek.models.config import (
     EncoderConfig,
     ExpertsConfig,
     LatentConfig,
+    Pattern,
     RopeConfig,
 )
 from deepseek.registry import lazy_names
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from deepseek.models.routed import RoutedPlanner
     from deepseek.models.splits import check_mesh, decoder_splits
     from deepseek.models.stage import DecoderStage
-    from deepseek.models.static import Pattern, StaticPlanner
+    from deepseek.models.static import StaticPlanner
 
 __all__ = [
     "CausalOutput",
@@ -54,7 +55,6 @@ _PLACES = {
     "DividedDecoder": "divided",
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
-    "Pattern": "static",
     "Planner": "planner",
     "RoutedPlanner": "routed",
     "StaticPlanner": "static",

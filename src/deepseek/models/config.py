@@ -104,6 +104,40 @@ class ExpertsConfig(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pattern(Config):
+    """The union of the blocks at the start of a text, the recent ones, every so many-th one, and a
+    random share of the rest, drawn once for each layer and place.
+
+    Source: sinks and a window as StreamingLLM (2309.17453), dilation as Longformer (2004.05150,
+    section 3.1), random blocks as BigBird (2007.14062, section 2); here by blocks, and causal.
+    """
+
+    first: int = 1
+    """Blocks at the start of a text that are always seen."""
+    recent: int = 4
+    """Blocks before a query that are always seen, its own included."""
+    every: int | None = None
+    """Distance in blocks between those that are seen all the way back; None for none."""
+    sparsity: float = 1.0
+    """Share of the blocks left by these that is not seen; 0 for dense attention."""
+    seed: int = 0
+    """Of the random blocks."""
+    block_size: int = 64
+    """Slots of a block, the page size of the cache."""
+
+    def __post_init__(self) -> None:
+        if self.first < 0 or self.recent < 1 or (self.every is not None and self.every < 1):
+            got = f"first {self.first}, recent {self.recent}, every {self.every}"
+            must = "from 0, from 1 and from 1 on"
+            raise ConfigError(describe("first, recent and every", "Pattern", must, got))
+        if not 0 <= self.sparsity <= 1:
+            raise ConfigError(describe("sparsity", "Pattern", "from 0 to 1", self.sparsity))
+        if self.seed < 0 or self.block_size < 1:
+            got = f"seed {self.seed}, block_size {self.block_size}"
+            raise ConfigError(describe("seed and block_size", "Pattern", "from 0 and 1 on", got))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(Config):
     """A decoder-only language model: every family this package runs is a point in this space."""
 
@@ -133,6 +167,9 @@ class DecoderConfig(Config):
     window: int | None = None
     """Sliding window in tokens, the own token included, of the layers in `window_layers`."""
     window_layers: tuple[int, ...] = ()
+    pattern: Pattern | None = None
+    """What every layer sees by place alone, where attention is sparse; only the family
+    `deepseek_stack` has a place for it."""
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
     init_std: float = 0.02
@@ -161,6 +198,9 @@ class DecoderConfig(Config):
             raise ConfigError(describe("head_dim", "DecoderConfig", "even with rope", rotated))
         if self.window is not None and self.window < 1:
             raise ConfigError(describe("window", "DecoderConfig", "at least 1", self.window))
+        if self.window is not None and self.pattern is not None:
+            must = "None where there is a window, of which pattern.recent is one"
+            raise ConfigError(describe("pattern", "DecoderConfig", must, self.pattern))
         if self.positions == "alibi" and self.latent is not None:
             must = "rope for latent attention, whose shared key carries the position"
             raise ConfigError(describe("positions", "DecoderConfig", must, self.positions))

@@ -21,6 +21,7 @@ from deepseek.models.layers import (
 )
 from deepseek.models.planner import Planner, WindowPlanner
 from deepseek.models.positions import alibi_slopes, rope_tables
+from deepseek.models.static import StaticPlanner
 from deepseek.ops.attention import AttentionImpl, KVCache, Layout
 from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.linear import Linear
@@ -81,8 +82,8 @@ class Decoder(nn.Module):
 
     Args:
         config: what it is made of.
-        planner: what decides which blocks attention sees; None for the config's own windows, dense
-            elsewhere.
+        planner: what decides which blocks attention sees; None for the config's own windows or
+            pattern, dense elsewhere.
         impl: execution of attention, see `deepseek.ops.attention.attention`.
     """
 
@@ -98,6 +99,8 @@ class Decoder(nn.Module):
         self._initialize()
         if planner is None and config.window is not None:
             planner = WindowPlanner(config.window, config.window_layers)
+        if planner is None and config.pattern is not None:
+            planner = StaticPlanner(config.pattern)
         self.planner = planner
         self.impl: AttentionImpl = impl
         self.tokenizer: Tokenizer | None = None

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from deepseek.errors import ConfigError, describe
-from deepseek.models.config import DecoderConfig, ExpertsConfig, RopeConfig
+from deepseek.models.config import DecoderConfig, ExpertsConfig, Pattern, RopeConfig
 from deepseek.models.decoder import Decoder
 
 Size = Literal["full", "small", "tiny"]
@@ -114,10 +114,11 @@ PRESETS: dict[str, Preset] = {
         Preset(
             name="v2",
             summary="Second generation, sparse attention",
-            config=_THIRTY_TWO,
+            config=_THIRTY_TWO.replace(
+                family=_OWN, pattern=Pattern(first=1, recent=8, every=8, sparsity=0.9)
+            ),
             num_params=32 * _BILLION,
             stated=True,
-            awaits=("sparse attention planner",),
         ),
         Preset(
             name="33b",

@@ -2,50 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deepseek.config import Config
-from deepseek.errors import ConfigError, describe
+from deepseek.models.config import Pattern
 from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pattern(Config):
-    """The union of the blocks at the start of a text, the recent ones, every so many-th one, and a
-    random share of the rest, drawn once for each layer and place.
-
-    Source: sinks and a window as StreamingLLM (2309.17453), dilation as Longformer (2004.05150,
-    section 3.1), random blocks as BigBird (2007.14062, section 2); here by blocks, and causal.
-    """
-
-    first: int = 1
-    """Blocks at the start of a text that are always seen."""
-    recent: int = 4
-    """Blocks before a query that are always seen, its own included."""
-    every: int | None = None
-    """Distance in blocks between those that are seen all the way back; None for none."""
-    sparsity: float = 1.0
-    """Share of the blocks left by these that is not seen; 0 for dense attention."""
-    seed: int = 0
-    """Of the random blocks."""
-    block_size: int = 64
-    """Slots of a block, the page size of the cache."""
-
-    def __post_init__(self) -> None:
-        if self.first < 0 or self.recent < 1 or (self.every is not None and self.every < 1):
-            got = f"first {self.first}, recent {self.recent}, every {self.every}"
-            must = "from 0, from 1 and from 1 on"
-            raise ConfigError(describe("first, recent and every", "Pattern", must, got))
-        if not 0 <= self.sparsity <= 1:
-            raise ConfigError(describe("sparsity", "Pattern", "from 0 to 1", self.sparsity))
-        if self.seed < 0 or self.block_size < 1:
-            got = f"seed {self.seed}, block_size {self.block_size}"
-            raise ConfigError(describe("seed and block_size", "Pattern", "from 0 and 1 on", got))
 
 
 class StaticPlanner:
