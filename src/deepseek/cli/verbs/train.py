@@ -81,13 +81,31 @@ def train_here(
     world.barrier()
     set_threads(args.threads, world)
     told = out if world.is_first else Output(as_json=True)
+    slow = _stages_of_slow_products(asked)
     with saying_that_it_is_saved(told, world), _reporting(told, world) as (say, preparing):
 
         def report(progress: Progress) -> None:
+            if progress.stage in slow:
+                slow.remove(progress.stage)
+                told.note(
+                    f"{progress.stage}: this processor has no bfloat16 instructions; with "
+                    "precision float32 products would be several times as fast"
+                )
             for each in (say, *trackers):
                 each(progress)
 
         return train(asked, args.out, world=world, report=report, preparing=preparing)
+
+
+def _stages_of_slow_products(asked: Run) -> set[str]:
+    """Return the stages that ask for bfloat16 products where the processor has none."""
+    import torch
+
+    from deepseek.ops.hardware import computes_bf16
+
+    if computes_bf16(torch.device("cpu")):
+        return set()
+    return {stage.name for stage in asked.stages if stage.precision == "bfloat16"}
 
 
 @contextlib.contextmanager
