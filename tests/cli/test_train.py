@@ -49,7 +49,7 @@ def test_a_run_with_its_report_and_proof(run: Run, written: Path, tmp_path: Path
 def test_slow_products_are_told_once(
     run: Run, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "only: this processor has no bfloat16 instructions"
+    words = "only: this processor has no bfloat16 products"
     monkeypatch.setattr(hardware, "_cpu_computes_bf16", lambda: False)
     assert run("train", str(written), "--out", str(tmp_path / "slow")).err.count(words) == 1
     values = yaml.safe_load(written.read_text())

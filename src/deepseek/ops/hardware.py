@@ -7,6 +7,7 @@ import functools
 import platform
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,14 @@ def computes_bf16(device: torch.device) -> bool:
     float32 ones.
     """
     return device.type != "cpu" or _cpu_computes_bf16()
+
+
+def products_in(precision: Literal["float32", "bfloat16"]) -> torch.dtype:
+    """Return in which dtype this processor multiplies when a precision is asked for: float32 for
+    bfloat16 where it has no instructions for that, which is more exact and several times as
+    fast."""
+    has_bf16 = computes_bf16(torch.device("cpu"))
+    return torch.bfloat16 if precision == "bfloat16" and has_bf16 else torch.float32
 
 
 def computed_in(states: torch.Tensor) -> torch.dtype:

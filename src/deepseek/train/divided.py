@@ -15,6 +15,7 @@ from deepseek.models import Decoder
 from deepseek.models.divided import DividedDecoder
 from deepseek.models.splits import check_mesh
 from deepseek.ops.cross_entropy import IGNORED
+from deepseek.ops.hardware import products_in
 from deepseek.parallel import Exact, GradientSum, Grid, World, gradient_of, local_of, whole_state
 from deepseek.train.config import Run, Stage
 from deepseek.train.step import StepResult, choose_parameters, take_step
@@ -108,7 +109,7 @@ class DividedStep:
         self._values = [value for _, value in parameters]
         self._sums = GradientSum(divided.grid, parameters, divided.axes)
         self._share, self._num_parts = self._divide()
-        divided.stage.products = getattr(torch, stage.precision)
+        divided.stage.products = products_in(stage.precision)
 
     def _divide(self) -> tuple[int, int]:
         """Return this worker's samples of a batch, and in how many parts it runs them."""

@@ -21,6 +21,7 @@ from deepseek.data import Windows
 from deepseek.errors import ConfigError, describe
 from deepseek.hub import Bundle, save
 from deepseek.models import Decoder
+from deepseek.ops.hardware import products_in
 from deepseek.optim import build_optimizers
 from deepseek.parallel import Mesh, Transport, World, open_transport
 from deepseek.records import StageRecord
@@ -316,7 +317,7 @@ class _Clock:
     def __init__(self, model: Decoder, stage: Stage, workers: int) -> None:
         self._stage = stage
         self._flops = flops_per_token(model, stage.length)
-        own = peak_flops(getattr(torch, stage.precision), torch.get_num_threads())
+        own = peak_flops(products_in(stage.precision), torch.get_num_threads())
         self._peak = own * workers
         self._last = time.perf_counter()
         self._speeds: list[float] = []

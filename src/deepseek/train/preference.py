@@ -20,6 +20,7 @@ from deepseek.data.texts import read_lines, text_files
 from deepseek.errors import ConfigError, FormatError, describe, missing_extra
 from deepseek.hub import Bundle
 from deepseek.models import Decoder
+from deepseek.ops.hardware import products_in
 from deepseek.records import Measurement, StageRecord
 from deepseek.train.config import ALL_LINEAR
 from deepseek.train.places import Places
@@ -181,7 +182,7 @@ def _trainer(
             max_length=asked.length,
             lr_scheduler_type="cosine",
             warmup_steps=0.05,
-            bf16=asked.precision == "bfloat16",
+            bf16=products_in(asked.precision) == torch.bfloat16,
             use_cpu=not torch.cuda.is_available(),
             gradient_checkpointing=False,
             dataloader_pin_memory=False,

@@ -8,7 +8,6 @@ import time
 import torch
 
 from deepseek.models import Decoder
-from deepseek.ops.hardware import computes_bf16
 
 _SIZE = 2048
 
@@ -41,12 +40,9 @@ def peak_flops(dtype: torch.dtype, num_threads: int) -> float:
     """Return the best of five products of two matrices of 2048 x 2048, in operations a second.
 
     Args:
-        dtype: of the matrices; float32 counts in place of bfloat16 where the processor has no
-            instructions for it, and would be a fraction as fast.
+        dtype: of the matrices.
         num_threads: those that PyTorch computes with; measured once for each number.
     """
-    if dtype == torch.bfloat16 and not computes_bf16(torch.device("cpu")):
-        dtype = torch.float32
     first, second = torch.ones(_SIZE, _SIZE, dtype=dtype), torch.ones(_SIZE, _SIZE, dtype=dtype)
     torch.mm(first, second)
     best = float("inf")

@@ -18,6 +18,7 @@ from deepseek.data import Samples, Windows
 from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder
 from deepseek.ops.cross_entropy import IGNORED
+from deepseek.ops.hardware import products_in
 from deepseek.parallel import EarlySum, PairwiseSum, Transport, World
 from deepseek.train.config import Stage
 from deepseek.train.teacher import taught_loss
@@ -198,7 +199,8 @@ class BatchStep:
             return torch.zeros(1)
         # dropout depends on the part, not on who computes it
         torch.manual_seed((self._seed * 1_000_003 + batch.step) * 65_537 + first)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._stage.precision == "bfloat16"):
+        is_bf16 = products_in(self._stage.precision) == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
             if self._teacher is not None and bool(is_taught.any()):
                 total = taught_loss(self._model, self._teacher, tokens, counted, is_taught)
                 loss = total / batch.num_targets

@@ -88,8 +88,8 @@ def train_here(
             if progress.stage in slow:
                 slow.remove(progress.stage)
                 told.note(
-                    f"{progress.stage}: this processor has no bfloat16 instructions; with "
-                    "precision float32 products would be several times as fast"
+                    f"{progress.stage}: this processor has no bfloat16 products; "
+                    "they are computed in float32"
                 )
             for each in (say, *trackers):
                 each(progress)
