@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from deepseek.cli.verbs.train import _span
-from deepseek.ops import hardware
 from tests.cli.conftest import Run
 
 
@@ -44,22 +43,6 @@ def test_a_run_with_its_report_and_proof(run: Run, written: Path, tmp_path: Path
     proof = run("train", str(written), "--out", out, "--prove", "--json")
     assert proof.code == 0
     assert proof.object["stages"] == [{"stage": "only", "steps": 5, "samples": 20}]
-
-
-def test_slow_products_are_told_once(
-    run: Run, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = "only: this processor has no bfloat16 products"
-    monkeypatch.setattr(hardware, "_cpu_computes_bf16", lambda: False)
-    assert run("train", str(written), "--out", str(tmp_path / "slow")).err.count(words) == 1
-    values = yaml.safe_load(written.read_text())
-    values["stages"][0]["precision"] = "float32"
-    (tmp_path / "exact.yaml").write_text(yaml.safe_dump(values))
-    exact = run("train", str(tmp_path / "exact.yaml"), "--out", str(tmp_path / "exact"))
-    assert exact.code == 0 and words not in exact.err
-    monkeypatch.setattr(hardware, "_cpu_computes_bf16", lambda: True)
-    fast = run("train", str(written), "--out", str(tmp_path / "fast"))
-    assert fast.code == 0 and words not in fast.err
 
 
 def test_a_proof_that_fails_is_exit_code_1(run: Run, written: Path, tmp_path: Path) -> None:
