@@ -9,6 +9,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder
 from deepseek.models.depth import keep_layers
 from deepseek.models.presets import preset
+from deepseek.ops.hardware import products_in
 from deepseek.train.config import Run
 from deepseek.train.places import Places
 
@@ -48,8 +49,8 @@ def open_teacher(run: Run) -> Decoder | None:
         return None
     name = run.teacher or run.model
     assert name is not None
-    is_exact = any(stage.precision == "float32" for stage in run.stages)
-    teacher = hub.load(name, dtype="float32" if is_exact else "bfloat16")
+    is_exact = torch.float32 in {products_in(stage.precision) for stage in run.stages}
+    teacher = hub.load(name, dtype=torch.float32 if is_exact else torch.bfloat16)
     if not isinstance(teacher, Decoder):
         raise ConfigError(describe("teacher", "the run", "a decoder", name))
     return teacher.requires_grad_(False).eval()
