@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from deepseek.cli.verbs.train import _span
+from deepseek.cli.verbs.train import _span, _stages_of_slow_products
+from deepseek.ops import hardware
+from deepseek.train import Run as TrainingRun
+from deepseek.train import Source, Stage
 from tests.cli.conftest import Run
 
 
@@ -43,6 +47,32 @@ def test_a_run_with_its_report_and_proof(run: Run, written: Path, tmp_path: Path
     proof = run("train", str(written), "--out", out, "--prove", "--json")
     assert proof.code == 0
     assert proof.object["stages"] == [{"stage": "only", "steps": 5, "samples": 20}]
+
+
+def test_slow_products_are_told_once(
+    run: Run, written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "only: this processor has no bfloat16 products"
+    monkeypatch.setattr(hardware, "_cpu_computes_bf16", lambda: False)
+    ended = run("train", str(written), "--out", str(tmp_path / "slow"))
+    assert ended.code == 0 and ended.err.count(words) == 1
+    values = yaml.safe_load(written.read_text())
+    values["stages"][0]["precision"] = "float32"
+    (tmp_path / "exact.yaml").write_text(yaml.safe_dump(values))
+    exact = run("train", str(tmp_path / "exact.yaml"), "--out", str(tmp_path / "exact"))
+    assert exact.code == 0 and words not in exact.err
+
+
+@pytest.mark.parametrize("has_bf16", [False, True])
+def test_bfloat16_runs_in_float32_where_the_processor_has_none(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "_cpu_computes_bf16", lambda: has_bf16)
+    assert hardware.products_in("float32") == torch.float32
+    assert hardware.products_in("bfloat16") == (torch.bfloat16 if has_bf16 else torch.float32)
+    stage = Stage(name="only", data=(Source(path="text.txt"),), steps=1)
+    slow = _stages_of_slow_products(TrainingRun(model="smollm2-135m", stages=(stage,)))
+    assert slow == (set() if has_bf16 else {"only"})
 
 
 def test_a_proof_that_fails_is_exit_code_1(run: Run, written: Path, tmp_path: Path) -> None:
