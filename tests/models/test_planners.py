@@ -9,21 +9,11 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError
-from deepseek.models import Decoder, DecoderConfig, WindowPlanner
+from deepseek.models import Decoder, WindowPlanner
 from deepseek.models.positions import alibi_slopes
 from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
-from tests.models.zoo import CASES, ours, randomize, reference
+from tests.models.zoo import CASES, TINY, ours, randomize, reference
 from tests.tolerances import assert_logits_equal
-
-TINY = DecoderConfig(
-    vocab_size=50,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    intermediate_size=32,
-)
 
 
 @dataclasses.dataclass

@@ -15,23 +15,13 @@ from deepseek.errors import ConfigError, FormatError
 from deepseek.face import load, load_engine
 from deepseek.generate import generate
 from deepseek.generate.modules import why_no_engine
-from deepseek.models import Decoder, DecoderConfig, Pattern, StaticPlanner
+from deepseek.models import Decoder, Pattern, StaticPlanner
 from deepseek.models.static import pattern_table, seen_blocks
 from deepseek.ops.attention import Layout
-from tests.models.zoo import randomize
+from tests.models.zoo import TINY, randomize
 from tests.tolerances import assert_logits_equal
 
-TINY = DecoderConfig(
-    vocab_size=50,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    intermediate_size=32,
-)
 SPARSE = Pattern(recent=2, every=4, sparsity=0.7, block_size=16)
-
 PATTERNS = st.builds(
     Pattern,
     first=st.integers(0, 3),
@@ -124,7 +114,7 @@ def test_a_config_and_its_bundle_keep_a_pattern(tmp_path: Path) -> None:
     prompt = tokens[0].tolist()
     found = generate(loaded, prompt, max_tokens=3, ignore_eos=True).token_ids
     assert len(found) == 3
-    with pytest.raises(ConfigError, match="made for a pattern"):
+    with pytest.raises(ConfigError, match="made for a static pattern"):
         load(path, attention="routed")
 
 

@@ -8,9 +8,19 @@ import torch
 import transformers
 from torch import nn
 
-from deepseek.models import Decoder
+from deepseek.models import Decoder, DecoderConfig
 from deepseek.models.families import build_model, config_from_hf, state_from_hf
 
+TINY = DecoderConfig(
+    vocab_size=50,
+    hidden_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    intermediate_size=32,
+)
+"""A decoder of our own that no case below is like."""
 BASE = {
     "vocab_size": 97,
     "hidden_size": 48,

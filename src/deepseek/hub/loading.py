@@ -90,7 +90,7 @@ def _route(model: Decoder | Encoder, routing: Routing) -> None:
         must = "'auto' or an execution for an encoder, which sees all of its short texts"
         raise ConfigError(describe("attention", "load", must, "routed"))
     if model.config.pattern is not None:
-        must = "'auto' or an execution for a model made for a pattern, which it sees by place alone"
+        must = "'auto' or an execution: this model was made for a static pattern of attention"
         raise ConfigError(describe("attention", "load", must, "routed"))
     assert model.planner is None or isinstance(model.planner, WindowPlanner)
     model.planner = RoutedPlanner(model.config, routing, model.planner)

@@ -104,7 +104,8 @@ class _Places:
         counts = table.counts.expand(-1, -1, self.num_blocks)
         self.widths: list[int] = counts.amax((0, 1)).clamp(min=1).tolist()
         group = torch.arange(rows * kv_heads, device=device).view(rows, kv_heads, 1, 1)
-        listed = torch.where(table.held(), table.indices, 0).long()
+        self.held = table.held()
+        listed = torch.where(self.held, table.indices, 0).long()
         self.gathered = (listed + group * self.key_blocks).permute(2, 0, 1, 3).flatten(1, 2)
 
     def in_query_blocks(self, queries: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class _Places:
         width = max(self.widths[chunk])
         place = torch.arange(size, device=table.indices.device)
         slots = (table.indices[:, :, chunk, :width, None] * size + place).flatten(-2)
-        held = table.held()[:, :, chunk, :width]
+        held = self.held[:, :, chunk, :width]
         queries = self.query_slots[: 1 if layout.is_uniform else None, None, chunk, :, None]
         seen = held.repeat_interleave(size, -1)[..., None, :]
         if layout.causal:
