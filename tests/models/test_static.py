@@ -17,7 +17,7 @@ from deepseek.generate import generate
 from deepseek.generate.modules import why_no_engine
 from deepseek.models import Decoder, Pattern, StaticPlanner
 from deepseek.models.static import pattern_table, seen_blocks
-from deepseek.ops.attention import Layout
+from deepseek.ops.attention import BlockTable, DenseKV, Layout
 from tests.models.zoo import TINY, randomize
 from tests.tolerances import assert_logits_equal
 
@@ -84,6 +84,22 @@ def test_random_blocks_differ_by_layer_place_and_seed_alone() -> None:
     assert seen_blocks(pattern.replace(seed=0), 0, 40) == drawn
     assert seen_blocks(pattern, 1, 40) != drawn
     assert seen_blocks(pattern.replace(seed=1), 0, 40) != drawn
+
+
+def test_layers_of_a_pass_share_a_table_where_nothing_is_random() -> None:
+    layout, states = Layout.dense(1, 300), torch.zeros(1, 4, 300, 6)
+    kv = DenseKV(states[:, :2], states[:, :2])
+
+    def tables(pattern: Pattern) -> list[BlockTable]:
+        found = [StaticPlanner(pattern).plan(layer, states, kv, layout) for layer in (0, 1)]
+        return [table for table in found if table is not None]
+
+    first, second = tables(SPARSE)
+    assert first.indices.shape != second.indices.shape or bool(
+        (first.indices != second.indices).any()
+    )
+    first, second = tables(SPARSE.replace(sparsity=1.0))
+    assert first is second
 
 
 @pytest.mark.parametrize(

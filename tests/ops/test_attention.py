@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deepseek.errors import ConfigError, ShapeError
 from deepseek.ops.attention import (
     ATTENTION_IMPLS,
+    AttentionImpl,
     BlockTable,
     DenseKV,
     KVCache,
@@ -154,6 +155,29 @@ def test_gathered_in_bfloat16_is_as_near_as_a_mask() -> None:
     }
     for gathered_error, masked_error in zip(*reversed(errors.values()), strict=True):
         assert gathered_error < 2 * masked_error
+
+
+def test_gathered_adds_up_gradients_of_many_blocks_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Block 0 is seen by 256 query blocks, one after the other; sums in float16 would drift."""
+    monkeypatch.setattr(gathered, "CHUNK_SCORES", 1)
+    layout = Layout.dense(1, 1024)
+    own = torch.arange(256, dtype=torch.int32)
+    listed = torch.stack((own, torch.zeros_like(own)), -1)
+    table = BlockTable(listed[None, None], (own + 1).clamp(max=2)[None, None], 4)
+    inputs = [each.half() for each in random_inputs(layout, 1, 1)]
+
+    def gradient(impl: AttentionImpl, dtype: torch.dtype) -> torch.Tensor:
+        queries, keys, values = (each.to(dtype) for each in inputs)
+        values.requires_grad_()
+        attention(queries, DenseKV(keys, values), layout, table=table, impl=impl).sum().backward()
+        assert values.grad is not None
+        return values.grad[0, 0, :4].double()
+
+    exact = gradient("reference", torch.float64)
+    error = (gradient("gathered", torch.float16) - exact).abs() / exact.abs()
+    assert float(error.max()) < 2e-3
 
 
 def test_gathered_keeps_what_grows_with_the_text_alone() -> None:
