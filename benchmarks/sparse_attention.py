@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
+import shlex
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -33,6 +32,7 @@ from deepseek.models import Pattern
 from deepseek.models.static import pattern_table
 from deepseek.ops.attention import BlockTable, DenseKV, Layout, attention
 from deepseek.ops.memory import keep_freed_memory
+from deepseek.records import Measurement, summarize
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
 BLOCK = 64
@@ -99,11 +99,10 @@ def random_inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(1, each, length, DIM).to(dtype) for each in heads]
 
 
-def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> list[Measurement]:
     """Return the seconds of both, and their ratio round by round."""
     run, table = sparse(length)
-    dtype = DTYPES[args.dtype]
-    inputs = random_inputs(length, dtype)
+    inputs = random_inputs(length, DTYPES[args.dtype])
     peers = {args.dtype: inputs, "float32": [each.float() for each in inputs]}
     firsts = {name: timed(dense, peer, with_gradients) for name, peer in peers.items()}
     peer = min(firsts, key=firsts.__getitem__)
@@ -112,28 +111,39 @@ def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> lis
         (timed(run, inputs, with_gradients), timed(dense, peers[peer], with_gradients))
         for _ in range(args.rounds)
     ]
+    ours, theirs = zip(*rounds, strict=True)
+    command = shlex.join(["python", "benchmarks/sparse_attention.py", *sys.argv[1:]])
     about = {
         "length": length,
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "pass": "forward and backward" if with_gradients else "forward",
         "listed": round(float(table.counts.float().mean()) * BLOCK),
-    }
-    series = {
-        "sparse_s": ("s", [ours for ours, _ in rounds], about),
-        "dense_s": ("s", [theirs for _, theirs in rounds], {**about, "peer": f"SDPA, {peer}"}),
-        "speedup": ("1", [theirs / ours for ours, theirs in rounds], about),
+        "peer": f"SDPA, {peer}",
     }
     return [
-        {
-            "name": name,
-            "value": statistics.median(values),
-            "unit": unit,
-            "spread": {"kind": "min-max", "low": min(values), "high": max(values)},
-            "conditions": conditions,
-        }
-        for name, (unit, values, conditions) in series.items()
+        summarize("sparse_s", ours, "s", conditions=about, command=command),
+        summarize("dense_s", theirs, "s", conditions=about, command=command),
+        summarize("speedup", [t / o for o, t in rounds], "1", conditions=about, command=command),
     ]
+
+
+def show(found: list[Measurement]) -> None:
+    """Print a line for each length and pass."""
+    table = Table("tokens", "pass", "seen", "sparse, s", "dense, s", "times", "dense runs")
+    for ours, theirs, ratio in zip(found[::3], found[1::3], found[2::3], strict=True):
+        about, spread = ratio.conditions, ratio.spread
+        assert spread is not None
+        table.add_row(
+            f"{about['length']:,}",
+            str(about["pass"]),
+            str(about["listed"]),
+            f"{ours.value:.3f}",
+            f"{theirs.value:.3f}",
+            f"{ratio.value:.2f} ({spread.low:.2f} to {spread.high:.2f})",
+            str(about["peer"]),
+        )
+    Console().print(table)
 
 
 def main() -> int:
@@ -154,23 +164,14 @@ def main() -> int:
         for with_gradients in (False, True):
             found += measured(length, with_gradients, args)
     if args.json:
-        print(json.dumps({"ok": True, "measurements": found}, indent=2))
-        return 0
-    table = Table("tokens", "pass", "seen", "sparse, s", "dense, s", "times", "dense runs")
-    for ours, theirs, ratio in zip(found[::3], found[1::3], found[2::3], strict=True):
-        about, spread = theirs["conditions"], ratio["spread"]
-        table.add_row(
-            f"{about['length']:,}",
-            about["pass"],
-            str(about["listed"]),
-            f"{ours['value']:.3f}",
-            f"{theirs['value']:.3f}",
-            f"{ratio['value']:.2f} ({spread['low']:.2f} to {spread['high']:.2f})",
-            about["peer"],
-        )
-    Console().print(table)
+        print(json.dumps({"measurements": [item.to_dict() for item in found]}, indent=2))
+    else:
+        show(found)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("stopped: nothing was kept")
