@@ -203,7 +203,7 @@ def test_gathered_runs_where_a_table_is_sparse() -> None:
     assert choose(queries, kv, layout, a_window(64, 3)) == "sdpa"
     assert choose(queries, kv, layout, a_window(64, 4, 8)) == "sdpa", "keys copied for 8 queries"
     one = Layout((63,), (64,), 1)
-    assert choose(queries[:, :, -1:], kv, one, a_window(1, 2)) == "gathered"
+    assert choose(queries[:, :, -1:], kv, one, a_window(1, 2)) == "sdpa", "a single query"
     with_means = dataclasses.replace(a_window(64, 2), means=True)
     refused = [(None, None), (with_means, None), (a_window(64, 2), torch.rand(2))]
     for table, slopes in refused:

@@ -26,7 +26,8 @@ from deepseek.ops.hardware import computed_in, computes_bf16
 CHUNK_SCORES = 1 << 22
 """Scores that are in memory at a time; a chunk holds one query block at least."""
 LEAST_QUERIES = 16
-"""Smallest query block that "auto" gathers for: keys are copied once for each block."""
+"""Fewest queries that "auto" gathers for: keys are copied once for each block of them, those of a
+cache even once more."""
 MOST_LISTED = 0.5
 """Largest share of the key blocks that "auto" gathers; from there on a mask costs less."""
 
@@ -71,10 +72,10 @@ def suits(table: BlockTable, slopes: Tensor | None) -> bool:
 
 
 def pays(table: BlockTable, layout: Layout) -> bool:
-    """Return whether it is faster than a mask: few blocks for many queries, or for one token."""
+    """Return whether it is faster than a mask: few blocks, and many queries that share them."""
     listed = table.indices.shape[-1]
     is_sparse = listed <= MOST_LISTED * table.num_key_blocks(layout, table.block_size)
-    return is_sparse and (table.query_size >= LEAST_QUERIES or layout.num_queries == 1)
+    return is_sparse and min(table.query_size, layout.num_queries) >= LEAST_QUERIES
 
 
 class _Places:
