@@ -9,7 +9,7 @@ from deepseek.cli.output import Output
 from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
-    from deepseek.generate import Engine
+    from deepseek.generate import Engine, Memory
     from deepseek.hub import Bundle
     from deepseek.models import Decoder, Encoder
 
@@ -46,6 +46,28 @@ def add_attention_argument(parser: argparse.ArgumentParser) -> None:
         help="auto: every token sees all before it; routed: the blocks of them that it chooses, "
         "for long texts",
     )
+
+
+def add_memory_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--memory`."""
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        metavar="TOKENS",
+        help="keep no more than so many tokens, the first and the most recent ones: a text may then "
+        "be of any length (a multiple of 64)",
+    )
+
+
+def read_memory(args: argparse.Namespace) -> Memory | None:
+    """Return the memory that `--memory` asks for.
+
+    Raises:
+        ConfigError: a number that cannot be one.
+    """
+    from deepseek.generate import Memory
+
+    return None if args.memory is None else Memory.of(args.memory)
 
 
 def positive(word: str) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from deepseek.generate.completion import Completion, Piece
 from deepseek.generate.engine import Engine, build_engine
 from deepseek.generate.loop import generate, stream
+from deepseek.generate.memory import Memory
 from deepseek.generate.prompt import chat_prompt
 from deepseek.ops.sampling.config import Sampling
 
 __all__ = [
     "Completion",
     "Engine",
+    "Memory",
     "Piece",
     "Sampling",
     "build_engine",

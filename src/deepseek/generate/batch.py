@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from deepseek.errors import BackendError, describe
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE, Engine
+from deepseek.generate.memory import Memory
 from deepseek.ops.cpu import kernels
 from deepseek.ops.sampling.config import Sampling
 
@@ -42,63 +43,119 @@ class Batch(Protocol):
         ...
 
 
+class RowPages:
+    """The pages of some rows on an engine, and how many tokens each row holds.
+
+    Args:
+        engine: whose pages they are.
+        num_rows: rows.
+        capacity: most tokens of a row.
+        memory: what a row keeps when it is full; None for rows that are never.
+    """
+
+    def __init__(
+        self, engine: Engine, num_rows: int, capacity: int, memory: Memory | None = None
+    ) -> None:
+        self._engine, self._memory = engine, memory
+        per_row = -(-(capacity if memory is None else min(capacity, memory.max_len)) // PAGE_SIZE)
+        self.table = np.arange(num_rows * per_row, dtype=np.int32).reshape(num_rows, per_row)
+        self.pages = engine.new_pages(self.table.size)
+        self.lengths = np.zeros(num_rows, np.int32)
+
+    def room(self, row: int) -> int:
+        """Return how many tokens a row can take before it is full."""
+        return self.table.shape[1] * PAGE_SIZE - int(self.lengths[row])
+
+    def make_room(self, row: int) -> None:
+        """Let the oldest tokens of a row leave if it is full and has a memory."""
+        memory = self._memory
+        if memory is None or self.lengths[row] < memory.max_len:
+            return
+        own = self.table[row, memory.first // PAGE_SIZE :]
+        own[:] = np.roll(own, -(memory.dropped // PAGE_SIZE))
+        self._engine.turn_back(self.pages, own[: memory.mem_len // PAGE_SIZE], memory.dropped)
+        self.lengths[row] -= memory.dropped
+
+    def append(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[int] | np.ndarray,
+        selected: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Append tokens to their rows, which have room for them; return the logits of the selected
+        ones. Arguments and errors as `Engine.step`."""
+        lengths, positions = self.lengths.copy(), np.empty(len(tokens), np.int32)
+        for place, row in enumerate(rows):
+            positions[place] = lengths[row]
+            lengths[row] += 1
+        logits = self._engine.step(self.pages, tokens, positions, rows, self.table, selected)
+        self.lengths = lengths
+        return logits
+
+    def keep(self, rows: list[int]) -> None:
+        """Let the other rows leave; their pages stay."""
+        self.table = np.ascontiguousarray(self.table[rows])
+        self.lengths = self.lengths[rows]
+
+
 class EngineBatch:
     """A batch on an engine. Prompts share steps of at most `MAX_STEP_TOKENS` tokens, unpadded."""
 
-    def __init__(self, engine: Engine, rows: Sequence[RowLike], sampling: Sampling) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        engine: Engine,
+        rows: Sequence[RowLike],
+        sampling: Sampling,
+        memory: Memory | None = None,
+    ) -> None:
         self._prompts = [row.prompt for row in rows]
         self._choosers = [_Chooser(engine, row, sampling) for row in rows]
-        per_row = -(-max(len(row.prompt) + row.tokens_left for row in rows) // PAGE_SIZE)
-        table = np.arange(len(rows) * per_row, dtype=np.int32)
-        self._table = table.reshape(len(rows), per_row)
-        self._pages = engine.new_pages(table.size)
-        self._lengths = np.array([len(prompt) for prompt in self._prompts], np.int32)
+        capacity = max(len(row.prompt) + row.tokens_left for row in rows)
+        self._rows = RowPages(engine, len(rows), capacity, memory)
         self._is_greedy = sampling.is_greedy and not sampling.has_penalties
 
     def start(self) -> list[int]:
         """Read the prompts and return the first token of each row."""
-        first: list[np.ndarray] = []
+        return self._choose(np.concatenate([self._read(places) for places in self._steps()]))
+
+    def _steps(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield the tokens of each step of reading as (row, place in its prompt); a step ends where
+        a row is full, and is taken before the next one is asked for."""
         waiting: list[tuple[int, int]] = []
         for row, prompt in enumerate(self._prompts):
-            for position in range(len(prompt)):
-                waiting.append((row, position))
-                if len(waiting) == MAX_STEP_TOKENS:
-                    first.append(self._read(waiting))
+            room = self._rows.room(row)
+            for place in range(len(prompt)):
+                if len(waiting) == MAX_STEP_TOKENS or room == 0:
+                    yield waiting
                     waiting = []
-        if waiting:
-            first.append(self._read(waiting))
-        return self._choose(np.concatenate(first))
+                if room == 0:
+                    self._rows.make_room(row)
+                    room = self._rows.room(row)
+                waiting.append((row, place))
+                room -= 1
+        yield waiting
 
     def _read(self, places: list[tuple[int, int]]) -> np.ndarray:
         """Append tokens of prompts; return the logits of those that end one."""
-        tokens = [self._prompts[row][position] for row, position in places]
-        ends = [
-            i for i, (row, position) in enumerate(places) if position == len(self._prompts[row]) - 1
-        ]
-        rows, positions = np.array(places, np.int32).T
-        return self._engine.step(self._pages, tokens, positions, rows, self._table, ends)
+        tokens = [self._prompts[row][place] for row, place in places]
+        ends = [i for i, (row, place) in enumerate(places) if place == len(self._prompts[row]) - 1]
+        return self._rows.append(tokens, [row for row, _ in places], ends)
 
     def step(self, tokens: list[int]) -> list[int]:
         """Append the newest token of each row and return the next ones."""
-        rows = np.arange(len(tokens), dtype=np.int32)
         logits: list[np.ndarray] = []
+        for row in range(len(tokens)):
+            self._rows.make_room(row)
         for start in range(0, len(tokens), MAX_STEP_TOKENS):
-            part = slice(start, start + MAX_STEP_TOKENS)
-            chosen = range(len(rows[part]))
-            logits.append(
-                self._engine.step(
-                    self._pages, tokens[part], self._lengths[part], rows[part], self._table, chosen
-                )
-            )
-        self._lengths += 1
+            rows = np.arange(start, min(start + MAX_STEP_TOKENS, len(tokens)), dtype=np.int32)
+            part = tokens[start : start + MAX_STEP_TOKENS]
+            logits.append(self._rows.append(part, rows, range(len(rows))))
         return self._choose(logits[0] if len(logits) == 1 else np.concatenate(logits))
 
     def keep(self, slots: list[int]) -> None:
         """Let the other rows leave; their pages stay until the batch ends."""
         self._choosers = [self._choosers[slot] for slot in slots]
-        self._table = np.ascontiguousarray(self._table[slots])
-        self._lengths = self._lengths[slots]
+        self._rows.keep(slots)
 
     def _choose(self, logits: np.ndarray) -> list[int]:
         if self._is_greedy:

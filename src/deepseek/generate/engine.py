@@ -144,6 +144,22 @@ class Engine:
             raise ConfigError(describe("step", "Engine", "consistent", str(error))) from error
         return logits
 
+    def turn_back(self, pages: Any, numbers: Sequence[int] | np.ndarray, positions: int) -> None:
+        """Move full pages to positions that lie `positions` earlier.
+
+        Args:
+            pages: of `new_pages`.
+            numbers: of the pages, as in a page table.
+            positions: a multiple of the page size, so that a page stays one.
+
+        Raises:
+            ConfigError: numbers that do not fit together; nothing was changed.
+        """
+        try:
+            self.native.turn_back(pages, _int32(numbers), positions)
+        except ValueError as error:
+            raise ConfigError(describe("turn_back", "Engine", "consistent", str(error))) from error
+
 
 def _int32(values: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int32)

@@ -11,6 +11,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.generate.batch import Batch, EngineBatch
 from deepseek.generate.completion import Completion, FinishReason, Piece
 from deepseek.generate.engine import Engine
+from deepseek.generate.memory import Memory
 from deepseek.generate.prompt import read_prompts
 from deepseek.generate.stop import TextStream
 from deepseek.ops.sampling.config import Sampling
@@ -29,6 +30,7 @@ def generate(
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
+    memory: Memory | None = None,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Completion | list[Completion]:
     """Return the model's continuation of one prompt, or of each of several.
@@ -36,11 +38,14 @@ def generate(
     Args:
         model: a decoder or an engine; text needs its `tokenizer`, token ids do not.
         prompts: text, token ids or a 1-D tensor; or a list of these, or a 2-D tensor.
-        max_tokens: most tokens to generate for a prompt; less where the context ends earlier.
+        max_tokens: most tokens to generate for a prompt; less where the context ends earlier and
+            there is no memory.
         sampling: how tokens are chosen; None is greedy. Row i uses seed + i.
         stop: strings that end the text and are not part of it.
         stop_token_ids: ids that end the text, besides the model's own.
         ignore_eos: go on behind the model's own end tokens.
+        memory: what is kept of a text that is longer than it, in constant bytes; None to keep all,
+            as far as the context reaches.
         on_piece: called with each piece as it comes.
 
     Returns:
@@ -52,13 +57,13 @@ def generate(
         BackendError: the model's logits are not finite.
     """
     start_s = time.perf_counter()
-    ids, is_single = read_prompts(model, prompts)
+    ids, is_single = read_prompts(model, prompts, memory)
     ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
     texts: list[list[str]] = [[] for _ in ids]
     tokens: list[list[int]] = [[] for _ in ids]
     first_s, last_s = [0.0] * len(ids), [0.0] * len(ids)
     reasons: list[FinishReason] = ["length"] * len(ids)
-    for piece in _run(model, ids, _read_sampling(sampling), ends):
+    for piece in _run(model, ids, _read_sampling(sampling), ends, memory):
         row, now_s = piece.row, time.perf_counter() - start_s
         if not tokens[row]:
             first_s[row] = now_s
@@ -90,15 +95,16 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
+    memory: Memory | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of the continuations as they come: each step one per unfinished row.
 
     The arguments and errors are those of `generate`, checked at the call. The pieces of a row join
     to its text. Leaving the loop early is fine: nothing of the run outlives the iterator.
     """
-    ids, _ = read_prompts(model, prompts)
+    ids, _ = read_prompts(model, prompts, memory)
     ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
-    return _run(model, ids, _read_sampling(sampling), ends)
+    return _run(model, ids, _read_sampling(sampling), ends, memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,10 +168,17 @@ class _Row:
     """One prompt's answer while it grows."""
 
     def __init__(
-        self, model: Decoder | Engine, number: int, prompt: list[int], ends: _Ends
+        self,
+        model: Decoder | Engine,
+        number: int,
+        prompt: list[int],
+        ends: _Ends,
+        memory: Memory | None,
     ) -> None:
         self.number, self.prompt, self.ends = number, prompt, ends
-        self.tokens_left = min(ends.max_tokens, model.config.max_positions - len(prompt))
+        self.tokens_left = ends.max_tokens
+        if memory is None:
+            self.tokens_left = min(ends.max_tokens, model.config.max_positions - len(prompt))
         self.is_finished = False
         tokenizer = model.tokenizer
         self._text = None if tokenizer is None else TextStream(tokenizer, ends.strings)
@@ -190,12 +203,16 @@ class _Row:
 
 
 def _run(
-    model: Decoder | Engine, prompts: list[list[int]], sampling: Sampling, ends: _Ends
+    model: Decoder | Engine,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    ends: _Ends,
+    memory: Memory | None,
 ) -> Iterator[Piece]:
     # shortest first: rows of similar length become neighbours in the cache
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    rows = [_Row(model, number, prompts[number], ends) for number in order]
-    batch = _batch(model, rows, sampling)
+    rows = [_Row(model, number, prompts[number], ends, memory) for number in order]
+    batch = _batch(model, rows, sampling, memory)
     tokens = batch.start()
     while True:
         pieces = [row.take(token) for row, token in zip(rows, tokens, strict=True)]
@@ -210,9 +227,11 @@ def _run(
         tokens = batch.step(tokens)
 
 
-def _batch(model: Decoder | Engine, rows: list[_Row], sampling: Sampling) -> Batch:
+def _batch(
+    model: Decoder | Engine, rows: list[_Row], sampling: Sampling, memory: Memory | None
+) -> Batch:
     if isinstance(model, Engine):
-        return EngineBatch(model, rows, sampling)
+        return EngineBatch(model, rows, sampling, memory)
     from deepseek.generate.modules import module_batch
 
-    return module_batch(model, rows, sampling)
+    return module_batch(model, rows, sampling, memory)

@@ -14,7 +14,8 @@ from deepseek.errors import ConfigError, describe
 from deepseek.generate import flat
 from deepseek.generate.batch import Batch, EngineBatch, RowLike, row_generator
 from deepseek.generate.engine import Engine, Rows, Weights, build_engine
-from deepseek.generate.prefill import prefill
+from deepseek.generate.memory import Memory
+from deepseek.generate.prefill import make_room, prefill
 from deepseek.models.decoder import Decoder, DecoderLayer, DecoderStack
 from deepseek.models.layers import (
     Attention,
@@ -51,7 +52,9 @@ _KNOWN = frozenset(
 """The very classes whose mathematics the program writes out; a subclass may compute another."""
 
 
-def module_batch(model: Decoder, rows: Sequence[RowLike], sampling: Sampling) -> Batch:
+def module_batch(
+    model: Decoder, rows: Sequence[RowLike], sampling: Sampling, memory: Memory | None = None
+) -> Batch:
     """Return the batch of a model's rows, on its engine where it has one.
 
     Raises:
@@ -59,9 +62,9 @@ def module_batch(model: Decoder, rows: Sequence[RowLike], sampling: Sampling) ->
     """
     engine = engine_of(model)
     return (
-        _ModuleBatch(model, rows, sampling)
+        _ModuleBatch(model, rows, sampling, memory)
         if engine is None
-        else EngineBatch(engine, rows, sampling)
+        else EngineBatch(engine, rows, sampling, memory)
     )
 
 
@@ -175,10 +178,14 @@ def weights_of(model: Decoder) -> Weights:
 class _ModuleBatch:
     """Rows that run through the modules; inference mode never spans a yield of the loop."""
 
-    def __init__(self, model: Decoder, rows: Sequence[RowLike], sampling: Sampling) -> None:
-        self._model, self._sampling = model, sampling
+    def __init__(
+        self, model: Decoder, rows: Sequence[RowLike], sampling: Sampling, memory: Memory | None
+    ) -> None:
+        self._model, self._sampling, self._memory = model, sampling, memory
         self._prompts = [row.prompt for row in rows]
         self._capacity = max(len(row.prompt) + row.tokens_left for row in rows)
+        if memory is not None:
+            self._capacity = min(self._capacity, memory.max_len)
         self._generators = [row_generator(sampling.seed, row.number) for row in rows]
         self._history: TokenHistory | None = None
         if sampling.has_penalties:
@@ -190,11 +197,14 @@ class _ModuleBatch:
     def start(self) -> list[int]:
         """Read the prompts and return the first token of each row."""
         self._cache = self._model.new_cache(len(self._prompts), self._capacity)
-        return self._choose(prefill(self._model, self._prompts, self._cache))
+        return self._choose(prefill(self._model, self._prompts, self._cache, self._memory))
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> list[int]:
         """Append the newest token of each row and return the next ones."""
+        if self._memory is not None:
+            for row in range(len(tokens)):
+                make_room(self._model, self._cache, row, self._memory)
         newest = torch.tensor(tokens, device=self._model.device)[:, None]
         output = self._model(newest, cache=self._cache, last_only=True)
         return self._choose(output.logits[:, -1])

@@ -8,14 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deepseek.generate.memory import Memory
 from deepseek.models import Decoder
+from deepseek.models.sliding import forget
 from deepseek.ops.attention import KVCache
 
 MAX_PASS_TOKENS = 512
 """Most tokens of one pass, padding included: bounds the memory of activations."""
 
 
-def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+def prefill(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    cache: KVCache,
+    memory: Memory | None = None,
+) -> Tensor:
     """Append every prompt to its row of an empty cache; return the logits of the last tokens.
 
     Rows of similar length share a pass, padded on the right; a prompt longer than a pass goes
@@ -25,6 +32,7 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) ->
         model: the decoder.
         prompts: token ids, shortest prompt first.
         cache: new, one row per prompt.
+        memory: what a row keeps when it is full; its length is no less than a pass.
 
     Returns:
         [rows, vocab]
@@ -33,8 +41,10 @@ def prefill(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) ->
     groups = group_rows([len(prompt) for prompt in prompts])
     for start, stop in groups:
         rows = cache if len(groups) == 1 else _rows_of(cache, start, stop)
-        read = _read_alone if stop - start == 1 else _read_together
-        logits.append(read(model, prompts[start:stop], rows))
+        if stop - start == 1:
+            logits.append(_read_alone(model, prompts[start], rows, memory))
+        else:
+            logits.append(_read_together(model, prompts[start:stop], rows))
         cache.lengths[start:stop] = rows.lengths
     return logits[0] if len(logits) == 1 else torch.cat(logits)
 
@@ -54,13 +64,25 @@ def group_rows(lengths: Sequence[int]) -> list[tuple[int, int]]:
     return [*groups, (start, len(lengths))]
 
 
-def _read_alone(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    tokens = torch.tensor(prompts, device=model.device)
-    output = None
-    for chunk in tokens.split(MAX_PASS_TOKENS, dim=1):
-        output = model(chunk, cache=cache, last_only=True)
+def _read_alone(
+    model: Decoder, prompt: Sequence[int], cache: KVCache, memory: Memory | None
+) -> Tensor:
+    tokens, output, start = torch.tensor([prompt], device=model.device), None, 0
+    while start < len(prompt):
+        stop = start + MAX_PASS_TOKENS
+        if memory is not None:
+            make_room(model, cache, 0, memory)
+            stop = min(stop, start + memory.max_len - cache.lengths[0])
+        output = model(tokens[:, start:stop], cache=cache, last_only=True)
+        start = stop
     assert output is not None
     return output.logits[:, -1]
+
+
+def make_room(model: Decoder, cache: KVCache, row: int, memory: Memory) -> None:
+    """Let the oldest tokens of a row leave if it is full."""
+    if cache.lengths[row] == memory.max_len:
+        forget(model.config, cache, row, memory.first, memory.dropped)
 
 
 def _read_together(model: Decoder, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from deepseek.data import Tokenizer
 from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.generate.engine import Engine
+from deepseek.generate.memory import Memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +33,18 @@ def chat_prompt(tokenizer: Tokenizer, messages: Sequence[Mapping[str, object]]) 
     return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
 
-def read_prompts(model: Decoder | Engine, prompts: Prompts) -> tuple[list[list[int]], bool]:
+def read_prompts(
+    model: Decoder | Engine, prompts: Prompts, memory: Memory | None = None
+) -> tuple[list[list[int]], bool]:
     """Return the ids of each prompt, and whether a single prompt was given.
 
     Raises:
         ConfigError: not a prompt, an id outside the vocabulary, text without a tokenizer, an empty
-            prompt without a token to begin with.
-        CapacityError: a prompt leaves no room in the context.
+            prompt without a token to begin with; a memory that is longer than the context.
+        CapacityError: a prompt leaves no room in the context, and there is no memory.
     """
+    if memory is not None:
+        memory.check(model.config.max_positions)
     prompts = _as_list(prompts)
     if isinstance(prompts, bytes | bytearray):
         step = "Decode it to text first"
@@ -55,7 +60,9 @@ def read_prompts(model: Decoder | Engine, prompts: Prompts) -> tuple[list[list[i
         )
     ids = [_read(model, prompt) for prompt in listed]
     for row, prompt in enumerate(ids):
-        _check(model, row, prompt)
+        _check_ids(model, row, prompt)
+        if memory is None:
+            _check_length(model, row, prompt)
     return ids, is_single
 
 
@@ -95,13 +102,17 @@ def _read_ids(prompt: object) -> list[int]:
     raise ConfigError(describe("prompts", "generate", "text or a list of token ids", prompt))
 
 
-def _check(model: Decoder | Engine, row: int, ids: list[int]) -> None:
-    vocabulary, context = model.config.vocab_size, model.config.max_positions
+def _check_ids(model: Decoder | Engine, row: int, ids: list[int]) -> None:
+    vocabulary = model.config.vocab_size
     if min(ids) < 0 or max(ids) >= vocabulary:
         wrong = next(token for token in ids if not 0 <= token < vocabulary)
         must = f"token ids from 0 to {vocabulary - 1}"
         raise ConfigError(describe(f"prompt {row}", "generate", must, wrong))
+
+
+def _check_length(model: Decoder | Engine, row: int, ids: list[int]) -> None:
+    context = model.config.max_positions
     if len(ids) >= context:
         must = f"shorter than the model's context of {context} tokens"
-        step = "Shorten it, or use a model with a longer context"
+        step = "Shorten it, keep its newest tokens alone by a memory, or use another model"
         raise CapacityError(describe(f"prompt {row}", "generate", must, f"{len(ids)} tokens", step))

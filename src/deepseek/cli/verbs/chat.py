@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import (
     add_attention_argument,
+    add_memory_argument,
     add_model_arguments,
     add_scheme_argument,
     load_generator,
+    read_memory,
 )
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
 from deepseek.errors import CapacityError, ConfigError, describe
 
 if TYPE_CHECKING:
-    from deepseek.generate import Engine, Sampling
+    from deepseek.generate import Engine, Memory, Sampling
     from deepseek.models import Decoder
 
 EXAMPLE = "deepseek chat smollm2-135m --temperature 0.6"
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_scheme_argument(parser)
     add_attention_argument(parser)
+    add_memory_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser, temperature=0.6)
     parser.set_defaults(verb="chat")
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Read questions from standard input until it ends, and answer each."""
-    sampling = read_sampling(args)
+    sampling, memory = read_sampling(args), read_memory(args)
     model = load_generator(args, out)
     if model.tokenizer is None:
         step = "Use a model folder that has tokenizer.json"
@@ -53,7 +56,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
             out.note("(forgotten)")
         elif question:
             history.append({"role": "user", "content": question})
-            _answer(model, history, sampling, args, out)
+            _answer(model, history, sampling, memory, args, out)
     return out.finish({"model": args.model, "messages": history})
 
 
@@ -79,6 +82,7 @@ def _answer(
     model: Decoder | Engine,
     history: list[dict[str, str]],
     sampling: Sampling,
+    memory: Memory | None,
     args: argparse.Namespace,
     out: Output,
 ) -> None:
@@ -94,6 +98,7 @@ def _answer(
             max_tokens=args.max_tokens,
             sampling=sampling,
             stop=args.stop,
+            memory=memory,
         )
         for piece in pieces:
             said.append(piece.text)

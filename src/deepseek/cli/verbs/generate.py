@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import (
     add_attention_argument,
+    add_memory_argument,
     add_model_arguments,
     add_scheme_argument,
     load_generator,
+    read_memory,
 )
 from deepseek.cli.output import Output
 from deepseek.cli.sampling import add_sampling_arguments, read_sampling
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_scheme_argument(parser)
     add_attention_argument(parser)
+    add_memory_argument(parser)
     parser.add_argument("--prompt", help="the text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
@@ -37,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Generate, streaming the text to standard output."""
-    sampling = read_sampling(args)
+    sampling, memory = read_sampling(args), read_memory(args)
     prompt = _prompt(args)
     model = load_generator(args, out)
     from deepseek.generate import Completion, generate
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         max_tokens=args.max_tokens,
         sampling=sampling,
         stop=args.stop,
+        memory=memory,
         on_piece=lambda piece: out.say(piece.text, end=""),
     )
     assert isinstance(completion, Completion)

@@ -132,6 +132,11 @@ void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
   program.run(step, pages);
 }
 
+void turn_back(Program& program, KvPages& pages, Array<const int32_t> numbers, int positions) {
+  nb::gil_scoped_release release;
+  program.turn_back(pages, numbers.data(), int(numbers.size()), positions);
+}
+
 std::vector<int> largest(Array<const float> logits) {
   std::vector<int> places;
   int count = int(logits.shape(logits.ndim() - 1));
@@ -184,6 +189,7 @@ NB_MODULE(_cpu, m) {
            [](Program& p, Array<const float> v) { return p.add_vector(v.data(), int(v.size())); })
       .def("start", &Program::start)
       .def("run", &run)
+      .def("turn_back", &turn_back)
       .def_rw("is_timed", &Program::is_timed)
       .def_ro("seconds", &Program::seconds)
       .def_prop_ro("threads", &Program::threads)

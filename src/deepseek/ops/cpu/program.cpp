@@ -246,6 +246,34 @@ void Program::run(const Step& step, KvPages& pages) {
   pool_.run([&](int thread) { work(pass, thread); });
 }
 
+void Program::turn_back(KvPages& pages, const int32_t* numbers, int count, int positions) {
+  auto refuse = [](const char* what) { throw std::invalid_argument(what); };
+  if (positions < 0) refuse("pages are turned back by no less than 0 positions");
+  for (int i = 0; i < count; ++i)
+    if (numbers[i] < 0 || numbers[i] >= pages.num_pages) refuse("page outside the pool");
+  int half = shape_.head_dim / 2;
+  std::vector<float> cosines(half), sines(half);
+  for (int i = 0; i < half; ++i) {
+    double angle = double(positions) * shape_.inverse_frequencies[i];
+    cosines[i] = float(std::cos(angle)), sines[i] = float(std::sin(angle));
+  }
+  const PageLayout& l = pages.layout;
+  std::vector<const Instruction*> layers;
+  for (const Instruction& in : instructions_)
+    if (in.op == Op::attend) layers.push_back(&in);
+  pool_.run([&](int thread) {
+    auto [start, stop] = share(int(layers.size()) * count, pool_.size(), thread);
+    for (int u = start; u < stop; ++u) {
+      const Instruction& in = *layers[u / count];
+      int page = numbers[u % count];
+      for (int h = 0; h < l.kv_heads; ++h) {
+        kernels_.turn_back(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, h, cosines.data(), sines.data());
+        keep_means(pages, in, page, h);
+      }
+    }
+  });
+}
+
 void Program::plan_blocks(Pass& pass) const {
   int group = shape_.heads / shape_.kv_heads;
   auto plan = [&](auto& blocks, auto tokens_of) {
@@ -471,7 +499,7 @@ void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_h
   kernels_.store_kv(pass.pages.layout, place, kv_head, position % kPage, key, value);
   if (shape_.route.refresh && position % kPage == 0)
     pass.pages.choice(in.layer, page, kv_head).group = 0;  // what a former owner of the page chose
-  if (pass.is_decode && position % kPage == kPage - 1) keep_means(pass, in, page, kv_head);
+  if (pass.is_decode && position % kPage == kPage - 1) keep_means(pass.pages, in, page, kv_head);
 }
 
 void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
@@ -487,7 +515,7 @@ void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
   if (has_route && shape_.route.has_means) {
     int full = int(pass.full_pages.size()) * shape_.kv_heads;
     for (int u; (u = counters_[kCounters * index + 1].fetch_add(1)) < full;)
-      keep_means(pass, in, pass.full_pages[u / shape_.kv_heads], u % shape_.kv_heads);
+      keep_means(pass.pages, in, pass.full_pages[u / shape_.kv_heads], u % shape_.kv_heads);
     pool_.barrier().wait();
   }
   const auto& dense = has_route ? pass.dense_blocks : pass.blocks;

@@ -150,6 +150,8 @@ class Program {
   void start();  // after the last weight
 
   void run(const Step& step, KvPages& pages);
+  // Moves full pages to positions that lie `positions` earlier.
+  void turn_back(KvPages& pages, const int32_t* numbers, int count, int positions);
 
   int threads() const { return pool_.size(); }
   int max_tokens() const { return max_tokens_; }
@@ -230,7 +232,7 @@ class Program {
   void sort_visitors(RouteMemory& m, int pages) const;
   void add_means(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop, int thread);
   void merge_segment(RouteMemory& m, int first, int count) const;
-  void keep_means(Pass& pass, const Instruction& in, int page, int kv_head);
+  void keep_means(KvPages& pages, const Instruction& in, int page, int kv_head) const;
   int find_unseen(const int32_t* chosen, int count, int own, uint64_t* bits) const;
   Attend mean_pages_of(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, RouteMemory& m);
   void add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment, int thread);

@@ -77,11 +77,11 @@ void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* 
   std::memcpy(choice.pages, chosen, count * sizeof(int32_t));
 }
 
-void Program::keep_means(Pass& pass, const Instruction& in, int page, int kv_head) {
+void Program::keep_means(KvPages& pages, const Instruction& in, int page, int kv_head) const {
   if (!in.is_routed || !shape_.route.has_means) return;
-  float* means = pass.pages.means(in.layer, page, kv_head);
-  const PageLayout& l = pass.pages.layout;
-  kernels_.page_means(l, pass.pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head, means, means + l.dim_padded);
+  float* means = pages.means(in.layer, page, kv_head);
+  const PageLayout& l = pages.layout;
+  kernels_.page_means(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head, means, means + l.dim_padded);
 }
 
 // Sets the bits of the pages before `own` that were not chosen, and returns their number.

@@ -150,6 +150,8 @@ struct Kernels {
                    const PageStates& states, void* scratch);
   // Mean key and mean value of a page that is full, each [dim_padded].
   void (*page_means)(const PageLayout& layout, const uint8_t* page, int kv_head, float* key, float* value);
+  // Turns the keys of a full page back by angles, so that they stand at earlier positions.
+  void (*turn_back)(const PageLayout& layout, uint8_t* page, int kv_head, const float* cosines, const float* sines);
   size_t attend_scratch_bytes;
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);

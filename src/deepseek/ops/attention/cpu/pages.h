@@ -85,40 +85,58 @@ inline void rotate_if_whole(float* x, int dim) {
   if (dim % kRotation == 0) rotate(x, dim);
 }
 
-void store_kv(const PageLayout& l, uint8_t* page, int kv_head, int slot, const float* key,
-              const float* value) {
-  uint8_t* head = page + kv_head * l.head_bytes;
-  uint8_t* values = head + l.value_offset;
+// One key [dim_padded], which is changed, as its type of page holds it.
+inline void store_key(const PageLayout& l, uint8_t* head, int slot, float* key) {
   int dim = l.dim_padded;
-  alignas(64) float k[kMaxDim], v[kMaxDim];
-  std::memcpy(k, key, size_t(l.dim) * 4), std::memcpy(v, value, size_t(l.dim) * 4);
-  for (int d = l.dim; d < dim; ++d) k[d] = v[d] = 0.0f;
   if (l.kind == Kind::f32) {
-    for (int d = 0; d < dim; ++d) ((float*)head)[d * kPage + slot] = k[d];
-    std::memcpy((float*)values + size_t(slot) * dim, v, size_t(dim) * 4);
+    for (int d = 0; d < dim; ++d) ((float*)head)[d * kPage + slot] = key[d];
     return;
   }
   if (l.kind == Kind::bf16) {
     alignas(64) uint16_t narrow[kMaxDim];
-    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(k + d));
+    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(key + d));
     for (int d = 0; d < dim; d += 2)
       std::memcpy(head + size_t(d / 2 * kPage + slot) * 4, narrow + d, 4);
-    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(v + d));
-    uint16_t* to = (uint16_t*)values + size_t(slot / 2) * dim * 2 + slot % 2;
-    for (int d = 0; d < dim; ++d) to[d * 2] = narrow[d];
     return;
   }
-  rotate_if_whole(k, dim);
+  rotate_if_whole(key, dim);
   alignas(64) int8_t small[kMaxDim];
   int sum;
-  ((float*)(head + l.key_scale_offset))[slot] = quantize_vector(k, dim, small, &sum);
+  ((float*)(head + l.key_scale_offset))[slot] = quantize_vector(key, dim, small, &sum);
   if (kStep == 4)
     for (int d = 0; d < dim; ++d) small[d] = int8_t(uint8_t(small[d]) ^ 0x80);
   for (int d = 0; d < dim; d += kStep)
     std::memcpy(head + size_t(d / kStep * kPage + slot) * kStep, small + d, kStep);
-  ((float*)(head + l.value_scale_offset))[slot] = quantize_vector(v, dim, small, &sum);
+}
+
+inline void store_value(const PageLayout& l, uint8_t* head, int slot, const float* value) {
+  uint8_t* values = head + l.value_offset;
+  int dim = l.dim_padded;
+  if (l.kind == Kind::f32) {
+    std::memcpy((float*)values + size_t(slot) * dim, value, size_t(dim) * 4);
+    return;
+  }
+  if (l.kind == Kind::bf16) {
+    alignas(64) uint16_t narrow[kMaxDim];
+    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(value + d));
+    uint16_t* to = (uint16_t*)values + size_t(slot / 2) * dim * 2 + slot % 2;
+    for (int d = 0; d < dim; ++d) to[d * 2] = narrow[d];
+    return;
+  }
+  alignas(64) int8_t small[kMaxDim];
+  int sum;
+  ((float*)(head + l.value_scale_offset))[slot] = quantize_vector(value, dim, small, &sum);
   int8_t* to = (int8_t*)values + size_t(slot / kStep) * dim * kStep + slot % kStep;
   for (int d = 0; d < dim; ++d) to[d * kStep] = small[d];
+}
+
+void store_kv(const PageLayout& l, uint8_t* page, int kv_head, int slot, const float* key,
+              const float* value) {
+  alignas(64) float k[kMaxDim], v[kMaxDim];
+  std::memcpy(k, key, size_t(l.dim) * 4), std::memcpy(v, value, size_t(l.dim) * 4);
+  for (int d = l.dim; d < l.dim_padded; ++d) k[d] = v[d] = 0.0f;
+  uint8_t* head = page + kv_head * l.head_bytes;
+  store_key(l, head, slot, k), store_value(l, head, slot, v);
 }
 
 // A page's keys and values as the kernels read them; int8 pages become bfloat16 in `wide`.
@@ -696,6 +714,24 @@ void page_means(const PageLayout& l, const uint8_t* page, int kv_head, float* ke
     key[d] = key_sum / kPage, value[d] = value_sum / kPage;
   }
   if (l.kind == Kind::int8) rotate_if_whole(key, l.dim_padded);
+}
+
+void turn_back(const PageLayout& l, uint8_t* page, int kv_head, const float* cosines, const float* sines) {
+  uint8_t* head = page + kv_head * l.head_bytes;
+  int half = l.dim / 2, quarter = l.dim / 4;
+  bool in_order = turns_in_order(l.dim);
+  alignas(64) float key[kMaxDim];
+  for (int slot = 0; slot < kPage; ++slot) {
+    for (int d = 0; d < l.dim_padded; ++d) key[d] = key_in(l, head, d, slot);
+    if (l.kind == Kind::int8) rotate_if_whole(key, l.dim_padded);
+    for (int i = 0; i < half; ++i) {
+      float& a = key[in_order && i >= quarter ? i + quarter : i];
+      float& b = *(&a + (in_order ? quarter : half));
+      float turned = a * cosines[i] + b * sines[i];
+      b = b * cosines[i] - a * sines[i], a = turned;
+    }
+    store_key(l, head, slot, key);
+  }
 }
 
 constexpr size_t kAttendScratch = size_t(4) * ((kMaxQueries + kSpan) * kMaxDim + 2 * kMaxQueries);
