@@ -42,6 +42,7 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = False,
     scheme: str | Scheme | None = None,
+    context: int | None = None,
 ) -> Decoder | Encoder:
     """Return a model, ready to run, with `tokenizer`, `bundle` and (a decoder) `generate`.
 
@@ -56,15 +57,20 @@ def load(
         verify: hash every file first (always done: sizes, headers and the small files).
         scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
             Scheme; None for as they are. The model itself keeps its weights.
+        context: in tokens; where it is longer than the model's own, its positions are stretched by
+            YaRN, without training (`deepseek.models.stretch`).
 
     Raises:
-        ConfigError: an unknown name, dtype or scheme, or a model that the engine does not run.
+        ConfigError: an unknown name, dtype or scheme, a model that the engine does not run or whose
+            positions cannot be stretched.
         FormatError: a folder or file that is not a whole model.
     """
     attach_methods()
     asked = _as_scheme(scheme)
     _fetch(source)
-    model = hub.load(source, dtype=dtype, device=device, verify=verify, attention=attention)
+    model = hub.load(
+        source, dtype=dtype, device=device, verify=verify, attention=attention, context=context
+    )
     if asked is not None:
         vars(model)["scheme"] = asked
         if reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model):
@@ -83,6 +89,7 @@ def load_engine(
     verify: bool = False,
     progress: Callable[[float], None] | None = None,
     keep: bool = True,
+    context: int | None = None,
 ) -> Engine | None:
     """Return an engine of a bundle, for `deepseek.generate.generate`; torch is never imported.
 
@@ -97,12 +104,13 @@ def load_engine(
         verify: hash every file first.
         progress: called with the share of weights that are packed.
         keep: keep the packed weights on the disk, and use those that are there.
+        context: as in `load`.
 
     Returns:
         None where the model does not run on the engine without torch: load it by `load`.
 
     Raises:
-        ConfigError: an unknown name or scheme.
+        ConfigError: an unknown name or scheme, or positions that cannot be stretched.
         FormatError: a folder that is not a whole model.
     """
     from deepseek.hub.bundle import Bundle
@@ -117,12 +125,13 @@ def load_engine(
     routing = attention if isinstance(attention, Routing) else None
     if attention == "routed":
         routing = Routing()
-    return _engine_of(bundle, asked, routing, threads=threads, progress=progress, keep=keep)
+    facts = _facts_of_bundle(bundle, asked, context)
+    return _engine_of(bundle, facts, routing, threads=threads, progress=progress, keep=keep)
 
 
 def _engine_of(
     bundle: Bundle,
-    asked: Scheme | None,
+    facts: EngineFacts,
     routing: Routing | None,
     *,
     threads: int | None,
@@ -137,7 +146,6 @@ def _engine_of(
     from deepseek.models.families import our_name
     from deepseek.ops.cpu import kernels, packed_form
 
-    facts = _facts_of_bundle(bundle, asked)
     config, scheme = facts.config, facts.scheme
     if facts.reason is not None or scheme is None or not isinstance(config, DecoderConfig):
         return None
@@ -201,10 +209,16 @@ def engine_facts(source: str | Path, *, scheme: str | Scheme | None = None) -> E
 _STORED = {"F32": "float32", "BF16": "bfloat16"}
 
 
-def _facts_of_bundle(bundle: Bundle, asked: Scheme | None) -> EngineFacts:
+def _facts_of_bundle(
+    bundle: Bundle, asked: Scheme | None, context: int | None = None
+) -> EngineFacts:
+    from deepseek.models.config import DecoderConfig
     from deepseek.models.families import config_from_hf, our_name
+    from deepseek.models.stretch import stretched
 
     config = config_from_hf(bundle.config)
+    if context is not None and isinstance(config, DecoderConfig):
+        config = stretched(config, context)
     named = {our_name(config, name): entry for name, entry in bundle.tensors.items()}
     entries = {name: entry for name, entry in named.items() if name is not None}
     dtypes = sorted({entry.dtype for entry in entries.values()})

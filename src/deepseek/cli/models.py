@@ -48,14 +48,20 @@ def add_attention_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_memory_argument(parser: argparse.ArgumentParser) -> None:
-    """Add `--memory`."""
+def add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--context` and `--memory`."""
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="TOKENS",
+        help="stretch the model's positions to so many tokens, where its own context is shorter",
+    )
     parser.add_argument(
         "--memory",
         type=positive,
         metavar="TOKENS",
-        help="keep no more than so many tokens, the first and the most recent ones: a text may then "
-        "be of any length (a multiple of 64)",
+        help="keep at most so many tokens (a multiple of 64), the first and the most recent ones, "
+        "so that a text may have any length",
     )
 
 
@@ -111,6 +117,7 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
         dtype=args.dtype,
         scheme=getattr(args, "scheme", None),
         attention="routed" if is_routed else "auto",
+        context=getattr(args, "context", None),
     )
 
 
@@ -131,6 +138,7 @@ def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
                 scheme=args.scheme,
                 attention=args.attention,
                 threads=args.threads,
+                context=args.context,
                 progress=lambda share: progress("packing weights", share),
             )
         if engine is not None:

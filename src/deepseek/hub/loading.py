@@ -27,6 +27,7 @@ from deepseek.models import (
     WindowPlanner,
 )
 from deepseek.models.families import build_model, config_from_hf, state_from_hf
+from deepseek.models.stretch import stretched
 from deepseek.ops.attention import ATTENTION_IMPLS, AttentionImpl
 from deepseek.ops.routing import Routing
 
@@ -44,6 +45,7 @@ def load(
     device: str | torch.device = "cpu",
     verify: bool = False,
     attention: AttentionImpl | Literal["routed"] | Routing = "auto",
+    context: int | None = None,
 ) -> Decoder | Encoder:
     """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
 
@@ -58,6 +60,8 @@ def load(
         verify: read every file and compare its hash with the card first.
         attention: execution of attention, see `deepseek.ops.attention`; "routed", or a `Routing`,
             for a decoder whose layers choose the blocks that they see.
+        context: in tokens, to which the positions of a decoder are stretched; None for the model's
+            own.
 
     Raises:
         ConfigError: the name is unknown or not pulled yet, or an argument is not one that can be
@@ -76,6 +80,8 @@ def load(
         model = _load_gguf(read_gguf(path), kind)
     else:
         model = _load_bundle(Bundle.open(path, verify=verify), kind)
+    if context is not None:
+        _stretch(model, context)
     if isinstance(attention, Routing) or attention == "routed":
         _route(model, Routing() if attention == "routed" else attention)
     elif isinstance(model, Decoder):
@@ -83,6 +89,13 @@ def load(
     else:
         model.use_attention(attention)
     return model.to(place).eval()
+
+
+def _stretch(model: Decoder | Encoder, context: int) -> None:
+    if not isinstance(model, Decoder):
+        must = "None for an encoder, whose positions are learned one by one"
+        raise ConfigError(describe("context", "load", must, context))
+    model.config = stretched(model.config, context)
 
 
 def _route(model: Decoder | Encoder, routing: Routing) -> None:

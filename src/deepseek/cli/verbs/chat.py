@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import (
     add_attention_argument,
-    add_memory_argument,
+    add_length_arguments,
     add_model_arguments,
     add_scheme_argument,
     load_generator,
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_scheme_argument(parser)
     add_attention_argument(parser)
-    add_memory_argument(parser)
+    add_length_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser, temperature=0.6)
     parser.set_defaults(verb="chat")
