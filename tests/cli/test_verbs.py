@@ -49,6 +49,17 @@ def test_generate_reads_standard_input(
     assert refused.code == 2 and "must be UTF-8 text" in refused.err
 
 
+def test_generate_goes_on_behind_the_context(run: Run, tiny_folder: str) -> None:
+    words = ["generate", tiny_folder, "--prompt", "ab " * 600, "--max-tokens", "5", "--json"]
+    refused = run(*words)
+    assert refused.code == 2 and "--context" in refused.err and "--memory" in refused.err
+    longer = run(*words, "--context", "4096")
+    assert longer.object["num_prompt_tokens"] > 512
+    assert run(*words, "--context", "512", "--memory", "512").code == 0
+    wrong = run(*words, "--memory", "1000")
+    assert wrong.code == 2 and "max_len of Memory must be a multiple of 64" in wrong.err
+
+
 def test_generate_with_chat_uses_the_template(run: Run, tiny_folder: str) -> None:
     words = ["--max-tokens", "1", "--json"]
     chat = run("generate", tiny_folder, "--chat", "--prompt", "hi", "--system", "be", *words)

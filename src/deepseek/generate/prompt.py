@@ -114,5 +114,5 @@ def _check_length(model: Decoder | Engine, row: int, ids: list[int]) -> None:
     context = model.config.max_positions
     if len(ids) >= context:
         must = f"shorter than the model's context of {context} tokens"
-        step = "Shorten it, keep its newest tokens alone by a memory, or use another model"
+        step = "Shorten it, stretch the context (--context) or forget old tokens (--memory)"
         raise CapacityError(describe(f"prompt {row}", "generate", must, f"{len(ids)} tokens", step))
