@@ -1,7 +1,7 @@
 """Perplexity, time and bytes along a text that is longer than the model's context.
 
     python benchmarks/memory.py --text dracula.txt
-    python benchmarks/memory.py --text dracula.txt --tokens 131072 --memory 2048 --json
+    python benchmarks/memory.py --text dracula.txt --tokens 131072 --memory 4096 --json
 
 Contenders, on the engine:
 
@@ -30,12 +30,14 @@ from rich.table import Table
 
 from deepseek.cli.models import positive
 from deepseek.errors import ConfigError, DeepseekError, describe
-from deepseek.evaluate import read_corpus
+from deepseek.evaluate import default_corpus, read_corpus
 from deepseek.face import load_engine
 from deepseek.generate import Engine, Memory
 from deepseek.generate.batch import RowPages
 from deepseek.generate.engine import MAX_STEP_TOKENS
 from deepseek.records import Measurement
+
+COMMAND = shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]])
 
 Losses = Iterator[list[float]]
 """Of the tokens of a text in order, a few at a time: nats of each given those before it."""
@@ -92,7 +94,11 @@ def measured(name: str, losses: Losses, piece: int, about: dict[str, object]) ->
             ("perplexity", math.exp(sum(part) / piece), "1"),
             ("tokens_per_s", piece / (now - start), "tokens/s"),
         ):
-            found.append(Measurement(name=figure, value=value, unit=unit, conditions=conditions))
+            found.append(
+                Measurement(
+                    name=figure, value=value, unit=unit, conditions=conditions, command=COMMAND
+                )
+            )
         place, start = place + piece, now
     return found
 
@@ -120,19 +126,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--scheme", default="bfloat16")
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--tokens", type=positive, default=65536)
-    parser.add_argument("--memory", type=positive, default=4096)
-    parser.add_argument("--piece", type=positive, default=8192, help="tokens of a line")
+    parser.add_argument("--text", type=Path, help="(the language reference inside Python)")
+    parser.add_argument("--tokens", type=positive, default=24576)
+    parser.add_argument("--memory", type=positive, default=2048)
+    parser.add_argument("--piece", type=positive, default=4096, help="tokens of a line")
     parser.add_argument("--whole", type=positive, default=16384, help="tokens of `whole`")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     memory = Memory.of(args.memory)
+    piece = min(args.piece, args.tokens)
     engine = load_engine(args.model, scheme=args.scheme)
     if engine is None or engine.tokenizer is None:
         must = "one that the engine knows, with a tokenizer"
         raise ConfigError(describe("model", "the benchmark of memory", must, args.model))
-    tokens = engine.tokenizer.encode(read_corpus(args.text).text)[: args.tokens + 1]
+    corpus = default_corpus() if args.text is None else read_corpus(args.text)
+    tokens = engine.tokenizer.encode(corpus.text)[: args.tokens + 1]
     if len(tokens) < args.tokens + 1:
         must = f"longer than {args.tokens} tokens"
         step = "Give a longer --text or fewer --tokens"
@@ -149,15 +157,14 @@ def main() -> int:
     about: dict[str, object] = {
         "model": args.model,
         "scheme": args.scheme,
-        "text": args.text.name,
+        "text": corpus.name,
         "memory": memory.max_len,
         "bytes": pages.num_bytes,
         "threads": engine.threads,
-        "command": shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]]),
     }
     found = []
     for name, losses in contenders.items():
-        found += measured(name, losses(), args.piece, about)
+        found += measured(name, losses(), piece, about)
     if args.json:
         print(json.dumps({"measurements": [item.to_dict() for item in found]}, indent=2))
     else:

@@ -20,6 +20,12 @@ def test_a_context_that_is_there_changes_nothing() -> None:
     assert stretched(TINY, TINY.max_positions) is TINY
 
 
+@pytest.mark.parametrize("context", [0, -5])
+def test_no_tokens_are_no_context(context: int) -> None:
+    with pytest.raises(ConfigError, match="at least 1"):
+        stretched(TINY, context)
+
+
 def test_rope_is_stretched_by_yarn_from_the_first_context() -> None:
     twice = stretched(TINY, 4096)
     assert twice.max_positions == 4096

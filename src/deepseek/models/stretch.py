@@ -18,8 +18,10 @@ def stretched(config: DecoderConfig, context: int) -> DecoderConfig:
         context: in tokens.
 
     Raises:
-        ConfigError: its positions follow another rule already.
+        ConfigError: its positions follow another rule already, or it is no number of tokens.
     """
+    if context < 1:
+        raise ConfigError(describe("context", "the model", "at least 1", context))
     if context <= config.max_positions:
         return config
     if config.positions == "alibi":
