@@ -13,7 +13,7 @@ from deepseek.errors import CapacityError, ConfigError, ShapeError
 from deepseek.generate import Completion, Engine, Memory, build_engine, generate
 from deepseek.generate.batch import RowPages
 from deepseek.generate.modules import engine_of, weights_of
-from deepseek.models import Decoder
+from deepseek.models import Decoder, RoutedPlanner
 from deepseek.models.sliding import forget
 from deepseek.ops.routing import Routing
 from deepseek.ops.scheme import Scheme
@@ -117,6 +117,25 @@ def test_routed_attention_chooses_among_what_is_kept() -> None:
     read(rows, tokens)
     found = read(rows, later)
     assert_near(found, read(RowPages(made, 1, 1000), kept(tokens) + later)[-70:], 1e-5)
+
+
+@torch.inference_mode()
+def test_choices_of_the_modules_are_made_anew() -> None:
+    """Of groups of 16 tokens, whose choice is kept with the page."""
+    model = one_layer("llama", head_dim=64)
+    routing = Routing(refresh=16, recent=1, least=128, most=128, share=0.2)
+    model.planner = RoutedPlanner(model.config, routing)
+    tokens, later = draw(512), torch.tensor([draw(70)])
+    cache, other = model.new_cache(1, 512), model.new_cache(1, 512)
+    for each in torch.tensor([tokens]).split(50, dim=1):
+        model(each, cache=cache)
+    assert cache.layers[0].choices
+    forget(model.config, cache, 0, first=64, dropped=192)
+    assert not cache.layers[0].choices
+    model(torch.tensor([kept(tokens)]), cache=other)
+    for each in later.split(10, dim=1):
+        found, expected = model(each, cache=cache).logits, model(each, cache=other).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @NEEDS_KERNELS

@@ -60,7 +60,8 @@ class Memory(Config):
         """
         if self.max_len > max_positions:
             must = f"at most the model's context of {max_positions} tokens"
-            raise ConfigError(describe("max_len", "Memory", must, self.max_len))
+            step = "Take less, or stretch the context (--context)"
+            raise ConfigError(describe("max_len", "Memory", must, self.max_len, step))
 
 
 MIN_LEN = 512
