@@ -202,6 +202,8 @@ def test_only_a_memory_lets_a_text_pass_the_context() -> None:
         generate(model, draw(600))
     with pytest.raises(ConfigError, match="at most the model's context of 512"):
         generate(model, draw(600), memory=Memory())
+    with pytest.raises(ConfigError, match="must be a Memory"):
+        generate(model, draw(600), memory=512)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

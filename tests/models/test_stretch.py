@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ def test_a_context_that_is_there_changes_nothing() -> None:
     assert stretched(TINY, TINY.max_positions) is TINY
 
 
-@pytest.mark.parametrize("context", [0, -5])
-def test_no_tokens_are_no_context(context: int) -> None:
-    with pytest.raises(ConfigError, match="at least 1"):
+@pytest.mark.parametrize("context", [0, -5, 4096.0, "4096", True])
+def test_what_is_no_number_of_tokens_is_no_context(context: Any) -> None:
+    with pytest.raises(ConfigError, match="a whole number of tokens, at least 1"):
         stretched(TINY, context)
 
 

@@ -44,6 +44,9 @@ def read_prompts(
         CapacityError: a prompt leaves no room in the context, and there is no memory.
     """
     if memory is not None:
+        if not isinstance(memory, Memory):
+            step = "Use Memory(max_len=…) or Memory.of(…)"
+            raise ConfigError(describe("memory", "generate", "a Memory", memory, step))
         memory.check(model.config.max_positions)
     prompts = _as_list(prompts)
     if isinstance(prompts, bytes | bytearray):

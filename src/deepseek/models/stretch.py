@@ -20,8 +20,9 @@ def stretched(config: DecoderConfig, context: int) -> DecoderConfig:
     Raises:
         ConfigError: its positions follow another rule already, or it is no number of tokens.
     """
-    if context < 1:
-        raise ConfigError(describe("context", "the model", "at least 1", context))
+    if isinstance(context, bool) or not isinstance(context, int) or context < 1:
+        must = "a whole number of tokens, at least 1"
+        raise ConfigError(describe("context", "the model", must, context))
     if context <= config.max_positions:
         return config
     if config.positions == "alibi":
