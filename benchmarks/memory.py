@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py --text dracula.txt
     python benchmarks/memory.py --text dracula.txt --tokens 131072 --memory 4096 --json
+    python benchmarks/memory.py --text dracula.txt --contenders whole --context 16384
 
 Contenders, on the engine:
 
@@ -38,6 +39,8 @@ from deepseek.generate.engine import MAX_STEP_TOKENS
 from deepseek.records import Measurement
 
 COMMAND = shlex.join(["python", "benchmarks/memory.py", *sys.argv[1:]])
+
+CONTENDERS = ("memory", "without-first", "read-again", "whole")
 
 Losses = Iterator[list[float]]
 """Of the tokens of a text in order, a few at a time: nats of each given those before it."""
@@ -131,11 +134,13 @@ def main() -> int:
     parser.add_argument("--memory", type=positive, default=2048)
     parser.add_argument("--piece", type=positive, default=4096, help="tokens of a line")
     parser.add_argument("--whole", type=positive, default=16384, help="tokens of `whole`")
+    parser.add_argument("--context", type=positive, help="stretch the model's positions to it")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     memory = Memory.of(args.memory)
     piece = min(args.piece, args.tokens)
-    engine = load_engine(args.model, scheme=args.scheme)
+    engine = load_engine(args.model, scheme=args.scheme, context=args.context)
     if engine is None or engine.tokenizer is None:
         must = "one that the engine knows, with a tokenizer"
         raise ConfigError(describe("model", "the benchmark of memory", must, args.model))
@@ -159,12 +164,13 @@ def main() -> int:
         "scheme": args.scheme,
         "text": corpus.name,
         "memory": memory.max_len,
+        "context": engine.config.max_positions,
         "bytes": pages.num_bytes,
         "threads": engine.threads,
     }
     found = []
-    for name, losses in contenders.items():
-        found += measured(name, losses(), piece, about)
+    for name in args.contenders:
+        found += measured(name, contenders[name](), piece, about)
     if args.json:
         print(json.dumps({"measurements": [item.to_dict() for item in found]}, indent=2))
     else:

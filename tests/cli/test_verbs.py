@@ -57,7 +57,7 @@ def test_generate_goes_on_behind_the_context(run: Run, tiny_folder: str) -> None
     assert longer.object["num_prompt_tokens"] > 512
     assert run(*words, "--context", "512", "--memory", "512").code == 0
     wrong = run(*words, "--memory", "1000")
-    assert wrong.code == 2 and "max_len of Memory must be a multiple of 64" in wrong.err
+    assert wrong.code == 2 and "max_len of Memory must be a whole multiple of 64" in wrong.err
 
 
 def test_generate_with_chat_uses_the_template(run: Run, tiny_folder: str) -> None:

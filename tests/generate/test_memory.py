@@ -4,6 +4,7 @@ own token alone, so a row that forgot must equal a row that never knew."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,13 +211,16 @@ def test_only_a_memory_lets_a_text_pass_the_context() -> None:
     "wrong",
     [
         {"max_len": 1000},
+        {"max_len": 4096.0},
+        {"max_len": "4096"},
+        {"first": True},
         {"max_len": 448, "mem_len": 64},
         {"mem_len": -64},
         {"first": 63},
         {"max_len": 1024, "mem_len": 960},
     ],
 )
-def test_numbers_that_are_no_memory(wrong: dict[str, int]) -> None:
+def test_numbers_that_are_no_memory(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Memory(**wrong)
 

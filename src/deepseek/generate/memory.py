@@ -35,8 +35,9 @@ class Memory(Config):
     def __post_init__(self) -> None:
         for name in ("max_len", "mem_len", "first"):
             value = getattr(self, name)
-            if value < 0 or value % PAGE_SIZE:
-                must = f"a multiple of {PAGE_SIZE}, not negative"
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or value < 0 or value % PAGE_SIZE:
+                must = f"a whole multiple of {PAGE_SIZE}, not negative"
                 raise ConfigError(describe(name, "Memory", must, value))
         if self.max_len < MIN_LEN or self.first + self.mem_len >= self.max_len:
             must = f"at least {MIN_LEN}, and more than first and mem_len together"
