@@ -64,7 +64,10 @@ class Adaptation(Config):
     rank: int = 16
     """Of adapters; their alpha is twice that."""
     replay: float = 0.0
-    """Share of the samples that the old model writes itself and teaches (0 … below 1)."""
+    """Share of the samples that the old model teaches (0 … below 1); it writes them itself."""
+    replay_text: tuple[str, ...] = ()
+    """Files of text of the kind to be kept, taught by the old model too: each has as large a part
+    of the replay as what it writes itself."""
     keep: float = 0.0
     """Share of the old weights in the result (0 … below 1)."""
     held_out: str | None = None
@@ -80,6 +83,9 @@ class Adaptation(Config):
             value = getattr(self, name)
             if not 0 <= value < 1:
                 raise ConfigError(describe(name, "Adaptation", "from 0 to below 1", value))
+        if self.replay_text and not self.replay:
+            must, step = "above 0 where there is a text to replay", "Take a --replay of 0.25"
+            raise ConfigError(describe("replay", "Adaptation", must, self.replay, step))
         if not 0 < self.epochs < math.inf:
             raise ConfigError(describe("epochs", "Adaptation", "positive", self.epochs))
 
@@ -137,16 +143,8 @@ def plan(asked: Adaptation, folder: str | Path) -> Run:
     steps = asked.steps or max(1, math.ceil(asked.epochs * num_tokens / per_step))
     sources: tuple[Source, ...] = (Source(path=str(learned)),)
     if asked.replay:
-        replayed = math.ceil(steps * asked.batch * (asked.length - 1) * asked.replay)
-        sources = (
-            Source(path=str(learned), weight=1 - asked.replay),
-            Source(
-                path=TEACHER_TEXT,
-                target="teacher",
-                weight=asked.replay,
-                num_tokens=max(4 * asked.length, min(replayed, _MOST_REPLAYED)),
-            ),
-        )
+        learning = Source(path=str(learned), weight=1 - asked.replay)
+        sources = (learning, *_replayed(asked, steps))
     adapter = None
     if asked.method != "full":
         base: Literal["float32", "int4"] = "int4" if asked.method == "qlora" else "float32"
@@ -169,6 +167,19 @@ def plan(asked: Adaptation, folder: str | Path) -> Run:
     places.folder.mkdir(parents=True, exist_ok=True)
     replace_file(places.folder / PLAN, json.dumps(run.to_dict(), indent=1).encode() + b"\n")
     return run
+
+
+def _replayed(asked: Adaptation, steps: int) -> list[Source]:
+    share = asked.replay / (1 + len(asked.replay_text))
+    num_tokens = math.ceil(steps * asked.batch * (asked.length - 1) * share)
+    written = Source(
+        path=TEACHER_TEXT,
+        target="teacher",
+        weight=share,
+        num_tokens=max(4 * asked.length, min(num_tokens, _MOST_REPLAYED)),
+    )
+    given = [Source(path=text, target="teacher", weight=share) for text in asked.replay_text]
+    return [written, *given]
 
 
 def read_plan(folder: str | Path) -> Run:

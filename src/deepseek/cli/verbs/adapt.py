@@ -22,6 +22,7 @@ _SETTINGS = (
     "rate",
     "rank",
     "replay",
+    "replay_text",
     "keep",
     "held_out",
     "general",
@@ -63,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the samples that the old model writes and teaches, so that it stays known "
         "(0.5 for text, else 0)",
+    )
+    parser.add_argument(
+        "--replay-text",
+        nargs="+",
+        metavar="FILE",
+        help="texts of the kind to be kept, taught by the old model too: each has as large a part "
+        "of the replay as what it writes itself",
     )
     parser.add_argument(
         "--keep",
@@ -198,7 +206,8 @@ def _prefer(args: argparse.Namespace, out: Output) -> int:
 
     if args.workers > 1:
         raise ConfigError(describe("--workers", "preferences", "1", args.workers))
-    _refuse(args, ("replay", "keep", "held_out", "general", "most_forgotten"), "preferences")
+    kept = ("replay", "replay_text", "keep", "held_out", "general", "most_forgotten")
+    _refuse(args, kept, "preferences")
     if args.method == "qlora":
         raise ConfigError(describe("--method", "preferences", "full or lora", args.method))
     if args.threads is not None:
