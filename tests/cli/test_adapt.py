@@ -78,6 +78,23 @@ def test_a_domain_is_learned_and_both_changes_are_shown(
     assert run("train", f"{out}/adapt.json", "--out", out, "--prove").code == 0
 
 
+def test_given_texts_are_replayed_beside_what_the_old_model_writes(
+    run: Run, chat_folder: str, text: Path, tmp_path: Path
+) -> None:
+    known = tmp_path / "known.txt"
+    known.write_text("Once there was a king who had seven daughters and no sons. " * 30)
+    out = tmp_path / "out"
+    words = ("adapt", chat_folder, str(text), "--out", str(out), "--general", str(known), *SMALL)
+    ended = run(*words, "--replay", "0.5", "--replay-text", str(known), "--json")
+    assert ended.code == 0, ended.err
+    (stage,) = json.loads((out / "adapt.json").read_text())["stages"]
+    learned, written, given = stage["data"]
+    assert (learned["target"], learned["weight"]) == ("tokens", 0.5)
+    assert (written["path"], written["weight"]) == ("teacher-text", 0.25)
+    assert (given["path"], given["target"], given["weight"]) == (str(known), "teacher", 0.25)
+    assert run("train", str(out / "adapt.json"), "--out", str(out), "--prove").code == 0
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_conversations_are_learned(
     run: Run, chat_folder: str, chat: Path, tmp_path: Path, method: str
@@ -154,6 +171,11 @@ def test_mistakes_are_one_line(run: Run, chat_folder: str, text: Path, tmp_path:
         ((chat_folder, str(short), *out), "Take a shorter --length or more text"),
         ((chat_folder, "nowhere.txt", *out), "a file or folder of"),
         ((chat_folder, str(text), *out, "--replay", "1"), "from 0 to below 1"),
+        (
+            (chat_folder, str(text), *out, "--replay", "0", "--replay-text", str(text)),
+            "Take a --replay of 0.25",
+        ),
+        ((chat_folder, str(text), *out, "--replay-text", "nowhere.txt"), "a file or folder of"),
         ((chat_folder, str(text), *out, "--rate", "-1"), "must be a positive number"),
         ((chat_folder, str(text), *out, "--beta", "1"), "left out"),
         ((chat_folder, str(pairs), *out, "--replay", "0.5"), "left out"),

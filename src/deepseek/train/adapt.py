@@ -135,6 +135,8 @@ def plan(asked: Adaptation, folder: str | Path) -> Run:
     if kept is None:
         learned, held_out = split_texts(learned, places.folder / "texts")
         kept = str(held_out)
+    for text in asked.replay_text:
+        text_files(Path(text))  # told before the old model writes for minutes
     num_tokens = _count_tokens(asked, learned)
     if kind_of(learned) == "text" and num_tokens < asked.length:
         must, step = f"at least {asked.length} tokens long", "Take a shorter --length or more text"
