@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
-from deepseek.evaluate.base import Condition, Progress, measuring, target_scores
+from deepseek.evaluate.base import Progress, measuring, target_scores
 from deepseek.evaluate.intervals import FloatArray, bootstrap_ratio, clustered_wilson
 from deepseek.models import Decoder, Exits, forward_with_exits
 from deepseek.records import Measurement, Spread
@@ -19,51 +19,50 @@ from deepseek.records import Measurement, Spread
 
 @dataclasses.dataclass(frozen=True)
 class ExitScores:
-    """What exits did on some texts; each array is [texts]."""
+    """What exits did on some texts."""
 
     exits: Exits
-    num_tokens: int
-    """Of each text, those that could leave early."""
-    disagreements: FloatArray
-    """Share of the tokens behind which the likeliest token is not the whole model's."""
-    depths: FloatArray
-    """Layers, on average over the tokens."""
-    losses: FloatArray
-    """Of the next tokens, in nats, on average over all but the last."""
+    differs: Tensor
+    """bool [texts, tokens]: whether the likeliest token behind one is not the whole model's."""
+    depths: Tensor
+    """int64 [texts, tokens]: layers that each went through."""
+    losses: Tensor
+    """float64 [texts, tokens - 1]: of the next tokens, in nats."""
+
+    @property
+    def disagreements(self) -> FloatArray:
+        """Share of tokens of each text that differ, [texts]."""
+        return self.differs.double().mean(1).numpy()
 
     def measurements(
-        self, conditions: dict[str, Condition], command: str = ""
+        self, conditions: Mapping[str, object], command: str = ""
     ) -> list[Measurement]:
         """Return `disagreement`, `mean_layers` and `perplexity`, with 95 % intervals over the
         texts, under the conditions and those of the exits."""
-        sizes = np.full(len(self.depths), float(self.num_tokens))
+        count, tokens = self.differs.shape
         facts = {
             **conditions,
             "exit_layers": list(self.exits.layers),
             "criterion": self.exits.criterion,
             "threshold": self.exits.threshold,
-            "texts": len(self.depths),
-            "tokens": self.num_tokens,
+            "texts": count,
+            "tokens": tokens,
         }
-        loss = float(self.losses.mean())
+        differs, sizes = _sums(self.differs)
+        losses, num_losses = _sums(self.losses)
         shown: list[tuple[str, float, str, Spread | None]] = [
-            (
-                "disagreement",
-                float(self.disagreements.mean()),
-                "1",
-                clustered_wilson(self.disagreements * sizes, sizes),
-            ),
+            ("disagreement", _mean(self.differs), "1", clustered_wilson(differs, sizes)),
             (
                 "mean_layers",
-                float(self.depths.mean()),
+                _mean(self.depths),
                 "layers/token",
-                bootstrap_ratio(self.depths * sizes, sizes),
+                bootstrap_ratio(*_sums(self.depths)),
             ),
             (
                 "perplexity",
-                math.exp(loss),
+                math.exp(_mean(self.losses)),
                 "1",
-                bootstrap_ratio(self.losses * sizes, sizes, transform=np.exp),
+                bootstrap_ratio(losses, num_losses, transform=np.exp),
             ),
         ]
         return [
@@ -72,6 +71,15 @@ class ExitScores:
             )
             for name, value, unit, spread in shown
         ]
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def _sums(values: Tensor) -> tuple[FloatArray, FloatArray]:
+    """Return the sum of each row, and its size."""
+    return values.double().sum(1).numpy(), np.full(len(values), float(values.shape[1]))
 
 
 def score_exits(
@@ -100,26 +108,25 @@ def score_exits(
             length.
     """
     lengths = sorted({len(text) for text in texts})
-    num_tokens = (lengths[0] if lengths else 0) - num_prompt_tokens
-    if len(lengths) != 1 or num_prompt_tokens < 1 or num_tokens < 2:
+    if num_prompt_tokens < 1 or len(lengths) != 1 or lengths[0] < num_prompt_tokens + 2:
         must = f"of one length, at least 2 more than a prompt of {max(num_prompt_tokens, 1)}"
         raise ConfigError(describe("texts", "score_exits", must, f"lengths {lengths}"))
-    found: list[list[tuple[float, float, float]]] = []
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
     with measuring(model):
         for text in texts:
             found.append(_score(model, text, num_prompt_tokens, exits))
             if progress is not None:
                 progress("early exit", len(found) / len(texts))
     return [
-        ExitScores(each, num_tokens, *np.array(scores).T)
+        ExitScores(each, *map(torch.stack, zip(*scores, strict=True)))
         for each, scores in zip(exits, zip(*found, strict=True), strict=True)
     ]
 
 
 def _score(
     model: Decoder, text: Sequence[int], num_prompt: int, exits: Sequence[Exits]
-) -> list[tuple[float, float, float]]:
-    """Return disagreement, depth and loss of a text under each of the exits."""
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return what differs, depths and losses of a text under each of the exits."""
     tokens = torch.tensor([text], device=model.device)
     cache = model.new_cache(1, len(text))
     model(tokens[:, :num_prompt], cache=cache, last_only=True)
@@ -130,9 +137,6 @@ def _score(
         cache.truncate([num_prompt])
         logits, depths = forward_with_exits(model, rest, cache, each)
         losses = -target_scores(logits[0, :-1], targets)[0]
-        found.append((_mean(logits[0].argmax(-1) != expected), _mean(depths), _mean(losses)))
+        differs = logits[0].argmax(-1) != expected
+        found.append((differs.cpu(), depths[0].cpu(), losses))
     return found
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
