@@ -188,7 +188,7 @@ def test_what_is_kept_is_what_a_layer_stores(case: str) -> None:
         _, context = model.begin_pass(torch.zeros(2, 9, dtype=torch.int64), caches[-1])
         for layer in model.model.layers:
             if keeps:
-                layer.self_attn.keep(layer.input_layernorm(states), context)
+                layer.keep(states, context)
             else:
                 layer(states, context)
         caches[-1].advance(context.layout)

@@ -240,7 +240,9 @@ def _run(
     tokens = batch.start()
     while True:
         depths = batch.depths or [None] * len(rows)
-        pieces = [row.take(*each) for row, *each in zip(rows, tokens, depths, strict=True)]
+        pieces = [
+            row.take(token, depth) for row, token, depth in zip(rows, tokens, depths, strict=True)
+        ]
         yield from sorted(pieces, key=lambda piece: piece.row) if len(pieces) > 1 else pieces
         if any(row.is_finished for row in rows):
             kept = [slot for slot, row in enumerate(rows) if not row.is_finished]

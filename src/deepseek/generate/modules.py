@@ -203,8 +203,9 @@ class _ModuleBatch:
     ) -> None:
         self._model, self._sampling, self._memory = model, sampling, memory
         self._exits = exits
-        # a prompt is read by all layers
-        self.depths = None if exits is None else [model.config.num_layers] * len(rows)
+        self.depths: list[int] | None = None
+        if exits is not None:  # a prompt is read by all layers
+            self.depths = [model.config.num_layers] * len(rows)
         self._prompts = [row.prompt for row in rows]
         self._capacity = max(len(row.prompt) + row.tokens_left for row in rows)
         if memory is not None:

@@ -62,6 +62,10 @@ class DecoderLayer(nn.Module):
         states = states + self.self_attn(self.input_layernorm(states), context)
         return states + self.mlp(self.post_attention_layernorm(states))
 
+    def keep(self, states: Tensor, context: PassContext) -> None:
+        """Store the keys and values of states [B, T, hidden] that go no further."""
+        self.self_attn.keep(self.input_layernorm(states), context)
+
 
 class DecoderStack(nn.Module):
     """Embedding, layers and final norm: what Hugging Face folders call `model`."""

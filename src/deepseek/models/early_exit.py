@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
-from deepseek.models.decoder import Decoder
+from deepseek.models.decoder import Decoder, DecoderLayer
 from deepseek.models.exits import Exits
 from deepseek.models.planner import WindowPlanner
 from deepseek.models.static import StaticPlanner
@@ -70,8 +70,9 @@ def forward_with_exits(
     depths = torch.full_like(input_ids, model.config.num_layers)
     head = _Head(model, inside)
     for number, layer in enumerate(model.model.layers, start=1):
+        assert isinstance(layer, DecoderLayer)
         if not bool(inside.any()):
-            layer.self_attn.keep(layer.input_layernorm(states), context)
+            layer.keep(states, context)
             continue
         before = states
         states = torch.where(inside[..., None], layer(before, context), before)
