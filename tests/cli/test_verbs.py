@@ -18,7 +18,8 @@ import pytest
 from deepseek import hub
 from deepseek.cli.main import verb_parser
 from deepseek.cli.verbs.eval import OPTIONS
-from deepseek.evaluate import SuiteSettings
+from deepseek.evaluate import ExitCalibration, SuiteSettings
+from deepseek.generate import Exits
 from tests.cli.conftest import Run
 
 
@@ -58,6 +59,33 @@ def test_generate_goes_on_behind_the_context(run: Run, tiny_folder: str) -> None
     assert run(*words, "--context", "512", "--memory", "512").code == 0
     wrong = run(*words, "--memory", "1000")
     assert wrong.code == 2 and "max_len of Memory must be a whole multiple of 64" in wrong.err
+
+
+def test_generate_lets_tokens_leave_early(run: Run, tiny_folder: str, tmp_path: Path) -> None:
+    words = ["generate", tiny_folder, "--prompt", "ab", "--max-tokens", "8", "--json"]
+    early = run(*words, "--exits", "0")
+    assert early.object["runs_on"] == {"engine": False, "dtype": "float32"}
+    assert "runs through PyTorch: tokens leave early" in early.err
+    assert early.object["depths"] == [2, *[1] * (len(early.object["depths"]) - 1)]
+    assert run(*words).object["depths"] is None
+    mean = sum(early.object["depths"]) / len(early.object["depths"])
+    told = {each["name"]: each["value"] for each in early.object["measurements"]}
+    assert told["mean_layers"] == mean
+    exits = Exits(layers=(1,), threshold=0)
+    file = tmp_path / "exits.json"
+    found = ExitCalibration(exits=exits, delta=0.1, confidence=0.95, measurements=())
+    found.save(file)
+    assert run(*words, "--exits", str(file)).object["token_ids"] == early.object["token_ids"]
+    dataclasses.replace(found, exits=None).save(file)
+    for value, message in (
+        (str(file), "a calibration that found a threshold"),
+        ("2", "threshold of Exits must be from 0 to 1"),
+        (str(tmp_path / "none.json"), "calibration of early exit must be a file"),
+    ):
+        refused = run(*words, "--exits", value)
+        assert refused.code == 2 and message in refused.err
+    refused = run(*words, "--exits", "0.2", "--scheme", "int8")
+    assert refused.code == 2 and "Load it without a scheme" in refused.err
 
 
 def test_generate_with_chat_uses_the_template(run: Run, tiny_folder: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from deepseek.errors import ConfigError, DeepseekError, FormatError
 from deepseek.optim import AdamW, Muon, WarmupStableDecay
-from deepseek.train import Run, Source, Stage, read_run
+from deepseek.train import ExitLoss, Run, Source, Stage, read_run
 from tests.house import REPO
 
 GOOD = """
@@ -61,6 +61,8 @@ def test_yaml_and_python_say_the_same(tmp_path: Path) -> None:
         (("kind: muon", "kind: moon"), "one of 'adamw', 'muon'"),
         (("rate: 1e-3", "rate: -1"), "positive number"),
         (("rate: 1e-3", "rate: fast"), "of type float"),
+        (("steps: 3", "steps: 3\n    exit_loss: {layers: [1, 2]}"), "from 2 on, ascending"),
+        (("steps: 3", "steps: 3\n    exit_loss: {layers: [4], scale: 2}"), "at most 1"),
         (("model: somewhere", ""), "model or preset"),
         (("model: somewhere", "preset: base"), "given with a preset"),
         (("model: somewhere", "model: [1"), "YAML"),
@@ -88,6 +90,12 @@ def test_files_that_hold_no_run(tmp_path: Path, name: str, text: str, words: str
         read_run(written(tmp_path, text, name))
     with pytest.raises(ConfigError, match="a file"):
         read_run(tmp_path / "nothing.yaml")
+
+
+def test_what_is_taught_has_no_exit_loss() -> None:
+    with pytest.raises(ConfigError, match="exit_loss of stage 'one' must be left out"):
+        taught = Source(path="a", target="teacher")
+        Stage(name="one", data=(taught,), steps=1, exit_loss=ExitLoss(layers=(2,)))
 
 
 def test_stages_of_one_name_are_refused() -> None:

@@ -15,7 +15,7 @@ from deepseek.errors import ConfigError
 from deepseek.models import Decoder
 from deepseek.optim import AdamW
 from deepseek.parallel import Mesh, World
-from deepseek.train import Run, prove_run, train
+from deepseek.train import ExitLoss, Run, prove_run, train
 from deepseek.train.divided import divide
 from deepseek.train.origin import open_model
 from tests.tolerances import assert_close
@@ -74,6 +74,13 @@ def test_a_mesh_that_does_not_fit_is_refused(make_run: MakeRun, mesh: Mesh, said
     run = make_run(mesh=mesh)
     with pytest.raises(ConfigError, match=said):
         divide(run, open_model(run), World(0, 3))
+
+
+def test_a_divided_model_has_no_exit_loss(make_run: MakeRun) -> None:
+    run = make_run(mesh=Mesh(tensor=2))
+    stages = tuple(stage.replace(exit_loss=ExitLoss(layers=(2,))) for stage in run.stages)
+    with pytest.raises(ConfigError, match="exit_loss of stage 'first' over a mesh"):
+        divide(run.replace(stages=stages), open_model(run), World(0, 2))
 
 
 def test_replicas_alone_divide_nothing(make_run: MakeRun) -> None:

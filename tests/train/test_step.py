@@ -9,10 +9,10 @@ import torch
 
 from deepseek.data import Document, Windows, write_corpus
 from deepseek.errors import ConfigError
-from deepseek.models import Decoder
+from deepseek.models import Decoder, next_token_loss
 from deepseek.optim import AdamW, Constant, build_optimizers
 from deepseek.parallel import TreeSum, World
-from deepseek.train import Source, Stage
+from deepseek.train import ExitLoss, Source, Stage
 from deepseek.train.speed import flops_per_token, peak_flops
 from deepseek.train.step import BatchStep, choose_parameters
 from tests.generate.conftest import TINY
@@ -40,9 +40,11 @@ def stage(**changes: object) -> Stage:
     return Stage(**{**values, **changes})
 
 
-def take_step(windows: Windows, settings: Stage, *, dtype: torch.dtype = torch.float64) -> Decoder:
+def take_step(
+    windows: Windows, settings: Stage, *, dtype: torch.dtype = torch.float64, num_layers: int = 2
+) -> Decoder:
     torch.manual_seed(0)
-    model = Decoder(TINY).to(dtype).train()
+    model = Decoder(TINY.replace(num_layers=num_layers)).to(dtype).train()
     parameters = choose_parameters(model, settings.trains)
     optimizers = build_optimizers(AdamW(rate=1e-2), parameters)
     world = World()
@@ -134,3 +136,39 @@ def test_products_of_a_token_are_counted() -> None:
     expected = 3 * (2 * (2 * layer + 258 * 32) + 2 * 2 * 4 * 8 * 100)
     assert flops_per_token(model, 100) == expected
     assert peak_flops(torch.float32, torch.get_num_threads()) > 1e8
+
+
+def test_the_exit_loss_is_the_weighted_sum_of_losses_behind_layers(windows: Windows) -> None:
+    """Loss and gradients, against passes of models that end at the layer."""
+    exits = ExitLoss(layers=(2, 3), scale=0.5)
+    weights = {2: 0.5 * 1, 3: 0.5 * (1 + 2), 4: 3 + 0.5 * (1 + 2)}
+    torch.manual_seed(0)
+    model = Decoder(TINY.replace(num_layers=4)).double()
+    samples = windows.read(0, 3)
+    tokens, counted = torch.from_numpy(samples.tokens), torch.from_numpy(samples.targets)
+    labels = torch.where(counted, tokens, -100)
+    found = model.loss(tokens, labels, exits.weights(4))
+    gradients = torch.autograd.grad(found, list(model.parameters()))
+    hidden = model(tokens, output_hidden_states=True).hidden_states
+    assert hidden is not None
+    normed = [*map(model.model.norm, hidden[:-1]), hidden[-1]]
+    losses = {layer: next_token_loss(model.lm_head(normed[layer]), labels) for layer in weights}
+    expected = sum(weights[layer] * losses[layer] for layer in weights) / sum(weights.values())
+    assert isinstance(expected, torch.Tensor)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_takes_the_exit_loss(windows: Windows) -> None:
+    exits = ExitLoss(layers=(2,))
+    found = take_step(windows, stage(exit_loss=exits, micro_batch=2), num_layers=3).result
+    torch.manual_seed(0)
+    model = Decoder(TINY.replace(num_layers=3)).double()
+    samples = windows.read(0, 8)
+    tokens, counted = torch.from_numpy(samples.tokens), torch.from_numpy(samples.targets)
+    expected = model.loss(tokens, torch.where(counted, tokens, -100), exits.weights(3))
+    assert found.loss == pytest.approx(expected.item(), rel=1e-6)
+    with pytest.raises(ConfigError, match="below the model's 2 layers"):
+        take_step(windows, stage(exit_loss=exits))

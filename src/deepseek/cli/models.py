@@ -11,7 +11,7 @@ from deepseek.errors import ConfigError, describe
 if TYPE_CHECKING:
     from deepseek.generate import Engine, Memory
     from deepseek.hub import Bundle
-    from deepseek.models import Decoder, Encoder
+    from deepseek.models import Decoder, Encoder, Exits
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -76,6 +76,43 @@ def read_memory(args: argparse.Namespace) -> Memory | None:
     return None if args.memory is None else Memory.of(args.memory)
 
 
+def add_exits_argument(parser: argparse.ArgumentParser) -> None:
+    """Add `--exits`."""
+    parser.add_argument(
+        "--exits",
+        metavar="FILE|THRESHOLD",
+        help="let tokens leave early: as a calibration says, or where the margin of the two "
+        "likeliest tokens is above a threshold (0 to 1) behind a half or three quarters of the "
+        "layers; runs through PyTorch",
+    )
+
+
+def read_exits(args: argparse.Namespace, num_layers: int) -> Exits | None:
+    """Return the exits that `--exits` asks for, of a model of so many layers.
+
+    Raises:
+        ConfigError: a number that is no threshold, or a calibration that found none.
+        FormatError: a file that is no calibration.
+    """
+    if args.exits is None:
+        return None
+    from deepseek.models import Exits
+
+    try:
+        return Exits.of(num_layers, float(args.exits))
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+    from deepseek.evaluate import ExitCalibration
+
+    found = ExitCalibration.read(args.exits).exits
+    if found is None:
+        must = "a calibration that found a threshold"
+        step = "Allow more disagreement, or train the model for exits"
+        raise ConfigError(describe("--exits", f"deepseek {args.verb}", must, args.exits, step))
+    return found
+
+
 def positive(word: str) -> int:
     """Return a whole number of at least 1.
 
@@ -129,7 +166,8 @@ def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
         ConfigError: the model is an encoder, or `--scheme` asks for what it has not.
     """
     name = ready(args.model, out)
-    if args.dtype is None:
+    leaves = getattr(args, "exits", None) is not None
+    if args.dtype is None and not leaves:
         from deepseek.face import load_engine
 
         with out.progress() as progress:
@@ -146,7 +184,7 @@ def load_generator(args: argparse.Namespace, out: Output) -> Decoder | Engine:
     model = load_decoder(args, out)
     from deepseek.generate.modules import why_no_engine
 
-    reason = why_no_engine(model)
+    reason = "tokens leave early" if leaves else why_no_engine(model)
     if reason is not None:
         out.note(f"(runs through PyTorch: {reason})")
     return model

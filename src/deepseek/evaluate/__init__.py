@@ -9,6 +9,8 @@ from deepseek.registry import lazy_names
 if TYPE_CHECKING:
     from deepseek.evaluate.choice import multiple_choice
     from deepseek.evaluate.corpus import Corpus, default_corpus, read_corpus
+    from deepseek.evaluate.early_exit import ExitScores, score_exits
+    from deepseek.evaluate.exit_calibration import ExitCalibration, calibrate_exits
     from deepseek.evaluate.items import (
         ChoiceItem,
         MatchItem,
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ChoiceItem",
     "Corpus",
+    "ExitCalibration",
+    "ExitScores",
     "MatchItem",
     "SuiteSettings",
     "addition_items",
+    "calibrate_exits",
     "copy_accuracy",
     "default_corpus",
     "divergence",
@@ -41,6 +46,7 @@ __all__ = [
     "read_choice_items",
     "read_corpus",
     "read_match_items",
+    "score_exits",
     "speed",
     "speed_side_by_side",
     "suite",
@@ -50,9 +56,12 @@ __all__ = [
 _HOMES = {
     "ChoiceItem": "items",
     "Corpus": "corpus",
+    "ExitCalibration": "exit_calibration",
+    "ExitScores": "early_exit",
     "MatchItem": "items",
     "SuiteSettings": "tasks",
     "addition_items": "items",
+    "calibrate_exits": "exit_calibration",
     "copy_accuracy": "retrieval",
     "default_corpus": "corpus",
     "divergence": "kl_divergence",
@@ -64,6 +73,7 @@ _HOMES = {
     "read_choice_items": "items",
     "read_corpus": "corpus",
     "read_match_items": "items",
+    "score_exits": "early_exit",
     "speed": "latency",
     "speed_side_by_side": "latency",
     "suite": "tasks",

@@ -10,11 +10,13 @@ from deepseek.generate.engine import Engine, build_engine
 from deepseek.generate.loop import generate, stream
 from deepseek.generate.memory import Memory
 from deepseek.generate.prompt import chat_prompt
+from deepseek.models.exits import Exits
 from deepseek.ops.sampling.config import Sampling
 
 __all__ = [
     "Completion",
     "Engine",
+    "Exits",
     "Memory",
     "Piece",
     "Sampling",

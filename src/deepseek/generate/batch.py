@@ -30,6 +30,10 @@ class RowLike(Protocol):
 class Batch(Protocol):
     """Rows that are decoded together; `start` once, then `step` and `keep` in any order."""
 
+    depths: list[int] | None
+    """Layers behind which the newest token of each row was chosen; None where that is always all
+    of them."""
+
     def start(self) -> list[int]:
         """Read the prompts and return the first token of each row."""
         ...
@@ -100,6 +104,8 @@ class RowPages:
 
 class EngineBatch:
     """A batch on an engine. Prompts share steps of at most `MAX_STEP_TOKENS` tokens, unpadded."""
+
+    depths: list[int] | None = None
 
     def __init__(
         self,

@@ -20,6 +20,8 @@ class Piece:
     token_id: int
     finish_reason: FinishReason | None
     """Set on the row's last piece."""
+    depth: int | None = None
+    """Layers behind which the token was chosen; None where every token goes through all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Completion:
     """Seconds from the call to the row's first token."""
     total_s: float
     """Seconds from the call to the row's last token; the rows of a batch run together."""
+    depths: tuple[int, ...] | None = None
+    """Layers behind which each token was chosen; None where every token goes through all."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -45,4 +49,6 @@ class Completion:
     def to_dict(self) -> dict[str, object]:
         """Return the fields and `tokens_per_s` as JSON-ready values."""
         values = dataclasses.asdict(self)
-        return {**values, "token_ids": list(self.token_ids), "tokens_per_s": self.tokens_per_s}
+        values["token_ids"] = list(self.token_ids)
+        values["depths"] = None if self.depths is None else list(self.depths)
+        return {**values, "tokens_per_s": self.tokens_per_s}

@@ -14,6 +14,7 @@ from deepseek.generate.engine import Engine
 from deepseek.generate.memory import Memory
 from deepseek.generate.prompt import read_prompts
 from deepseek.generate.stop import TextStream
+from deepseek.models.exits import Exits
 from deepseek.ops.sampling.config import Sampling
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def generate(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     memory: Memory | None = None,
+    exits: Exits | None = None,
     on_piece: Callable[[Piece], None] | None = None,
 ) -> Completion | list[Completion]:
     """Return the model's continuation of one prompt, or of each of several.
@@ -46,6 +48,8 @@ def generate(
         ignore_eos: go on behind the model's own end tokens.
         memory: what is kept of a text that is longer than it, in constant bytes; None to keep all,
             as far as the context reaches.
+        exits: where tokens may leave the model early; runs through PyTorch. None to go through all
+            layers.
         on_piece: called with each piece as it comes.
 
     Returns:
@@ -58,18 +62,22 @@ def generate(
     """
     start_s = time.perf_counter()
     ids, is_single = read_prompts(model, prompts, memory)
+    _check_exits(model, exits)
     ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
     texts: list[list[str]] = [[] for _ in ids]
     tokens: list[list[int]] = [[] for _ in ids]
     first_s, last_s = [0.0] * len(ids), [0.0] * len(ids)
     reasons: list[FinishReason] = ["length"] * len(ids)
-    for piece in _run(model, ids, _read_sampling(sampling), ends, memory):
+    depths: list[list[int]] = [[] for _ in ids]
+    for piece in _run(model, ids, _read_sampling(sampling), ends, memory, exits):
         row, now_s = piece.row, time.perf_counter() - start_s
         if not tokens[row]:
             first_s[row] = now_s
         texts[row].append(piece.text)
         tokens[row].append(piece.token_id)
         last_s[row], reasons[row] = now_s, piece.finish_reason or "length"
+        if piece.depth is not None:
+            depths[row].append(piece.depth)
         if on_piece is not None:
             on_piece(piece)
     completions = [
@@ -80,6 +88,7 @@ def generate(
             num_prompt_tokens=len(ids[row]),
             first_token_s=first_s[row],
             total_s=last_s[row],
+            depths=None if exits is None else tuple(depths[row]),
         )
         for row in range(len(ids))
     ]
@@ -96,6 +105,7 @@ def stream(
     stop_token_ids: Sequence[int] = (),
     ignore_eos: bool = False,
     memory: Memory | None = None,
+    exits: Exits | None = None,
 ) -> Iterator[Piece]:
     """Yield the pieces of the continuations as they come: each step one per unfinished row.
 
@@ -103,8 +113,9 @@ def stream(
     to its text. Leaving the loop early is fine: nothing of the run outlives the iterator.
     """
     ids, _ = read_prompts(model, prompts, memory)
+    _check_exits(model, exits)
     ends = _Ends.of(model, max_tokens, stop, stop_token_ids, ignore_eos)
-    return _run(model, ids, _read_sampling(sampling), ends, memory)
+    return _run(model, ids, _read_sampling(sampling), ends, memory, exits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +166,18 @@ def _read_sampling(sampling: Sampling | None) -> Sampling:
     return sampling
 
 
+def _check_exits(model: Decoder | Engine, exits: Exits | None) -> None:
+    if exits is None:
+        return
+    if not isinstance(exits, Exits):
+        step = "Use Exits(layers=…, threshold=…)"
+        raise ConfigError(describe("exits", "generate", "an Exits", exits, step))
+    if isinstance(model, Engine):
+        step = "Give a model of deepseek.load, which runs through PyTorch"
+        raise ConfigError(describe("exits", "generate", "None on an engine", exits, step))
+    exits.check(model.config.num_layers)
+
+
 def _eos_token_ids(model: Decoder | Engine) -> tuple[int, ...]:
     if model.tokenizer is not None:
         return model.tokenizer.eos_token_ids
@@ -183,7 +206,7 @@ class _Row:
         tokenizer = model.tokenizer
         self._text = None if tokenizer is None else TextStream(tokenizer, ends.strings)
 
-    def take(self, token: int) -> Piece:
+    def take(self, token: int, depth: int | None) -> Piece:
         """Return the piece of the row's next token."""
         self.tokens_left -= 1
         text, reason = "", None
@@ -199,7 +222,7 @@ class _Row:
             if self._text.is_stopped:
                 reason = "stop"
         self.is_finished = reason is not None
-        return Piece(self.number, text, token, reason)
+        return Piece(self.number, text, token, reason, depth)
 
 
 def _run(
@@ -208,14 +231,18 @@ def _run(
     sampling: Sampling,
     ends: _Ends,
     memory: Memory | None,
+    exits: Exits | None,
 ) -> Iterator[Piece]:
     # shortest first: rows of similar length become neighbours in the cache
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows = [_Row(model, number, prompts[number], ends, memory) for number in order]
-    batch = _batch(model, rows, sampling, memory)
+    batch = _batch(model, rows, sampling, memory, exits)
     tokens = batch.start()
     while True:
-        pieces = [row.take(token) for row, token in zip(rows, tokens, strict=True)]
+        depths = batch.depths or [None] * len(rows)
+        pieces = [
+            row.take(token, depth) for row, token, depth in zip(rows, tokens, depths, strict=True)
+        ]
         yield from sorted(pieces, key=lambda piece: piece.row) if len(pieces) > 1 else pieces
         if any(row.is_finished for row in rows):
             kept = [slot for slot, row in enumerate(rows) if not row.is_finished]
@@ -228,10 +255,14 @@ def _run(
 
 
 def _batch(
-    model: Decoder | Engine, rows: list[_Row], sampling: Sampling, memory: Memory | None
+    model: Decoder | Engine,
+    rows: list[_Row],
+    sampling: Sampling,
+    memory: Memory | None,
+    exits: Exits | None,
 ) -> Batch:
     if isinstance(model, Engine):
         return EngineBatch(model, rows, sampling, memory)
     from deepseek.generate.modules import module_batch
 
-    return module_batch(model, rows, sampling, memory)
+    return module_batch(model, rows, sampling, memory, exits)

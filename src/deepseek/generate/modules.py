@@ -17,6 +17,8 @@ from deepseek.generate.engine import Engine, Rows, Weights, build_engine
 from deepseek.generate.memory import Memory
 from deepseek.generate.prefill import make_room, prefill
 from deepseek.models.decoder import Decoder, DecoderLayer, DecoderStack
+from deepseek.models.early_exit import check_exits, forward_with_exits
+from deepseek.models.exits import Exits
 from deepseek.models.layers import (
     Attention,
     Experts,
@@ -53,13 +55,26 @@ _KNOWN = frozenset(
 
 
 def module_batch(
-    model: Decoder, rows: Sequence[RowLike], sampling: Sampling, memory: Memory | None = None
+    model: Decoder,
+    rows: Sequence[RowLike],
+    sampling: Sampling,
+    memory: Memory | None = None,
+    exits: Exits | None = None,
 ) -> Batch:
-    """Return the batch of a model's rows, on its engine where it has one.
+    """Return the batch of a model's rows, on its engine where it has one and no token leaves early.
 
     Raises:
-        ConfigError: the model asks for a scheme that only the engine knows, and has none.
+        ConfigError: the model asks for a scheme that only the engine knows, and has none; or it
+            cannot have these exits.
     """
+    if exits is not None:
+        check_exits(model, exits)
+        if asked := vars(model).get("scheme"):
+            must = "None where tokens leave early, which the engine does not do"
+            step = "Load it without a scheme"
+            raise ConfigError(describe("scheme", "the model", must, asked.name, step))
+        _LOG.info("generation runs through the modules: the engine lets no token leave early")
+        return _ModuleBatch(model, rows, sampling, memory, exits)
     engine = engine_of(model)
     return (
         _ModuleBatch(model, rows, sampling, memory)
@@ -179,9 +194,18 @@ class _ModuleBatch:
     """Rows that run through the modules; inference mode never spans a yield of the loop."""
 
     def __init__(
-        self, model: Decoder, rows: Sequence[RowLike], sampling: Sampling, memory: Memory | None
+        self,
+        model: Decoder,
+        rows: Sequence[RowLike],
+        sampling: Sampling,
+        memory: Memory | None,
+        exits: Exits | None = None,
     ) -> None:
         self._model, self._sampling, self._memory = model, sampling, memory
+        self._exits = exits
+        self.depths: list[int] | None = None
+        if exits is not None:  # a prompt is read by all layers
+            self.depths = [model.config.num_layers] * len(rows)
         self._prompts = [row.prompt for row in rows]
         self._capacity = max(len(row.prompt) + row.tokens_left for row in rows)
         if memory is not None:
@@ -206,8 +230,12 @@ class _ModuleBatch:
             for row in range(len(tokens)):
                 make_room(self._model, self._cache, row, self._memory)
         newest = torch.tensor(tokens, device=self._model.device)[:, None]
-        output = self._model(newest, cache=self._cache, last_only=True)
-        return self._choose(output.logits[:, -1])
+        if self._exits is None:
+            output = self._model(newest, cache=self._cache, last_only=True)
+            return self._choose(output.logits[:, -1])
+        logits, depths = forward_with_exits(self._model, newest, self._cache, self._exits)
+        self.depths = depths[:, -1].tolist()
+        return self._choose(logits[:, -1])
 
     @torch.inference_mode()
     def keep(self, slots: list[int]) -> None:

@@ -14,11 +14,13 @@ from deepseek.models.config import (
     Pattern,
     RopeConfig,
 )
+from deepseek.models.exits import Exits
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
     from deepseek.models.divided import DividedDecoder
+    from deepseek.models.early_exit import ExitOutput, forward_with_exits
     from deepseek.models.encoder import Encoder, EncoderOutput
     from deepseek.models.planner import Planner, WindowPlanner
     from deepseek.models.routed import RoutedPlanner
@@ -35,6 +37,8 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
+    "ExitOutput",
+    "Exits",
     "ExpertsConfig",
     "LatentConfig",
     "Pattern",
@@ -45,6 +49,7 @@ __all__ = [
     "WindowPlanner",
     "check_mesh",
     "decoder_splits",
+    "forward_with_exits",
     "next_token_loss",
 ]
 
@@ -55,12 +60,14 @@ _PLACES = {
     "DividedDecoder": "divided",
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
+    "ExitOutput": "early_exit",
     "Planner": "planner",
     "RoutedPlanner": "routed",
     "StaticPlanner": "static",
     "WindowPlanner": "planner",
     "check_mesh": "splits",
     "decoder_splits": "splits",
+    "forward_with_exits": "early_exit",
     "next_token_loss": "decoder",
 }
 

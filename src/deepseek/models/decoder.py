@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -60,6 +61,10 @@ class DecoderLayer(nn.Module):
         """Return the layer's output: [B, T, hidden] to [B, T, hidden]."""
         states = states + self.self_attn(self.input_layernorm(states), context)
         return states + self.mlp(self.post_attention_layernorm(states))
+
+    def keep(self, states: Tensor, context: PassContext) -> None:
+        """Store the keys and values of states [B, T, hidden] that go no further."""
+        self.self_attn.keep(self.input_layernorm(states), context)
 
 
 class DecoderStack(nn.Module):
@@ -203,20 +208,31 @@ class Decoder(nn.Module):
         loss = None if labels is None else next_token_loss(logits, labels)
         return CausalOutput(loss, logits, hidden)
 
-    def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def loss(
+        self, input_ids: Tensor, labels: Tensor, exit_weights: Mapping[int, float] | None = None
+    ) -> Tensor:
         """Return the loss of `forward` without its logits, which are most of the memory of a
         training step; it can be differentiated once.
 
         Args:
             input_ids: int64 [B, T].
             labels: int64 [B, T], as in `forward`.
+            exit_weights: return the sum of the losses behind so many layers, by the same norm and
+                head, times these weights; None for the loss behind all of them.
 
         Raises:
             ShapeError: they do not fit together.
         """
         embedded = self._embed(input_ids)
         _check_labels(labels, embedded, False)
-        return self._loss(self._through_layers(embedded, None, None, None, keeps=False)[0], labels)
+        keeps = exit_weights is not None
+        states, hidden, _ = self._through_layers(embedded, None, None, None, keeps=keeps)
+        if exit_weights is None or hidden is None:
+            return self._loss(states, labels)
+        normed = [*map(self.model.norm, hidden[:-1]), states]
+        return torch.stack(
+            [weight * self._loss(normed[layer], labels) for layer, weight in exit_weights.items()]
+        ).sum()
 
     def final_states(
         self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None
@@ -229,6 +245,22 @@ class Decoder(nn.Module):
         """
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         return self._through_layers(states, None, None, None, keeps=False)[0]
+
+    def begin_pass(self, input_ids: Tensor, cache: KVCache) -> tuple[Tensor, PassContext]:
+        """Return the embedded tokens [B, T, hidden], and what the layers of a pass that appends
+        them share; for a pass other than `forward`. `cache.advance(context.layout)` ends it.
+
+        Args:
+            input_ids: int64 [B, T], all of them tokens.
+            cache: of as many rows.
+
+        Raises:
+            ShapeError: inputs that do not fit together.
+            CapacityError: the cache is full.
+        """
+        states = self._embed(input_ids)
+        layout, _ = self._place(states, None, cache)
+        return states, self._context(states, layout, None, cache)
 
     def _through_layers(
         self,

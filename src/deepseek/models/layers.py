@@ -12,7 +12,7 @@ from deepseek.models.positions import latent_score_factor
 from deepseek.ops.attention import KVShape, attention
 from deepseek.ops.experts import experts_swiglu
 from deepseek.ops.linear import Linear, linear
-from deepseek.ops.rope import deinterleave, rotate_both
+from deepseek.ops.rope import deinterleave, rotate, rotate_both
 
 
 class RMSNorm(nn.Module):
@@ -75,6 +75,19 @@ class Attention(nn.Module):
         )
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
+    def keep(self, states: Tensor, context: PassContext) -> None:
+        """Store the keys and values of states [B, T, hidden] as `forward` does, and attend to
+        nothing."""
+        rows, length, _ = states.shape
+        keys = self.k_proj(states).view(rows, length, -1, self.head_dim)
+        values = self.v_proj(states).view(rows, length, -1, self.head_dim).transpose(1, 2)
+        if self.k_norm is not None:
+            keys = self.k_norm(keys)
+        keys = keys.transpose(1, 2)
+        if context.cos is not None and context.sin is not None:
+            keys = rotate(keys, context.cos, context.sin)
+        context.store(self.layer, keys, values)
+
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention.
@@ -119,9 +132,7 @@ class LatentAttention(nn.Module):
         """Return the attention output: [B, T, hidden] to [B, T, hidden]."""
         latent = self.latent
         q_nope, q_rope = self._queries(states).split([latent.nope_dim, latent.rope_dim], dim=-1)
-        compressed = self.kv_a_proj_with_mqa(states)
-        content, k_rope = compressed.split([latent.kv_rank, latent.rope_dim], dim=-1)
-        content, k_rope = self.kv_a_layernorm(content)[:, None], k_rope[:, None]
+        content, k_rope = self._content(states)
         if self.interleaved:
             q_rope, k_rope = deinterleave(q_rope), deinterleave(k_rope)
         if context.cos is not None and context.sin is not None:
@@ -130,6 +141,22 @@ class LatentAttention(nn.Module):
         out = attend(q_nope, q_rope, content, k_rope, context)
         rows, length, _ = states.shape
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+    def keep(self, states: Tensor, context: PassContext) -> None:
+        """Store the latent and the shared key of states [B, T, hidden] as `forward` does with a
+        cache, and attend to nothing."""
+        content, k_rope = self._content(states)
+        if self.interleaved:
+            k_rope = deinterleave(k_rope)
+        if context.cos is not None and context.sin is not None:
+            k_rope = rotate(k_rope, context.cos, context.sin)
+        context.store(self.layer, torch.cat((content, k_rope), dim=-1), None)
+
+    def _content(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latent [B, 1, T, rank] and the shared key, not yet rotated [B, 1, T, dim]."""
+        dims = [self.latent.kv_rank, self.latent.rope_dim]
+        content, k_rope = self.kv_a_proj_with_mqa(states).split(dims, dim=-1)
+        return self.kv_a_layernorm(content)[:, None], k_rope[:, None]
 
     def _queries(self, states: Tensor) -> Tensor:
         if self.latent.query_rank is None:

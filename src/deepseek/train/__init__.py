@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
-    from deepseek.train.config import LowRank, Run, Source, Stage, read_run
+    from deepseek.train.config import ExitLoss, LowRank, Run, Source, Stage, read_run
     from deepseek.train.loop import Progress
     from deepseek.train.start import prove_run, train
     from deepseek.train.stopping import Interrupted
 
 __all__ = [
+    "ExitLoss",
     "Interrupted",
     "LowRank",
     "Progress",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ExitLoss": "config",
     "Interrupted": "stopping",
     "LowRank": "config",
     "Progress": "loop",

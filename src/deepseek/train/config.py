@@ -83,6 +83,44 @@ class LowRank(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitLoss(Config):
+    """The loss of the states behind some layers too, by the model's own norm and head, so that
+    tokens can leave the model there (`deepseek.generate.Exits`).
+
+    Source: Elhoushi et al., "LayerSkip" (2404.16710), section 4.1, early exit loss. Deviations:
+    the same layers in every step, no curriculum; no dropout of layers.
+    """
+
+    layers: tuple[int, ...]
+    """Behind how many layers, ascending, at least 2; the last layer's loss is always there."""
+    scale: float = 1.0
+    """Of the weights of these layers, above 0 to 1."""
+
+    def __post_init__(self) -> None:
+        ascends = all(one < following for one, following in itertools.pairwise(self.layers))
+        if not self.layers or self.layers[0] < 2 or not ascends:
+            must = "numbers of layers from 2 on, ascending"
+            raise ConfigError(describe("layers", "ExitLoss", must, self.layers))
+        if not 0 < self.scale <= 1:
+            raise ConfigError(describe("scale", "ExitLoss", "above 0, at most 1", self.scale))
+
+    def weights(self, num_layers: int) -> dict[int, float]:
+        """Return the weight of the loss behind so many layers, of a model of `num_layers`; they add
+        up to 1. Behind layer n it grows with the sum of the numbers below n.
+
+        Raises:
+            ConfigError: a layer is not before the model's end.
+        """
+        if self.layers[-1] >= num_layers:
+            must = f"below the model's {num_layers} layers"
+            raise ConfigError(describe("layers", "ExitLoss", must, self.layers))
+        raw = {layer: self.scale * layer * (layer - 1) / 2 for layer in self.layers}
+        raw[num_layers] = num_layers - 1 + self.scale * (num_layers - 1) * (num_layers - 2) / 2
+        total = sum(raw.values())
+        return {layer: weight / total for layer, weight in raw.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage(Config):
     """One part of a run. At its border data, trained modules, optimizer and rate change
     together."""
@@ -104,6 +142,8 @@ class Stage(Config):
     """Patterns of the names of the parameters that are trained (`model.layers.*`)."""
     adapter: LowRank | None = None
     """Train adapters, and `trains` not at all."""
+    exit_loss: ExitLoss | None = None
+    """Learn to predict behind some layers too; the loss that is shown is then the weighted mean."""
     optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamW)
     schedule: ScheduleConfig = dataclasses.field(default_factory=Cosine)
     keeps_moments: bool = False
@@ -156,6 +196,9 @@ class Stage(Config):
         if self.epochs is not None and weighted == {True}:
             step = "Say how many steps"
             raise ConfigError(describe("epochs", owner, "left out with weights", self.epochs, step))
+        if self.exit_loss is not None and any(each.target == "teacher" for each in self.data):
+            must = "left out where a source is learned from a teacher"
+            raise ConfigError(describe("exit_loss", owner, must, self.exit_loss.layers))
         if self.adapter is not None and (self.keeps_moments or self.trains != ("*",)):
             must = "left as they are: adapters are all that is trained, and they are new"
             got = f"trains {self.trains}, keeps_moments {self.keeps_moments}"

@@ -101,7 +101,8 @@ class BatchStep:
             teacher: of the sources that have one.
 
         Raises:
-            ConfigError: there are more workers than parts of a batch.
+            ConfigError: there are more workers than parts of a batch, or a layer of the exit loss
+                is not before the model's end.
         """
         self._model, self._optimizers, self._stage, self._windows = (
             model,
@@ -111,6 +112,8 @@ class BatchStep:
         )
         self._values = [value for _, value in parameters]
         self._teacher = teacher
+        exits = stage.exit_loss
+        self._exit_weights = None if exits is None else exits.weights(model.config.num_layers)
         self._taught = np.array([source.target == "teacher" for source in stage.data])
         self._world, self._seed, self._transport = world, seed, transport
         self._is_early = stage.sends_early and world.size > 1
@@ -205,7 +208,8 @@ class BatchStep:
                 total = taught_loss(self._model, self._teacher, tokens, counted, is_taught)
                 loss = total / batch.num_targets
             else:
-                mean = self._model.loss(tokens, torch.where(counted, tokens, IGNORED))
+                labels = torch.where(counted, tokens, IGNORED)
+                mean = self._model.loss(tokens, labels, self._exit_weights)
                 loss = mean * (share / batch.num_targets)
         loss.backward()
         return loss.detach().reshape(1)

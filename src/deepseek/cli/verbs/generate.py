@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from deepseek.cli.models import (
     add_attention_argument,
+    add_exits_argument,
     add_length_arguments,
     add_model_arguments,
     add_scheme_argument,
     load_generator,
+    read_exits,
     read_memory,
 )
 from deepseek.cli.output import Output
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_scheme_argument(parser)
     add_attention_argument(parser)
     add_length_arguments(parser)
+    add_exits_argument(parser)
     parser.add_argument("--prompt", help="the text to continue; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     sampling, memory = read_sampling(args), read_memory(args)
     prompt = _prompt(args)
     model = load_generator(args, out)
+    exits = read_exits(args, model.config.num_layers)
     from deepseek.generate import Completion, generate
 
     completion = generate(
@@ -52,22 +56,24 @@ def run(args: argparse.Namespace, out: Output) -> int:
         sampling=sampling,
         stop=args.stop,
         memory=memory,
+        exits=exits,
         on_piece=lambda piece: out.say(piece.text, end=""),
     )
     assert isinstance(completion, Completion)
     out.say()
-    result = {"model": args.model, "runs_on": _runs_on(model), **completion.to_dict()}
+    runs_on = _runs_on(model, leaves=exits is not None)
+    result = {"model": args.model, "runs_on": runs_on, **completion.to_dict()}
     return out.finish(result, _speed(completion, args))
 
 
-def _runs_on(model: Decoder | Engine) -> dict[str, object]:
+def _runs_on(model: Decoder | Engine, leaves: bool) -> dict[str, object]:
     """Return what computed: the engine with its scheme and instruction set, or the modules."""
     from deepseek.generate import Engine
 
     if not isinstance(model, Engine):
         from deepseek.generate.modules import engine_of
 
-        engine = engine_of(model)
+        engine = None if leaves else engine_of(model)
         if engine is None:
             return {"engine": False, "dtype": str(model.dtype).removeprefix("torch.")}
         model = engine
@@ -127,6 +133,10 @@ def _speed(completion: Completion, args: argparse.Namespace) -> list:
         ("first_token_s", completion.first_token_s, "s"),
         ("total_s", completion.total_s, "s"),
     )
+    if completion.depths is not None:
+        conditions["exits"] = args.exits
+        mean = sum(completion.depths) / len(completion.depths)
+        figures = (*figures, ("mean_layers", mean, "layers/token"))
     return [
         Measurement(name=name, value=value, unit=unit, conditions=conditions)
         for name, value, unit in figures
