@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from deepseek.evaluate.match import exact_match
     from deepseek.evaluate.retrieval import copy_accuracy, needle
     from deepseek.evaluate.sliding_perplexity import perplexity
+    from deepseek.evaluate.spans import attention_spans
     from deepseek.evaluate.tasks import SuiteSettings, suite, task_names
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "MatchItem",
     "SuiteSettings",
     "addition_items",
+    "attention_spans",
     "copy_accuracy",
     "default_corpus",
     "divergence",
@@ -53,6 +55,7 @@ _HOMES = {
     "MatchItem": "items",
     "SuiteSettings": "tasks",
     "addition_items": "items",
+    "attention_spans": "spans",
     "copy_accuracy": "retrieval",
     "default_corpus": "corpus",
     "divergence": "kl_divergence",

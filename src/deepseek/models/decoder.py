@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         _check_labels(labels, states, last_only)
         states, hidden, counts = self._through_layers(
-            states, attention_mask, position_ids, cache, keeps=bool(output_hidden_states)
+            states, input_ids, attention_mask, position_ids, cache, keeps=bool(output_hidden_states)
         )
         if last_only:
             states = _last(states, attention_mask, counts)
@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         """
         embedded = self._embed(input_ids)
         _check_labels(labels, embedded, False)
-        return self._loss(self._through_layers(embedded, None, None, None, keeps=False)[0], labels)
+        return self._loss(self._states_of(embedded, input_ids), labels)
 
     def final_states(
         self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None
@@ -228,11 +228,15 @@ class Decoder(nn.Module):
             inputs_embeds: [B, T, hidden].
         """
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        return self._through_layers(states, None, None, None, keeps=False)[0]
+        return self._states_of(states, input_ids)
+
+    def _states_of(self, states: Tensor, input_ids: Tensor | None) -> Tensor:
+        return self._through_layers(states, input_ids, None, None, None, keeps=False)[0]
 
     def _through_layers(
         self,
         states: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: KVCache | None,
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[int] | None]:
         """Return the last layer's output normed, every layer's if wanted, and the tokens of each
         row where a cache made them be counted."""
-        layout, counts = self._place(states, attention_mask, cache)
+        layout, counts = self._place(states, input_ids, attention_mask, cache)
         context = self._context(states, layout, position_ids, cache)
         kept = [states] if keeps else None
         for layer in self.model.layers:
@@ -269,7 +273,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens(input_ids)
 
     def _place(
-        self, states: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+        self,
+        states: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
     ) -> tuple[Layout, list[int] | None]:
         rows, length, _ = states.shape
         if attention_mask is not None:
@@ -281,7 +289,8 @@ class Decoder(nn.Module):
             attention_mask = attention_mask.bool()
         if cache is None:
             all_tokens = attention_mask is None or bool(attention_mask.all())
-            return Layout.dense(rows, length, None if all_tokens else attention_mask), None
+            mask = None if all_tokens else attention_mask
+            return Layout.dense(rows, length, mask, tokens=input_ids), None
         counts = None
         if attention_mask is not None:
             counts = attention_mask.sum(dim=1).tolist()
@@ -289,7 +298,7 @@ class Decoder(nn.Module):
             if not torch.equal(ends, attention_mask):
                 must = "padded on the right when there is a cache"
                 raise ShapeError(describe("attention_mask", "Decoder", must, "padding elsewhere"))
-        return cache.place(length, counts), counts
+        return cache.place(length, counts, input_ids), counts
 
     def _context(
         self, states: Tensor, layout: Layout, position_ids: Tensor | None, cache: KVCache | None
