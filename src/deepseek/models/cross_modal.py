@@ -95,7 +95,7 @@ def cross_modal_table(
     if layout.causal:
         seen &= torch.arange(seen.shape[-1], device=seen.device) <= own[..., None]
     counts = seen.sum(-1)
-    order = (~seen).int().sort(-1, stable=True).indices[..., : max(1, int(counts.max()))]
+    order = (~seen).int().sort(dim=-1, stable=True).indices[..., : max(1, int(counts.max()))]
     return BlockTable(order.int()[:, None], counts.int()[:, None], size)
 
 
