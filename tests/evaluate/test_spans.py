@@ -31,17 +31,20 @@ def plain(first: int, share: float, quantile: float | None, seed: int = 0) -> tu
         held = []
         for place in range(30, 60):
             scores = (keys[0, head // 2, : place + 1] @ queries[0, head, place]) * 6**-0.5
-            chances = scores.softmax(-1).double().tolist()
+            added = scores.softmax(-1) * keys[0, head // 2, : place + 1].norm(dim=-1)
+            chances = added.double().tolist()
             seen = [sum(chances[:first])]
             for reach in range(1, 61):
                 slot = place + 1 - reach
                 seen.append(seen[-1] + (chances[slot] if slot >= first else 0))
             held.append(seen)
         if quantile is None:
-            means = [sum(column) / 30 for column in zip(*held, strict=True)]
-            found.append(next(at for at in range(1, 61) if means[at] >= share))
+            sums = [sum(column) for column in zip(*held, strict=True)]
+            found.append(next(at for at in range(1, 61) if sums[at] >= share * sums[-1]))
         else:
-            needed = [next(at for at in range(1, 61) if seen[at] >= share) for seen in held]
+            needed = [
+                next(at for at in range(1, 61) if seen[at] >= share * seen[-1]) for seen in held
+            ]
             counts = [sum(each <= at for each in needed) for at in range(61)]
             found.append(next(at for at in range(1, 61) if counts[at] >= quantile * 30))
     return tuple(found)

@@ -49,8 +49,10 @@ def attention_spans(
 ) -> SpansResult:
     """Measure how far back each head of each layer has to see, to keep a share of its attention.
 
-    The tokens of the second half of each piece of text are asked, so that no span is longer than
-    `length`, and one of more than half of it is rather too short.
+    Attention to a token counts times the norm of its value, which is what it adds to the output:
+    the first tokens of a text draw much attention and add next to nothing. The tokens of the second
+    half of each piece of text are asked, so that no span is longer than `length`, and one of more
+    than half of it is rather too short.
 
     Args:
         model: a `Decoder` with rotary positions, without latent attention. What its planner hides
@@ -58,8 +60,9 @@ def attention_spans(
         text: what is read; None = the default corpus.
         length: tokens of a piece.
         num_texts: pieces, spread evenly over the text.
-        share: of a token's attention, that lies on the first tokens and within the span.
-        quantile: the share of tokens for which that holds; None = the mean over tokens holds.
+        share: of attention, that lies on the first tokens and within the span.
+        quantile: the share of tokens for which that holds; None = it holds for all attention of the
+            head together.
         first: tokens at the start that every head sees besides its span.
         tokenizer: None = the model's own.
         progress: called after each piece.
@@ -69,6 +72,9 @@ def attention_spans(
 
     Raises:
         ConfigError: a model, share or length that cannot be measured, or a text that is too short.
+
+    Source: norms as Kobayashi et al. 2020 (2004.10102), here of the values alone, before the output
+    projection.
     """
     if (
         not isinstance(model, Decoder)
@@ -118,8 +124,8 @@ class _Meter:
     def __init__(self, planner: Planner | None, length: int, share: float, first: int) -> None:
         self.planner, self.length, self.share, self.first = planner, length, share, first
         self.mass: dict[int, Tensor] = {}
-        """By layer, float64 [heads, 1 + length]: attention to the first tokens, then to the others
-        by distance."""
+        """By layer, float64 [heads, 1 + length]: what the first tokens add, then the others by
+        distance."""
         self.needed: dict[int, Tensor] = {}
         """By layer, int64 [heads, 1 + length]: how many tokens need each reach."""
 
@@ -129,9 +135,10 @@ class _Meter:
         table = None
         if self.planner is not None:
             table = self.planner.plan(layer, queries, kv, layout)
-        keys, _ = kv.dense(layout.num_slots)
+        keys, values = kv.dense(layout.num_slots)
         heads, kv_heads = queries.shape[1], keys.shape[1]
         keys = keys[0].float().repeat_interleave(heads // kv_heads, dim=0)
+        norms = values[0].float().norm(dim=-1).repeat_interleave(heads // kv_heads, dim=0)
         seen = layout.visible(queries.device)[:, None]
         if table is not None:
             seen = table.visible(layout, heads, kv_heads)
@@ -140,19 +147,20 @@ class _Meter:
         for places in torch.arange(self.length // 2, self.length).split(_CHUNK):
             scores = queries[0, :, places].float() @ keys.transpose(1, 2) * keys.shape[-1] ** -0.5
             chances = scores.masked_fill(~seen[0, :, places], -torch.inf).softmax(-1)
-            held = self._by_distance(chances, places.to(queries.device))
+            held = self._by_distance(chances * norms[:, None], places.to(queries.device))
             mass += held.sum(1, dtype=torch.float64)
-            reach = (held.cumsum(-1)[..., 1:] < self.share).sum(-1) + 1
+            held = held.cumsum(-1)
+            reach = (held[..., 1:] < self.share * held[..., -1:]).sum(-1) + 1
             needed.scatter_add_(1, reach.clamp(max=self.length), torch.ones_like(reach))
         self.mass[layer] = self.mass.get(layer, 0) + mass
         self.needed[layer] = self.needed.get(layer, 0) + needed
         return table
 
-    def _by_distance(self, chances: Tensor, places: Tensor) -> Tensor:
-        """Return attention [heads, queries, slots] as that to the first tokens, then that to the
-        others by distance: [heads, queries, 1 + length]."""
-        begin = chances[..., : self.first].sum(-1, keepdim=True)
-        others = chances.clone()
+    def _by_distance(self, added: Tensor, places: Tensor) -> Tensor:
+        """Return what slots add [heads, queries, slots] as that of the first tokens, then that of
+        the others by distance: [heads, queries, 1 + length]."""
+        begin = added[..., : self.first].sum(-1, keepdim=True)
+        others = added.clone()
         others[..., : self.first] = 0
         slots = places[:, None] - torch.arange(self.length, device=places.device)
         others = others.gather(-1, slots.clamp(min=0).expand_as(others))
