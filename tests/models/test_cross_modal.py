@@ -39,6 +39,9 @@ def test_the_table_is_the_mask(runs: list[tuple[int, int]], start: int, causal: 
     table.check(layout, 4, 2)
     wanted = mask_of(of_keys[:, start:], of_keys) & layout.visible(torch.device("cpu"))
     assert torch.equal(table.visible(layout, 4, 2)[:, 0], wanted)
+    own = start // table.block_size + torch.arange(table.counts.shape[-1])
+    later = table.held() & (table.indices > own[:, None])
+    assert not (causal and bool(later.any()))
 
 
 @settings(deadline=None)

@@ -85,7 +85,7 @@ def load(
     if context is not None:
         _stretch(model, context)
     if isinstance(attention, Routing) or attention == "routed":
-        _route(model, Routing() if attention == "routed" else attention)
+        _route(model, attention if isinstance(attention, Routing) else Routing())
     elif isinstance(attention, Planner):
         _plan(model, attention)
     elif isinstance(model, Decoder):
