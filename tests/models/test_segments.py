@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from deepseek.errors import ConfigError
 from deepseek.generate import Memory, generate
 from deepseek.generate.modules import why_no_engine
+from deepseek.generate.prefill import group_rows, prefill
 from deepseek.models import Boundaries, Decoder, SegmentPlanner, Segments
 from deepseek.models.segments import seen_blocks
+from deepseek.models.sliding import forget
 from deepseek.ops.attention import AttentionImpl, BlockTable, Layout
 from tests.generate.conftest import byte_tokenizer
 from tests.models.zoo import TINY, randomize
@@ -208,9 +210,18 @@ def test_it_generates_through_the_modules_with_a_memory_too() -> None:
     assert len(remembered.token_ids) == 4
 
 
-def test_the_tokens_of_a_row_leave_with_its_keys() -> None:
-    from deepseek.models.sliding import forget
+def test_prompts_that_are_read_apart_leave_their_tokens_in_the_cache() -> None:
+    model, tokens = small(FEW), text_of(3, 90)
+    prompts = [tokens[0, :20].tolist(), tokens[1, :21].tolist(), tokens[2].tolist()]
+    assert len(group_rows([len(prompt) for prompt in prompts])) == 2
+    with torch.no_grad():
+        cache = model.new_cache(3, 90)
+        prefill(model, prompts, cache)
+    for row, prompt in enumerate(prompts):
+        assert cache.tokens[row, : len(prompt)].tolist() == prompt
 
+
+def test_the_tokens_of_a_row_leave_with_its_keys() -> None:
     model, tokens = small(FEW), text_of(1, 90)
     with torch.no_grad():
         cache = model.new_cache(1, 90)
