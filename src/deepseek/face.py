@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from deepseek.hub.mapping import MappedTensor
     from deepseek.hub.pulling import pull
     from deepseek.hub.saving import save
-    from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig
+    from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig, Planner
     from deepseek.ops.attention import AttentionImpl
 
 __all__ = ["EngineFacts", "attach_methods", "engine_facts", "load", "load_engine", "pull", "save"]
@@ -38,7 +38,7 @@ def load(
     source: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
-    attention: AttentionImpl | Literal["routed"] | Routing = "auto",
+    attention: AttentionImpl | Literal["routed"] | Routing | Planner = "auto",
     device: str | torch.device = "cpu",
     verify: bool = False,
     scheme: str | Scheme | None = None,
@@ -52,7 +52,9 @@ def load(
         dtype: "float32", "bfloat16", "float16" or a torch dtype; None for the dtype it is stored
             in.
         attention: how attention is executed; a name is used or refused, never replaced. "routed",
-            or a `deepseek.ops.routing.Routing`, for layers that choose the blocks that they see.
+            or a `deepseek.ops.routing.Routing`, for layers that choose the blocks that they see. A
+            planner (`deepseek.models.Planner`), for what it lets each layer see; generation then
+            runs through PyTorch.
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
         scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
@@ -99,7 +101,7 @@ def load_engine(
     Args:
         source: as in `load`; a `.gguf` file has no engine without torch.
         scheme: as in `load`.
-        attention: as in `load`; the engine has one execution.
+        attention: "auto", "routed" or a Routing: the engine has one execution, and no planners.
         threads: threads to compute with; None for the cores this process may use.
         verify: hash every file first.
         progress: called with the share of weights that are packed.
@@ -110,13 +112,17 @@ def load_engine(
         None where the model does not run on the engine without torch: load it by `load`.
 
     Raises:
-        ConfigError: an unknown name or scheme, or positions that cannot be stretched.
+        ConfigError: an unknown name or scheme, attention that the engine does not have, or
+            positions that cannot be stretched.
         FormatError: a folder that is not a whole model.
     """
     from deepseek.hub.bundle import Bundle
     from deepseek.ops.cpu import why_missing
 
     asked = _as_scheme(scheme)
+    if not isinstance(attention, Routing) and attention not in ("auto", "routed"):
+        must, step = "'auto', 'routed' or a Routing", "Use load for others"
+        raise ConfigError(describe("attention", "load_engine", must, attention, step))
     _fetch(source)
     path = hub.resolve(source)
     if path.is_file() or why_missing() is not None:

@@ -36,7 +36,8 @@ def is_seen(
     if table is None:
         return True
     query_block = own // table.block_size - layout.query_start[row] // table.block_size
-    if table.reach is not None and slot <= own - entry(table.reach, row, head, query_block):
+    far = table.reach is not None and slot <= own - entry(table.reach, row, head, query_block)
+    if far and slot >= table.first:
         return False
     for place in range(entry(table.counts, row, kv_head, query_block)):
         if entry(table.indices, row, kv_head, query_block, place) == slot // table.block_size:

@@ -48,5 +48,6 @@ def tables(draw: st.DrawFn, layout: Layout, heads: int, kv_heads: int) -> BlockT
         block_size=block,
         skip=skip,
         reach=reach,
+        first=draw(st.integers(0, 3)),
         means=draw(st.booleans()),
     )

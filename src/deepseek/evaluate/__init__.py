@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deepseek.evaluate.match import exact_match
     from deepseek.evaluate.retrieval import copy_accuracy, needle
     from deepseek.evaluate.sliding_perplexity import perplexity
+    from deepseek.evaluate.spans import attention_spans
     from deepseek.evaluate.tasks import SuiteSettings, suite, task_names
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MatchItem",
     "SuiteSettings",
     "addition_items",
+    "attention_spans",
     "calibrate_exits",
     "copy_accuracy",
     "default_corpus",
@@ -61,6 +63,7 @@ _HOMES = {
     "MatchItem": "items",
     "SuiteSettings": "tasks",
     "addition_items": "items",
+    "attention_spans": "spans",
     "calibrate_exits": "exit_calibration",
     "copy_accuracy": "retrieval",
     "default_corpus": "corpus",

@@ -103,4 +103,4 @@ def _rows_of(cache: KVCache, start: int, stop: int) -> KVCache:
         table = layer.page_table[start:stop]
         first = None if layer.first_page is None else layer.first_page + start * table.shape[1]
         layers.append(dataclasses.replace(layer, page_table=table, first_page=first))
-    return KVCache(layers, cache.lengths[start:stop])
+    return KVCache(layers, cache.lengths[start:stop], cache.tokens[start:stop])

@@ -23,6 +23,7 @@ from deepseek.models import (
     DecoderConfig,
     Encoder,
     EncoderConfig,
+    Planner,
     RoutedPlanner,
     WindowPlanner,
 )
@@ -44,7 +45,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = False,
-    attention: AttentionImpl | Literal["routed"] | Routing = "auto",
+    attention: AttentionImpl | Literal["routed"] | Routing | Planner = "auto",
     context: int | None = None,
 ) -> Decoder | Encoder:
     """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
@@ -59,7 +60,8 @@ def load(
         device: where the weights go.
         verify: read every file and compare its hash with the card first.
         attention: execution of attention, see `deepseek.ops.attention`; "routed", or a `Routing`,
-            for a decoder whose layers choose the blocks that they see.
+            for a decoder whose layers choose the blocks that they see; or a planner, for one that
+            has no windows and no pattern of its own.
         context: in tokens, to which the positions of a decoder are stretched; None for the model's
             own.
 
@@ -71,8 +73,8 @@ def load(
     """
     kind = as_dtype(dtype)
     choices = ("auto", "routed", *ATTENTION_IMPLS)
-    if not isinstance(attention, Routing) and attention not in choices:
-        must = f"one of {', '.join(choices)}"
+    if not isinstance(attention, Routing | Planner) and attention not in choices:
+        must = f"one of {', '.join(choices)}, a Routing or a planner"
         raise ConfigError(describe("attention", "load", must, attention))
     place = _as_device(device)
     path = resolve(name_or_folder)
@@ -83,7 +85,9 @@ def load(
     if context is not None:
         _stretch(model, context)
     if isinstance(attention, Routing) or attention == "routed":
-        _route(model, Routing() if attention == "routed" else attention)
+        _route(model, attention if isinstance(attention, Routing) else Routing())
+    elif isinstance(attention, Planner):
+        _plan(model, attention)
     elif isinstance(model, Decoder):
         model.impl = attention
     else:
@@ -107,6 +111,14 @@ def _route(model: Decoder | Encoder, routing: Routing) -> None:
         raise ConfigError(describe("attention", "load", must, "routed"))
     assert model.planner is None or isinstance(model.planner, WindowPlanner)
     model.planner = RoutedPlanner(model.config, routing, model.planner)
+
+
+def _plan(model: Decoder | Encoder, planner: Planner) -> None:
+    if not isinstance(model, Decoder) or model.planner is not None:
+        must = "'auto' or an execution: only a decoder that sees all takes a planner"
+        step = "Set `model.planner` to have another one in place of a decoder's own"
+        raise ConfigError(describe("attention", "load", must, type(planner).__name__, step))
+    model.planner = planner
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

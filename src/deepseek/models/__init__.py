@@ -18,18 +18,23 @@ from deepseek.models.exits import Exits
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
+    from deepseek.models.cross_modal import CrossModalPlanner, cross_modal_table
     from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
     from deepseek.models.divided import DividedDecoder
     from deepseek.models.early_exit import ExitOutput, forward_with_exits
     from deepseek.models.encoder import Encoder, EncoderOutput
     from deepseek.models.planner import Planner, WindowPlanner
     from deepseek.models.routed import RoutedPlanner
+    from deepseek.models.segments import Boundaries, SegmentPlanner, Segments
+    from deepseek.models.spans import SpanPlanner, Spans
     from deepseek.models.splits import check_mesh, decoder_splits
     from deepseek.models.stage import DecoderStage
     from deepseek.models.static import StaticPlanner
 
 __all__ = [
+    "Boundaries",
     "CausalOutput",
+    "CrossModalPlanner",
     "Decoder",
     "DecoderConfig",
     "DecoderStage",
@@ -45,16 +50,23 @@ __all__ = [
     "Planner",
     "RopeConfig",
     "RoutedPlanner",
+    "SegmentPlanner",
+    "Segments",
+    "SpanPlanner",
+    "Spans",
     "StaticPlanner",
     "WindowPlanner",
     "check_mesh",
+    "cross_modal_table",
     "decoder_splits",
     "forward_with_exits",
     "next_token_loss",
 ]
 
 _PLACES = {
+    "Boundaries": "segments",
     "CausalOutput": "decoder",
+    "CrossModalPlanner": "cross_modal",
     "Decoder": "decoder",
     "DecoderStage": "stage",
     "DividedDecoder": "divided",
@@ -63,9 +75,14 @@ _PLACES = {
     "ExitOutput": "early_exit",
     "Planner": "planner",
     "RoutedPlanner": "routed",
+    "SegmentPlanner": "segments",
+    "Segments": "segments",
+    "SpanPlanner": "spans",
+    "Spans": "spans",
     "StaticPlanner": "static",
     "WindowPlanner": "planner",
     "check_mesh": "splits",
+    "cross_modal_table": "cross_modal",
     "decoder_splits": "splits",
     "forward_with_exits": "early_exit",
     "next_token_loss": "decoder",

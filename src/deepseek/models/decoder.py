@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         _check_labels(labels, states, last_only)
         states, hidden, counts = self._through_layers(
-            states, attention_mask, position_ids, cache, keeps=bool(output_hidden_states)
+            states, input_ids, attention_mask, position_ids, cache, keeps=bool(output_hidden_states)
         )
         if last_only:
             states = _last(states, attention_mask, counts)
@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         embedded = self._embed(input_ids)
         _check_labels(labels, embedded, False)
         keeps = exit_weights is not None
-        states, hidden, _ = self._through_layers(embedded, None, None, None, keeps=keeps)
+        states, hidden, _ = self._through_layers(embedded, input_ids, None, None, None, keeps=keeps)
         if exit_weights is None or hidden is None:
             return self._loss(states, labels)
         normed = [*map(self.model.norm, hidden[:-1]), states]
@@ -244,7 +244,10 @@ class Decoder(nn.Module):
             inputs_embeds: [B, T, hidden].
         """
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
-        return self._through_layers(states, None, None, None, keeps=False)[0]
+        return self._states_of(states, input_ids)
+
+    def _states_of(self, states: Tensor, input_ids: Tensor | None) -> Tensor:
+        return self._through_layers(states, input_ids, None, None, None, keeps=False)[0]
 
     def begin_pass(self, input_ids: Tensor, cache: KVCache) -> tuple[Tensor, PassContext]:
         """Return the embedded tokens [B, T, hidden], and what the layers of a pass that appends
@@ -259,12 +262,13 @@ class Decoder(nn.Module):
             CapacityError: the cache is full.
         """
         states = self._embed(input_ids)
-        layout, _ = self._place(states, None, cache)
+        layout, _ = self._place(states, input_ids, None, cache)
         return states, self._context(states, layout, None, cache)
 
     def _through_layers(
         self,
         states: Tensor,
+        input_ids: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: KVCache | None,
@@ -273,7 +277,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None, list[int] | None]:
         """Return the last layer's output normed, every layer's if wanted, and the tokens of each
         row where a cache made them be counted."""
-        layout, counts = self._place(states, attention_mask, cache)
+        layout, counts = self._place(states, input_ids, attention_mask, cache)
         context = self._context(states, layout, position_ids, cache)
         kept = [states] if keeps else None
         for layer in self.model.layers:
@@ -301,7 +305,11 @@ class Decoder(nn.Module):
         return self.model.embed_tokens(input_ids)
 
     def _place(
-        self, states: Tensor, attention_mask: Tensor | None, cache: KVCache | None
+        self,
+        states: Tensor,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: KVCache | None,
     ) -> tuple[Layout, list[int] | None]:
         rows, length, _ = states.shape
         if attention_mask is not None:
@@ -313,7 +321,8 @@ class Decoder(nn.Module):
             attention_mask = attention_mask.bool()
         if cache is None:
             all_tokens = attention_mask is None or bool(attention_mask.all())
-            return Layout.dense(rows, length, None if all_tokens else attention_mask), None
+            mask = None if all_tokens else attention_mask
+            return Layout.dense(rows, length, mask, tokens=input_ids), None
         counts = None
         if attention_mask is not None:
             counts = attention_mask.sum(dim=1).tolist()
@@ -321,7 +330,7 @@ class Decoder(nn.Module):
             if not torch.equal(ends, attention_mask):
                 must = "padded on the right when there is a cache"
                 raise ShapeError(describe("attention_mask", "Decoder", must, "padding elsewhere"))
-        return cache.place(length, counts), counts
+        return cache.place(length, counts, input_ids), counts
 
     def _context(
         self, states: Tensor, layout: Layout, position_ids: Tensor | None, cache: KVCache | None

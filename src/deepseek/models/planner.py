@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from deepseek.ops.attention import BlockTable, DenseKV, Layout, PagedKV
 
 
+@runtime_checkable
 class Planner(Protocol):
     """The seam for sparse attention: called by a layer before its attention, once per forward pass.
 

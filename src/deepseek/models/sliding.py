@@ -38,6 +38,7 @@ def forget(config: DecoderConfig, cache: KVCache, row: int, first: int, dropped:
             values[new] = values[old].clone()
         for page in layer.page_table[row].tolist():
             layer.choices.pop(page, None)
+    cache.tokens[row, new] = cache.tokens[row, old].clone()
     cache.lengths[row] = length - dropped
 
 

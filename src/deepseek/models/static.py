@@ -47,12 +47,7 @@ def pattern_table(layout: Layout, pattern: Pattern, layer: int, device: torch.de
         [seen_blocks(pattern, layer, min(start // size + at, last)) for at in range(query_blocks)]
         for start in layout.query_start
     ]
-    counts = torch.tensor([[len(blocks) for blocks in row] for row in listed], dtype=torch.int32)
-    indices = torch.zeros(*counts.shape, int(counts.max()), dtype=torch.int32)
-    for row, blocks_of_row in enumerate(listed):
-        for at, blocks in enumerate(blocks_of_row):
-            indices[row, at, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-    return BlockTable(indices[:, None].to(device), counts[:, None].to(device), size)
+    return BlockTable.of_lists(listed, size, device)
 
 
 @functools.lru_cache(maxsize=1 << 16)

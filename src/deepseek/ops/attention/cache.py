@@ -153,9 +153,17 @@ class KVCache:
     content, as they were.
     """
 
-    def __init__(self, layers: Sequence[PagedKV], lengths: Sequence[int]) -> None:
+    def __init__(
+        self, layers: Sequence[PagedKV], lengths: Sequence[int], tokens: Tensor | None = None
+    ) -> None:
         self.layers = list(layers)
         self.lengths = list(lengths)
+        if tokens is None:
+            shape = (len(self.lengths), self.capacity)
+            device = self.layers[0].page_table.device
+            tokens = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.tokens = tokens
+        """int32 [rows, capacity]: the token in each slot, -1 where none is known."""
 
     @classmethod
     def contiguous(
@@ -210,9 +218,11 @@ class KVCache:
                 total += layer.value_pages.nbytes
         return total
 
-    def place(self, num_queries: int, counts: Sequence[int] | None = None) -> Layout:
+    def place(
+        self, num_queries: int, counts: Sequence[int] | None = None, tokens: Tensor | None = None
+    ) -> Layout:
         """Return the layout of the next `num_queries` slots of every row, of which row b's first
-        `counts[b]` are tokens.
+        `counts[b]` are tokens: those of `tokens` [rows, num_queries], where they are known.
 
         Raises:
             CapacityError: a row has no room for them.
@@ -229,7 +239,10 @@ class KVCache:
             must = f"at most {self.capacity} tokens a row"
             step = "Ask new_cache for a larger max_tokens"
             raise CapacityError(describe("length", "KVCache", must, max(lengths), step))
-        return Layout(tuple(self.lengths), lengths, num_queries)
+        for row, (start, stop) in enumerate(zip(self.lengths, lengths, strict=True)):
+            self.tokens[row, start:stop] = -1 if tokens is None else tokens[row, : stop - start]
+        known = None if tokens is None else self.tokens
+        return Layout(tuple(self.lengths), lengths, num_queries, tokens=known)
 
     def advance(self, layout: Layout) -> None:
         """Make the tokens that were written under `layout` part of the content."""
@@ -256,7 +269,8 @@ class KVCache:
             must = f"ascending row numbers below {self.num_rows}"
             raise ShapeError(describe("rows", "KVCache.select", must, rows))
         lengths = [self.lengths[row] for row in rows]
-        return KVCache([self._select(layer, rows) for layer in self.layers], lengths)
+        layers = [self._select(layer, rows) for layer in self.layers]
+        return KVCache(layers, lengths, self.tokens[rows])
 
     def _select(self, layer: PagedKV, rows: list[int]) -> PagedKV:
         if layer.first_page is None:

@@ -173,7 +173,9 @@ class _Places:
         seen = seen[:, :, None]
         if table.reach is not None:
             reach = table.reach.expand(-1, -1, self.num_blocks)[:, :, chunk, None, None]
-            seen = seen & (slots[:, :, None, :, None] > queries[:, :, None] - self._by_head(reach))
+            by_head = slots[:, :, None, :, None]
+            near = by_head > queries[:, :, None] - self._by_head(reach)
+            seen = seen & (near | (by_head < table.first))
         if table.skip is not None:
             skip = table.skip[:, :, chunk, :width].repeat_interleave(size, -1)[..., None, :]
             seen = seen & ~self._by_head(skip)

@@ -32,6 +32,9 @@ class Layout:
     token."""
     causal: bool = True
     """A query sees its own slot and earlier ones only."""
+    tokens: Tensor | None = None
+    """Int [B, S or more]: the token in each slot, -1 where none is known; None where states were
+    given in place of tokens. What planners read that cut a text."""
     memo: dict[Any, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -41,10 +44,16 @@ class Layout:
 
     @classmethod
     def dense(
-        cls, num_rows: int, length: int, key_mask: Tensor | None = None, *, causal: bool = True
+        cls,
+        num_rows: int,
+        length: int,
+        key_mask: Tensor | None = None,
+        *,
+        causal: bool = True,
+        tokens: Tensor | None = None,
     ) -> Layout:
         """Return the layout of a pass without a cache: query t and key t of a row share slot t."""
-        return cls((0,) * num_rows, (length,) * num_rows, length, key_mask, causal)
+        return cls((0,) * num_rows, (length,) * num_rows, length, key_mask, causal, tokens)
 
     @property
     def num_rows(self) -> int:

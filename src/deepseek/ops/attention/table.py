@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class BlockTable:
     block."""
     reach: Tensor | None = None
     """int32 [B or 1, query heads or 1, query blocks or 1]: a query in slot s sees slots above `s -
-    reach` only."""
+    reach`, and the first ones."""
+    first: int = 0
+    """Slots at the start that lie within every reach."""
     query_block: int | None = None
     """Queries that share a list: a divisor of `block_size`; None for as many."""
     means: bool = False
@@ -57,6 +60,21 @@ class BlockTable:
     def query_size(self) -> int:
         """Slots of a query block."""
         return self.query_block or self.block_size
+
+    @classmethod
+    def of_lists(
+        cls, listed: Sequence[Sequence[Sequence[int]]], block_size: int, device: torch.device
+    ) -> BlockTable:
+        """Return the table, the same for all heads, of the key blocks of each query block of each
+        row; every row has as many query blocks."""
+        counts = torch.tensor(
+            [[len(blocks) for blocks in row] for row in listed], dtype=torch.int32
+        )
+        indices = torch.zeros(*counts.shape, int(counts.max()), dtype=torch.int32)
+        for row, blocks_of_row in enumerate(listed):
+            for at, blocks in enumerate(blocks_of_row):
+                indices[row, at, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        return cls(indices[:, None].to(device), counts[:, None].to(device), block_size)
 
     @staticmethod
     def num_query_blocks(layout: Layout, query_size: int) -> int:
@@ -119,7 +137,8 @@ class BlockTable:
             reach = self.reach.expand(layout.num_rows, -1, self.counts.shape[-1])
             reach = reach.gather(2, query_block[:, None].expand(-1, reach.shape[1], -1))
             slots = torch.arange(layout.num_slots, device=device)
-            seen = seen & (slots > query_slots[:, None, :, None] - reach[..., None])
+            near = slots > query_slots[:, None, :, None] - reach[..., None]
+            seen = seen & (near | (slots < self.first))
         return seen
 
     def unseen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
