@@ -38,7 +38,7 @@ def load(
     source: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
-    attention: AttentionImpl | Literal["routed"] | Routing | Planner = "auto",
+    attention: AttentionImpl | Literal["dense", "routed"] | Routing | Planner = "auto",
     device: str | torch.device = "cpu",
     verify: bool = False,
     scheme: str | Scheme | None = None,
@@ -51,10 +51,12 @@ def load(
             that is not in the store yet is pulled.
         dtype: "float32", "bfloat16", "float16" or a torch dtype; None for the dtype it is stored
             in.
-        attention: how attention is executed; a name is used or refused, never replaced. "routed",
-            or a `deepseek.ops.routing.Routing`, for layers that choose the blocks that they see. A
-            planner (`deepseek.models.Planner`), for what it lets each layer see; generation then
-            runs through PyTorch.
+        attention: "routed", or a `deepseek.ops.routing.Routing`, for layers that choose the blocks
+            that they see; "dense" for tokens that see all before them; "auto" for what the bundle's
+            card records, dense where it records nothing. `save` records it. A planner
+            (`deepseek.models.Planner`), for what it lets each layer see; generation then runs
+            through PyTorch. Or how attention is executed; a name is used or refused, never
+            replaced.
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
         scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
@@ -86,7 +88,7 @@ def load_engine(
     source: str | Path,
     *,
     scheme: str | Scheme | None = None,
-    attention: Literal["auto", "routed"] | Routing = "auto",
+    attention: Literal["auto", "dense", "routed"] | Routing = "auto",
     threads: int | None = None,
     verify: bool = False,
     progress: Callable[[float], None] | None = None,
@@ -101,7 +103,8 @@ def load_engine(
     Args:
         source: as in `load`; a `.gguf` file has no engine without torch.
         scheme: as in `load`.
-        attention: "auto", "routed" or a Routing: the engine has one execution, and no planners.
+        attention: "auto", "dense", "routed" or a Routing: the engine has one execution, and no
+            planners.
         threads: threads to compute with; None for the cores this process may use.
         verify: hash every file first.
         progress: called with the share of weights that are packed.
@@ -116,21 +119,19 @@ def load_engine(
             positions that cannot be stretched.
         FormatError: a folder that is not a whole model.
     """
-    from deepseek.hub.bundle import Bundle
+    from deepseek.hub.bundle import Bundle, routing_asked
     from deepseek.ops.cpu import why_missing
 
     asked = _as_scheme(scheme)
-    if not isinstance(attention, Routing) and attention not in ("auto", "routed"):
-        must, step = "'auto', 'routed' or a Routing", "Use load for others"
+    if not isinstance(attention, Routing) and attention not in ("auto", "dense", "routed"):
+        must, step = "'auto', 'dense', 'routed' or a Routing", "Use load for others"
         raise ConfigError(describe("attention", "load_engine", must, attention, step))
     _fetch(source)
     path = hub.resolve(source)
     if path.is_file() or why_missing() is not None:
         return None
     bundle = Bundle.open(path, verify=verify)
-    routing = attention if isinstance(attention, Routing) else None
-    if attention == "routed":
-        routing = Routing()
+    routing = routing_asked(attention, bundle)
     facts = _facts_of_bundle(bundle, asked, context)
     return _engine_of(bundle, facts, routing, threads=threads, progress=progress, keep=keep)
 

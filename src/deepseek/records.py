@@ -162,17 +162,21 @@ class BundleCard:
     """Versions of the packages that wrote the bundle."""
     files: Mapping[str, FileRecord] = dataclasses.field(default_factory=dict[str, FileRecord])
     measurements: tuple[Measurement, ...] = ()
+    attention: Mapping[str, Any] | None = None
+    """How its layers choose the blocks that they see: the fields of `deepseek.ops.routing.Routing`;
+    None for a model whose tokens see all before them, or what its config says."""
     format_version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the card as JSON-ready values."""
+        """Return the card as JSON-ready values; without `attention` where it is None."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["parents"] = [dataclasses.asdict(parent) for parent in self.parents]
         values["stage"] = dataclasses.asdict(self.stage) if self.stage else None
         values["files"] = {name: dataclasses.asdict(record) for name, record in self.files.items()}
         values["measurements"] = [measurement.to_dict() for measurement in self.measurements]
         values["versions"] = dict(self.versions)
-        return values
+        attention = values.pop("attention")
+        return values if attention is None else {**values, "attention": dict(attention)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -19,7 +19,7 @@ def test_every_task_runs(tiny: nn.Module, other: nn.Module, tokenizer: object) -
     settings = SuiteSettings(
         window=64,
         max_tokens=128,
-        lengths=(500,),
+        lengths=(1500,),
         num_items=2,
         max_gen_toks=3,
         prompt_tokens=8,

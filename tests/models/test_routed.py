@@ -4,16 +4,18 @@ engine computes the same."""
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepseek import hub
-from deepseek.errors import ConfigError
+from deepseek.cli.main import main
+from deepseek.errors import ConfigError, FormatError
 from deepseek.face import load, load_engine
 from deepseek.generate import generate
-from deepseek.models import Decoder, DecoderConfig, RoutedPlanner, WindowPlanner
+from deepseek.models import Decoder, DecoderConfig, Pattern, RoutedPlanner, WindowPlanner
 from deepseek.ops.attention import BlockTable, DenseKV, Layout
 from deepseek.ops.attention.choice import choose_blocks
 from deepseek.ops.routing import Routing
@@ -157,6 +159,77 @@ def test_the_engine_chooses_as_the_modules(dim: int, routing: Routing, tmp_path:
     assert engine is not None and engine.routing == routing
     assert generate(engine, prompt, max_tokens=24, ignore_eos=True).token_ids == found.token_ids
     assert load(path, attention="routed").planner.routing == Routing()  # type: ignore[union-attr]
+
+
+@NEEDS_KERNELS
+def test_a_bundle_records_its_routing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = routed(FEW)
+    model.tokenizer = byte_tokenizer()
+    prompt = tokens(1, 380)[0].tolist()
+    expected = generate(model, prompt, max_tokens=8, ignore_eos=True).token_ids
+    bundle = hub.save(model, tmp_path / "bundle", name="tiny")
+    assert bundle.routing == FEW and hub.Bundle.open(bundle.path).routing == FEW
+    for attention in ("auto", "sdpa"):
+        loaded = load(bundle.path, attention=attention)  # type: ignore[arg-type]
+        assert isinstance(loaded.planner, RoutedPlanner) and loaded.planner.routing == FEW
+        assert loaded.impl == attention
+        assert generate(loaded, prompt, max_tokens=8, ignore_eos=True).token_ids == expected
+    engine = load_engine(bundle.path, keep=False)
+    assert engine is not None and engine.routing == FEW
+    assert generate(engine, prompt, max_tokens=8, ignore_eos=True).token_ids == expected
+    again = hub.save(load(bundle.path), tmp_path / "again").routing
+    assert again == FEW and hub.pull(str(bundle.path), to=tmp_path / "pulled").routing == FEW
+    assert main(["show", str(bundle.path)]) == 0
+    assert "routed: refresh 4, first 1" in " ".join(capsys.readouterr().out.split())
+
+
+@NEEDS_KERNELS
+def test_dense_overrides_what_a_bundle_records(tmp_path: Path) -> None:
+    model = routed(FEW)
+    model.tokenizer = byte_tokenizer()
+    path = hub.save(model, tmp_path / "bundle", name="tiny").path
+    dense = load(path, attention="dense")
+    assert isinstance(dense, Decoder) and dense.planner is None
+    engine = load_engine(path, attention="dense", keep=False)
+    assert engine is not None and engine.routing is None
+    ids = tokens(1, 380)
+    with torch.no_grad():
+        assert_logits_equal(dense(ids).logits, dense_of(model)(ids).logits)
+    card = json.loads((hub.save(dense, tmp_path / "dense").path / "bundle.json").read_text())
+    assert "attention" not in card and load(tmp_path / "dense").planner is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "line"),
+    [
+        ("routed", "attention of .*bundle.json must be the fields of a Routing; got 'routed'"),
+        ({"threshold": 2}, "threshold of Routing must be from 0 to below 1; got 2"),
+        ({"budget": 7}, "a known name; got 'budget'"),
+        ({"first": "one"}, "first of Routing"),
+    ],
+)
+def test_a_card_that_records_no_routing_is_told(
+    recorded: object, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = hub.save(routed(FEW), tmp_path / "bundle", name="tiny").path
+    card = json.loads((path / "bundle.json").read_text())
+    (path / "bundle.json").write_text(json.dumps({**card, "attention": recorded}))
+    with pytest.raises(FormatError, match=line):
+        load(path)
+    assert main(["show", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "bundle.json" in told and len(told.strip().splitlines()) == 1
+    for attention in ("dense", "routed"):
+        load(path, attention=attention)  # type: ignore[arg-type]
+
+
+def test_a_pattern_is_neither_dense_nor_routed(tmp_path: Path) -> None:
+    config = SHAPE.replace(family="deepseek_stack", pattern=Pattern())
+    path = hub.save(Decoder(config), tmp_path / "bundle", name="tiny").path
+    assert hub.Bundle.open(path).routing is None
+    for attention in ("dense", "routed"):
+        with pytest.raises(ConfigError, match="made for a static pattern"):
+            load(path, attention=attention)  # type: ignore[arg-type]
 
 
 def test_an_encoder_is_refused(tmp_path: Path) -> None:

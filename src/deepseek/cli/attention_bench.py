@@ -8,12 +8,17 @@ import importlib.util
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deepseek.cli.models import load_decoder, positive
 from deepseek.cli.output import Output, number
 from deepseek.errors import ConfigError, describe, missing_extra
 from deepseek.ops.scheme import SCHEMES
 from deepseek.records import Measurement
+
+if TYPE_CHECKING:
+    from deepseek.evaluate import Corpus
+    from deepseek.models import Decoder
 
 WORD = "attention"
 """In the place of a model's name."""
@@ -27,14 +32,20 @@ OPTIONS: dict[str, dict[str, object]] = {
     "--contenders": {
         "nargs": "+",
         "metavar": "NAME",
-        "help": "dense, recent, routed-N or bare-N: N tokens share a choice, and what is not seen "
-        f"counts by its means or not at all ({' '.join(CONTENDERS)})",
+        "help": "dense, routed-N or bare-N: N tokens share a choice, what is not seen counts by "
+        "its means or not at all, :T behind it is another threshold; recent: the first block and "
+        f"recent tokens, as many as the first routed one sees ({' '.join(CONTENDERS)})",
     },
     "--scheme": {"choices": SCHEMES, "metavar": "NAME", "help": "of the weights (bfloat16)"},
     "--quality": {"action": "store_true", "help": "what is lost, in place of what is saved"},
     "--documents": {"type": positive, "help": "of each length, for --quality (20)"},
-    "--probes": {"type": positive, "help": "copies, and needles, for --quality (8)"},
+    "--probes": {"type": positive, "help": "of each kind, for --quality (8)"},
     "--text": {"type": Path, "nargs": "+", "metavar": "FILE", "help": "that is read (own text)"},
+    "--keep": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "for --quality: write what is measured as it is measured, and go on from there",
+    },
     "--longest-dense": {"type": positive, "help": "tokens that dense attention reads (16384)"},
     "--plot": {"type": Path, "metavar": "FILE", "help": "draw seconds over tokens (.svg, .png)"},
 }
@@ -47,6 +58,7 @@ DEFAULTS: dict[str, object] = {
     "documents": 20,
     "probes": 8,
     "text": [],
+    "keep": None,
     "longest_dense": 16384,
     "plot": None,
 }
@@ -79,20 +91,18 @@ def bench_attention(args: argparse.Namespace, out: Output) -> int:
     options.model = args.attended or DEFAULT_MODEL
     if options.plot is not None:
         _check_plot(options.plot, options.quality)
+    if options.keep is not None:
+        _check_keep(options.keep, options.quality)
     model = load_decoder(options, out)
     import torch
 
     from deepseek.cli.attention_contenders import Trial, routing_of
-    from deepseek.cli.attention_quality import attention_quality
+    from deepseek.cli.attention_kept import Kept
+    from deepseek.cli.attention_quality import attention_quality, joined
     from deepseek.cli.attention_speed import attention_speed, draw_speed
     from deepseek.evaluate import default_corpus, read_corpus
-    from deepseek.evaluate.corpus import Corpus
 
     corpora = [read_corpus(file) for file in options.text] or [default_corpus()]
-    corpus = Corpus(
-        name="+".join(each.name for each in corpora),
-        text="\n\n".join(each.text for each in corpora),
-    )
     trial = Trial(
         lengths=tuple(options.lengths),
         contenders=tuple(dict.fromkeys(options.contenders)),
@@ -106,8 +116,11 @@ def bench_attention(args: argparse.Namespace, out: Output) -> int:
     for name in trial.contenders:
         routing_of(name, max(trial.lengths))  # an unknown name is told at once
     with out.progress() as progress:
-        measure = attention_quality if options.quality else attention_speed
-        found = measure(model, corpus, trial, progress)
+        if options.quality:
+            kept = Kept(options.keep, _kept_of(model, options, corpora))
+            found = attention_quality(model, corpora, trial, kept, progress)
+        else:
+            found = attention_speed(model, joined(corpora), trial, progress)
     command = _command(args)
     found = [dataclasses.replace(each, command=command) for each in found]
     title = f"{options.model}, {trial.scheme}, {trial.threads} threads"
@@ -129,6 +142,29 @@ def _check_plot(path: Path, of_quality: bool) -> None:
         raise missing_extra("matplotlib", "report", "to draw a plot")
 
 
+def _check_keep(path: Path, of_quality: bool) -> None:
+    """Raise if figures could not be kept."""
+    if not of_quality:
+        raise ConfigError(describe("keep", "bench attention", "given with --quality", "speed"))
+    if path.is_dir() or not path.parent.is_dir():
+        must = "a file in a folder that is there"
+        raise ConfigError(describe("keep", "bench attention", must, path))
+
+
+def _kept_of(
+    model: Decoder, options: argparse.Namespace, corpora: Sequence[Corpus]
+) -> dict[str, object]:
+    """Return what every figure of quality depends on, beside its length and its contender."""
+    content = getattr(model.bundle, "content_hash", options.model)
+    return {
+        "model": content,
+        "scheme": options.scheme,
+        "text": [each.sha256 for each in corpora],
+        "documents": options.documents,
+        "probes": options.probes,
+    }
+
+
 def _command(args: argparse.Namespace) -> str:
     words = ["deepseek", "bench", WORD, args.attended or DEFAULT_MODEL]
     for name in DEFAULTS:
@@ -145,6 +181,7 @@ QUALITIES = {
     "kl_divergence": "KL, nats",
     "copy_accuracy": "copies right",
     "needle_accuracy": "needles found",
+    "tracking_accuracy": "names followed",
 }
 """The columns of the table of quality."""
 
@@ -193,6 +230,17 @@ def _show_quality(title: str, found: Sequence[Measurement], out: Output) -> None
         rows.append(tuple(told))
     header = ("tokens", *QUALITIES.values())
     out.table(title, header, rows)
+    shares = [each for each in found if each.name.startswith("retained")]
+    tasks = list(dict.fromkeys(each.conditions.get("task", "mean") for each in shares))
+    rows = []
+    for (length, name), figures in _by_place(shares).items():
+        if name != "dense":
+            by_task = {each.conditions.get("task", "mean"): each for each in figures}
+            told = [f"{by_task[task].value:.3f}" if task in by_task else "" for task in tasks]
+            rows.append((f"{length:,} {name}", *told))
+    if rows:
+        out.say()
+        out.table("share of the tokens that dense attention has right", ("", *tasks), rows)
 
 
 def _with_range(each: Measurement) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,10 +41,16 @@ class Trial:
     """Behind so many tokens dense attention is left out of what is timed."""
 
 
-def routing_of(name: str, length: int) -> Routing | None:
-    """Return the routing of a contender: None for dense; "recent", the most recent tokens alone,
-    half as many as routed attention may see, which is about what it does see; "routed-N" or
-    "bare-N", where N tokens share a choice, and what is not seen counts by its means or not at all.
+def routing_of(name: str, length: int, seen: float | None = None) -> Routing | None:
+    """Return the routing of a contender.
+
+    Args:
+        name: "dense", which has none; "recent", the first block and the most recent tokens alone;
+            "routed-N" or "bare-N", where N tokens share a choice, and what is not seen counts by
+            its means or not at all. "routed-N:T" has the threshold T.
+        length: tokens of a text.
+        seen: tokens that "recent" sees; None for half as many as routed attention may see, which is
+            about what it does see.
 
     Raises:
         ConfigError: no contender has this name.
@@ -51,22 +58,28 @@ def routing_of(name: str, length: int) -> Routing | None:
     if name == "dense":
         return None
     if name == "recent":
-        seen = Routing().blocks_seen((length - 1) // BLOCK) // 2
-        tokens = seen * BLOCK
-        most_from = max(tokens, length)
+        half = Routing().blocks_seen((length - 1) // BLOCK) // 2
+        blocks = half if seen is None else max(2, round(seen / BLOCK))
+        tokens = blocks * BLOCK
         return Routing(
-            recent=seen - 1,
+            recent=blocks - 1,
             threshold=0,
             least=tokens,
             most=tokens,
-            most_from=most_from,
+            most_from=max(tokens, length),
             means=False,
         )
-    kind, _, refresh = name.partition("-")
-    if kind not in ("routed", "bare") or not refresh.isdigit():
-        must = "dense, recent, routed-N or bare-N, as in routed-1"
+    match = _CONTENDER.fullmatch(name)
+    if match is None:
+        must = "dense, recent, routed-N, bare-N or routed-N:THRESHOLD, as in routed-1"
         raise ConfigError(describe("contenders", "bench attention", must, name))
-    return Routing(refresh=int(refresh), means=kind == "routed")
+    routing = Routing(refresh=int(match["refresh"]), means=match["kind"] == "routed")
+    if match["threshold"] is not None:
+        routing = routing.replace(threshold=float(match["threshold"]))
+    return routing
+
+
+_CONTENDER = re.compile(r"(?P<kind>routed|bare)-(?P<refresh>\d+)(:(?P<threshold>\d*\.?\d+))?")
 
 
 def new_engine(model: Decoder, trial: Trial, routing: Routing | None) -> Engine:
@@ -84,22 +97,26 @@ def new_engine(model: Decoder, trial: Trial, routing: Routing | None) -> Engine:
 
 
 def read(
-    engine: Engine, tokens: Sequence[int], *, every: bool = False, room: int = 0
+    engine: Engine, tokens: Sequence[int], *, logits_from: int | None = None, room: int = 0
 ) -> tuple[np.ndarray, Any, np.ndarray]:
-    """Read a prompt; return logits (of every token or the last), its pages and their table.
+    """Read a prompt; return logits, its pages and their table.
 
     Args:
         engine: that reads.
         tokens: the prompt.
-        every: whether logits of every token are wanted.
+        logits_from: place of the first token whose logits are wanted, and of all behind it; None
+            for those of the last token.
         room: tokens that will follow.
     """
+    first = len(tokens) - 1 if logits_from is None else logits_from
     count = -(-(len(tokens) + room) // PAGE_SIZE)
     pages, table = engine.new_pages(count), np.arange(count, dtype=np.int32)[None]
     logits = []
     for start in range(0, len(tokens), MAX_STEP_TOKENS):
         part = tokens[start : start + MAX_STEP_TOKENS]
         places = np.arange(start, start + len(part), dtype=np.int32)
-        wanted = range(len(part)) if every else [len(part) - 1]
-        logits.append(engine.step(pages, part, places, np.zeros_like(places), table, wanted))
-    return np.concatenate(logits) if every else logits[-1], pages, table
+        wanted = range(max(0, first - start), len(part))
+        found = engine.step(pages, part, places, np.zeros_like(places), table, wanted)
+        if len(wanted):
+            logits.append(found)
+    return np.concatenate(logits), pages, table

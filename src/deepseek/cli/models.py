@@ -41,10 +41,10 @@ def add_attention_argument(parser: argparse.ArgumentParser) -> None:
     """Add `--attention`."""
     parser.add_argument(
         "--attention",
-        choices=("auto", "routed"),
+        choices=("auto", "dense", "routed"),
         default="auto",
-        help="auto: every token sees all before it; routed: the blocks of them that it chooses, "
-        "for long texts",
+        help="dense: every token sees all before it; routed: the blocks of them that it chooses, "
+        "for long texts; auto: what the bundle's card records, dense where it records nothing",
     )
 
 
@@ -148,12 +148,11 @@ def load_model(args: argparse.Namespace, out: Output) -> Decoder | Encoder:
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    is_routed = getattr(args, "attention", "auto") == "routed"
     return load(
         name,
         dtype=args.dtype,
         scheme=getattr(args, "scheme", None),
-        attention="routed" if is_routed else "auto",
+        attention=getattr(args, "attention", "auto"),
         context=getattr(args, "context", None),
     )
 

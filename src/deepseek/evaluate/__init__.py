@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from deepseek.evaluate.sliding_perplexity import perplexity
     from deepseek.evaluate.spans import attention_spans
     from deepseek.evaluate.tasks import SuiteSettings, suite, task_names
+    from deepseek.evaluate.tracking import variable_tracking
 
 __all__ = [
     "ChoiceItem",
@@ -53,6 +54,7 @@ __all__ = [
     "speed_side_by_side",
     "suite",
     "task_names",
+    "variable_tracking",
 ]
 
 _HOMES = {
@@ -81,6 +83,7 @@ _HOMES = {
     "speed_side_by_side": "latency",
     "suite": "tasks",
     "task_names": "tasks",
+    "variable_tracking": "tracking",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

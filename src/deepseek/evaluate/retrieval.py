@@ -1,18 +1,14 @@
 """Retrieval from a long context: a needle in a haystack, and copying an earlier passage.
 
-Both judge a model by one forward pass with the right answer in place (teacher forcing), which
-needs no skill in following instructions and no decoding loop, so they work on small models and
-at any length.
+Both judge a model by teacher forcing, see `probes.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate.base import (
@@ -20,16 +16,22 @@ from deepseek.evaluate.base import (
     Condition,
     Progress,
     TextTokenizer,
-    device_of,
-    measuring,
     model_conditions,
-    position_logits,
     repeat_command,
-    target_scores,
     tokenizer_of,
 )
 from deepseek.evaluate.corpus import Corpus, as_corpus
-from deepseek.evaluate.intervals import NUM_RESAMPLES, bootstrap_ratio, clustered_wilson, wilson
+from deepseek.evaluate.intervals import bootstrap_ratio, wilson
+from deepseek.evaluate.probes import (
+    BOOTSTRAP,
+    Haystack,
+    Probe,
+    ProbeScore,
+    RetrievalResult,
+    answer_log_likelihood,
+    score_probes,
+    token_accuracy,
+)
 from deepseek.records import Measurement
 
 _INTRODUCTION = (
@@ -44,39 +46,6 @@ _QUESTION = (
 _ADJECTIVES = ("amber", "brave", "calm", "deep", "early", "faint", "gentle", "hollow", "keen")
 _NOUNS = ("anchor", "bridge", "candle", "desert", "engine", "forest", "garden", "harbor", "lamp")
 _KEYS = tuple(f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Probe:
-    """A sequence whose last tokens can be known only from earlier ones."""
-
-    ids: tuple[int, ...]
-    """All of it, the answer included."""
-    num_scored: int
-    """How many tokens at the end are the answer."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeScore:
-    """What a model said of the answer of one probe."""
-
-    log_likelihoods: tuple[float, ...]
-    """Of each answer token given all before it, in nats."""
-    ranks: tuple[int, ...]
-    """How many tokens were likelier than each answer token; 0 = greedy decoding writes it."""
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether greedy decoding would write the whole answer."""
-        return all(rank == 0 for rank in self.ranks)
-
-
-@dataclasses.dataclass(frozen=True)
-class RetrievalResult:
-    """What `needle` or `copy_accuracy` found."""
-
-    measurements: list[Measurement]
-    items: tuple[ProbeScore, ...]
 
 
 def needle(
@@ -120,7 +89,7 @@ def needle(
     tokenizer = tokenizer_of(model, tokenizer, "needle")
     corpus = as_corpus(text)
     _check_needle(depth, num_keys, num_items)
-    haystack = _Haystack(tokenizer, corpus)
+    haystack = Haystack(tokenizer, corpus)
     chance = random.Random(seed)
     probes = []
     for number in range(num_items):
@@ -178,7 +147,7 @@ def copy_accuracy(
     corpus = as_corpus(text)
     distance = length - num_passage_tokens if distance is None else distance
     _check_copy(length, distance, num_passage_tokens, num_cue_tokens, num_items)
-    haystack = _Haystack(tokenizer, corpus)
+    haystack = Haystack(tokenizer, corpus)
     chance = random.Random(seed)
     probes = []
     for _ in range(num_items):
@@ -197,69 +166,9 @@ def copy_accuracy(
     return RetrievalResult(_copy_measurements(scores, seed, conditions, command), tuple(scores))
 
 
-def score_probes(
-    model: CausalModel, probes: Sequence[Probe], what: str, progress: Progress | None = None
-) -> list[ProbeScore]:
-    """Return what a model says of the answer of each probe, one forward pass each.
-
-    Args:
-        model: see `base.CausalModel`.
-        probes: what to score.
-        what: the name for the progress.
-        progress: called after each probe.
-    """
-    scores = []
-    with measuring(model):
-        for number, probe in enumerate(probes, start=1):
-            ids = torch.tensor([probe.ids], device=device_of(model))
-            logits = position_logits(model, ids, len(probe.ids) - probe.num_scored - 1)
-            found, ranks = target_scores(logits[0, :-1], ids[0, -probe.num_scored :])
-            scores.append(
-                ProbeScore(log_likelihoods=tuple(found.tolist()), ranks=tuple(ranks.tolist()))
-            )
-            if progress is not None:
-                progress(what, number / len(probes))
-    return scores
-
-
-class _Haystack:
-    """The tokens of a text, from which pieces of exact length are cut."""
-
-    def __init__(self, tokenizer: TextTokenizer, corpus: Corpus) -> None:
-        self.name = corpus.name
-        self.ids = tokenizer.encode(corpus.text, add_special_tokens=False)
-        ends: dict[int, bool] = {}
-        for token in set(self.ids):
-            text = tokenizer.decode([token]).rstrip(" ")
-            ends[token] = text.endswith((".", "\n", "!", "?"))
-        self.ends_sentence = ends
-
-    def piece(self, num_tokens: int, chance: random.Random) -> list[int]:
-        """Return that many tokens in a row from a place left to chance."""
-        spare = len(self.ids) - num_tokens
-        if spare < 0:
-            must = f"at least {num_tokens} tokens long"
-            got = f"{self.name} with {len(self.ids)} tokens"
-            step = "Give a longer text, or ask for a shorter length"
-            raise ConfigError(describe("text", "the retrieval tests", must, got, step))
-        begin = chance.randint(0, spare)
-        return list(self.ids[begin : begin + num_tokens])
-
-    def sentence_end(self, piece: Sequence[int], depth: float) -> int:
-        """Return the place after the end of a sentence that is nearest to a depth of 0 to 1."""
-        wanted = round(depth * len(piece))
-        for away in range(len(piece) + 1):
-            for place in (wanted - away, wanted + away):
-                if place in (0, len(piece)) or (
-                    0 < place < len(piece) and self.ends_sentence[piece[place - 1]]
-                ):
-                    return place
-        return wanted
-
-
 def _needle_probe(
     tokenizer: TextTokenizer,
-    haystack: _Haystack,
+    haystack: Haystack,
     length: int,
     depth: float,
     num_keys: int,
@@ -282,13 +191,8 @@ def _needle_probe(
         raise ConfigError(describe("length", "needle", must, length))
     piece = haystack.piece(room, chance)
     depths = [depth, *(chance.random() for _ in needles[1:])]
-    places = [haystack.sentence_end(piece, each) for each in depths]
-    body: list[int] = []
-    done = 0
-    for place, hidden in sorted(zip(places, needles, strict=True), key=lambda pair: pair[0]):
-        body += piece[done:place] + hidden
-        done = place
-    ids = (*intro, *body, *piece[done:], *question, *answer)
+    body = haystack.hide(piece, list(zip(depths, needles, strict=True)))
+    ids = (*intro, *body, *question, *answer)
     return Probe(ids=ids, num_scored=len(answer))
 
 
@@ -320,10 +224,7 @@ def _needle_measurements(
     scores: Sequence[ProbeScore], seed: int, conditions: dict[str, Condition], command: str
 ) -> list[Measurement]:
     num_exact = sum(score.is_exact for score in scores)
-    sums = np.array([sum(score.log_likelihoods) for score in scores])
-    sizes = np.array([float(len(score.log_likelihoods)) for score in scores])
     worst = np.array([float(max(score.ranks)) for score in scores])
-    bootstrap = f"bootstrap over items, {NUM_RESAMPLES} resamples"
     return [
         Measurement(
             name="needle_accuracy",
@@ -333,20 +234,13 @@ def _needle_measurements(
             conditions={**conditions, "interval": "Wilson over items"},
             command=command,
         ),
-        Measurement(
-            name="needle_log_likelihood",
-            value=float(sums.sum() / sizes.sum()),
-            unit="nats/token",
-            spread=bootstrap_ratio(sums, sizes, seed=seed),
-            conditions={**conditions, "interval": bootstrap},
-            command=command,
-        ),
+        answer_log_likelihood("needle_log_likelihood", scores, seed, conditions, command),
         Measurement(
             name="needle_rank",
             value=float(worst.mean()),
             unit="1",
             spread=bootstrap_ratio(worst, np.ones(len(scores)), seed=seed),
-            conditions={**conditions, "interval": bootstrap},
+            conditions={**conditions, "interval": BOOTSTRAP},
             command=command,
         ),
     ]
@@ -357,23 +251,14 @@ def _copy_measurements(
 ) -> list[Measurement]:
     losses = np.array([-sum(score.log_likelihoods) for score in scores])
     sizes = np.array([float(len(score.ranks)) for score in scores])
-    copied = np.array([float(sum(rank == 0 for rank in score.ranks)) for score in scores])
-    bootstrap = f"bootstrap over items, {NUM_RESAMPLES} resamples"
     return [
         Measurement(
             name="copy_perplexity",
             value=float(np.exp(losses.sum() / sizes.sum())),
             unit="1",
             spread=bootstrap_ratio(losses, sizes, seed=seed, transform=np.exp),
-            conditions={**conditions, "interval": bootstrap},
+            conditions={**conditions, "interval": BOOTSTRAP},
             command=command,
         ),
-        Measurement(
-            name="copy_accuracy",
-            value=float(copied.sum() / sizes.sum()),
-            unit="1",
-            spread=clustered_wilson(copied, sizes),
-            conditions={**conditions, "interval": "Wilson over items as clusters"},
-            command=command,
-        ),
+        token_accuracy("copy_accuracy", scores, conditions, command),
     ]

@@ -21,6 +21,7 @@ from deepseek.evaluate.latency import speed
 from deepseek.evaluate.match import exact_match
 from deepseek.evaluate.retrieval import copy_accuracy, needle
 from deepseek.evaluate.sliding_perplexity import perplexity
+from deepseek.evaluate.tracking import variable_tracking
 from deepseek.records import Measurement
 
 Flags = Mapping[str, str | int | None]
@@ -31,7 +32,7 @@ class SuiteSettings(Config):
     """Settings of a suite; each field is an option of `deepseek eval` of the same name."""
 
     text: str | None = None
-    """A UTF-8 file for perplexity, divergence, needle and copy; None = the default corpus."""
+    """A UTF-8 file for perplexity, divergence and retrieval; None = the default corpus."""
     window: int | None = None
     """Tokens seen at once by perplexity and divergence; None = 1024 or the model's length."""
     stride: int | None = None
@@ -39,15 +40,19 @@ class SuiteSettings(Config):
     max_tokens: int | None = 8192
     """First tokens of the text that perplexity and divergence use; None = all."""
     lengths: tuple[int, ...] = (1024,)
-    """Sequence lengths in tokens of needle and copy."""
+    """Sequence lengths in tokens of needle, copy and tracking."""
     depths: tuple[float, ...] = ()
     """Places of the needle, 0 to 1, measured one by one; none = spread evenly over the items."""
     distance: int | None = None
     """Tokens from the passage to its copy; None = as far as the length allows."""
     num_keys: int = 1
     """Numbers hidden by needle; all but one mislead."""
+    num_chains: int = 1
+    """Chains of assignments hidden by tracking; all but one mislead."""
+    num_hops: int = 4
+    """Assignments of a chain of tracking behind its first."""
     num_items: int = 20
-    """Sequences of needle and copy, and items of choice and match where no file is given."""
+    """Sequences of needle, copy, tracking; items of choice and match where no file is given."""
     choice_items: str | None = None
     """JSONL file of multiple-choice items; None = which sentence follows, out of the corpus."""
     match_items: str | None = None
@@ -96,7 +101,7 @@ def suite(
     Args:
         model: see `base.CausalModel`.
         tasks: of perplexity, divergence, needle, copy, retrieval (needle and copy), choice,
-            match, speed.
+            match, speed, tracking.
         settings: None = the defaults.
         tokenizer: None = the model's own.
         reference: what divergence compares with.
@@ -190,6 +195,24 @@ def _retrieval(job: _Job) -> list[Measurement]:
     return [*_needle(job), *_copy(job)]
 
 
+def _tracking(job: _Job) -> list[Measurement]:
+    settings, found = job.settings, []
+    for length in settings.lengths:
+        result = variable_tracking(
+            job.model,
+            length=length,
+            num_chains=settings.num_chains,
+            num_hops=settings.num_hops,
+            num_items=settings.num_items,
+            text=job.corpus,
+            tokenizer=job.tokenizer,
+            seed=settings.seed,
+            progress=job.progress,
+        )
+        found += result.measurements
+    return found
+
+
 def _choice(job: _Job) -> list[Measurement]:
     settings = job.settings
     if settings.choice_items is not None:
@@ -250,4 +273,5 @@ _TASKS: dict[str, Callable[[_Job], list[Measurement]]] = {
     "perplexity": _perplexity,
     "retrieval": _retrieval,
     "speed": _speed,
+    "tracking": _tracking,
 }

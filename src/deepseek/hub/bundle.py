@@ -12,11 +12,13 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from deepseek.errors import FormatError, describe
+from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.hub.atomic import files_in, locked, recover, replace_file
 from deepseek.hub.safetensors import TensorEntry, read_entries
 from deepseek.hub.store import CARD, bundle_folder, stored_names
+from deepseek.ops.routing import Routing
 from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
 
 SMALL_FILE_BYTES = 8 << 20
@@ -91,6 +93,25 @@ class Bundle:
         return content_hash(files)
 
     @property
+    def routing(self) -> Routing | None:
+        """How the layers choose the blocks that they see, as the card records it; None where it
+        records nothing.
+
+        Raises:
+            FormatError: what it records is no routing.
+        """
+        recorded: object = self.card.attention
+        if recorded is None:
+            return None
+        must, owner = "the fields of a Routing", str(self.path / CARD)
+        if not isinstance(recorded, Mapping):
+            raise FormatError(describe("attention", owner, must, recorded))
+        try:
+            return Routing.from_dict(recorded)
+        except ConfigError as error:
+            raise FormatError(describe("attention", owner, must, str(error))) from error
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of all files but `bundle.json`."""
         return sum(record.size_bytes for record in self.card.files.values())
@@ -160,6 +181,26 @@ class Bundle:
                     )
 
 
+def routing_asked(
+    attention: Literal["auto", "dense", "routed"] | str | Routing, bundle: Bundle | None
+) -> Routing | None:
+    """Return the routing that a caller's `attention` means.
+
+    Args:
+        attention: "routed" for the usual routing, "dense" for none, a Routing for itself; anything
+            else says nothing of it, and the bundle's card decides.
+        bundle: what is loaded; None for a file without a card.
+
+    Raises:
+        FormatError: the card decides, and what it records is no routing.
+    """
+    if isinstance(attention, Routing):
+        return attention
+    if attention == "routed":
+        return Routing()
+    return None if attention == "dense" or bundle is None else bundle.routing
+
+
 _REPAIR = "The file was changed or is damaged: fetch or save the bundle again"
 
 
@@ -188,6 +229,7 @@ def make_card(
     stage: StageRecord | None = None,
     parents: Sequence[Parent] = (),
     measurements: Sequence[Measurement] = (),
+    attention: Mapping[str, Any] | None = None,
 ) -> BundleCard:
     """Return the card of a folder that was just written; files not in `files` are hashed now."""
     names = sorted(set(files_in(folder)) - {CARD})
@@ -201,6 +243,7 @@ def make_card(
         versions=versions(),
         files={item: files[item] if item in files else hash_file(folder / item) for item in names},
         measurements=tuple(measurements),
+        attention=attention,
     )
 
 

@@ -52,6 +52,7 @@ def convert(
         summary=named.summary if named else fetched.summary,
         license=named.license if named else fetched.license,
         parents=fetched.parents,
+        attention=fetched.attention,
     )
     if fetched.path.is_file():
         return _from_gguf(read_gguf(fetched.path), target, DTYPES[dtype], fetched, about, report)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, FormatError, describe
-from deepseek.hub.bundle import Bundle
+from deepseek.hub.bundle import Bundle, routing_asked
 from deepseek.hub.gguf import GgufFile, read_gguf
 from deepseek.hub.gguf_model import hf_config, hf_tensors
 from deepseek.hub.gguf_tokenizer import read_tokenizer
@@ -45,7 +45,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     verify: bool = False,
-    attention: AttentionImpl | Literal["routed"] | Routing | Planner = "auto",
+    attention: AttentionImpl | Literal["dense", "routed"] | Routing | Planner = "auto",
     context: int | None = None,
 ) -> Decoder | Encoder:
     """Return a model in eval mode, with its `tokenizer` and `bundle`, or None where it has none.
@@ -59,9 +59,11 @@ def load(
             stored (float32 for quantized GGUF).
         device: where the weights go.
         verify: read every file and compare its hash with the card first.
-        attention: execution of attention, see `deepseek.ops.attention`; "routed", or a `Routing`,
-            for a decoder whose layers choose the blocks that they see; or a planner, for one that
-            has no windows and no pattern of its own.
+        attention: "routed", or a `Routing`, for a decoder whose layers choose the blocks that they
+            see; "dense" for one whose tokens see all before them; "auto" for what the bundle's card
+            records, dense where it records nothing; a planner, for a decoder that has no windows
+            and no pattern of its own. Or an execution of attention, see `deepseek.ops.attention`;
+            what is seen is then as with "auto".
         context: in tokens, to which the positions of a decoder are stretched; None for the model's
             own.
 
@@ -72,7 +74,7 @@ def load(
             fit together.
     """
     kind = as_dtype(dtype)
-    choices = ("auto", "routed", *ATTENTION_IMPLS)
+    choices = ("auto", "dense", "routed", *ATTENTION_IMPLS)
     if not isinstance(attention, Routing | Planner) and attention not in choices:
         must = f"one of {', '.join(choices)}, a Routing or a planner"
         raise ConfigError(describe("attention", "load", must, attention))
@@ -84,15 +86,24 @@ def load(
         model = _load_bundle(Bundle.open(path, verify=verify), kind)
     if context is not None:
         _stretch(model, context)
-    if isinstance(attention, Routing) or attention == "routed":
-        _route(model, attention if isinstance(attention, Routing) else Routing())
-    elif isinstance(attention, Planner):
+    if attention == "dense":
+        _refuse_pattern(model, attention)
+    if isinstance(attention, Planner):
         _plan(model, attention)
-    elif isinstance(model, Decoder):
+        return model.to(place).eval()
+    routing = routing_asked(attention, model.bundle if isinstance(model.bundle, Bundle) else None)
+    if routing is not None:
+        _route(model, routing)
+    if isinstance(attention, str) and attention not in ("dense", "routed"):
+        _execute(model, attention)
+    return model.to(place).eval()
+
+
+def _execute(model: Decoder | Encoder, attention: AttentionImpl) -> None:
+    if isinstance(model, Decoder):
         model.impl = attention
     else:
         model.use_attention(attention)
-    return model.to(place).eval()
 
 
 def _stretch(model: Decoder | Encoder, context: int) -> None:
@@ -106,9 +117,7 @@ def _route(model: Decoder | Encoder, routing: Routing) -> None:
     if not isinstance(model, Decoder):
         must = "'auto' or an execution for an encoder, which sees all of its short texts"
         raise ConfigError(describe("attention", "load", must, "routed"))
-    if model.config.pattern is not None:
-        must = "'auto' or an execution: this model was made for a static pattern of attention"
-        raise ConfigError(describe("attention", "load", must, "routed"))
+    _refuse_pattern(model, "routed")
     assert model.planner is None or isinstance(model.planner, WindowPlanner)
     model.planner = RoutedPlanner(model.config, routing, model.planner)
 
@@ -119,6 +128,12 @@ def _plan(model: Decoder | Encoder, planner: Planner) -> None:
         step = "Set `model.planner` to have another one in place of a decoder's own"
         raise ConfigError(describe("attention", "load", must, type(planner).__name__, step))
     model.planner = planner
+
+
+def _refuse_pattern(model: Decoder | Encoder, asked: str) -> None:
+    if isinstance(model, Decoder) and model.config.pattern is not None:
+        must = "'auto' or an execution: this model was made for a static pattern of attention"
+        raise ConfigError(describe("attention", "load", must, asked))
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from deepseek.hub.bundle import Bundle, card_bytes, make_card, read_json
 from deepseek.hub.safetensors import MAX_SHARD_BYTES, write_tensors
 from deepseek.hub.sentence import write_pooling
 from deepseek.hub.store import CARD, safe_name
-from deepseek.models import Decoder, Encoder, EncoderConfig
+from deepseek.models import Decoder, Encoder, EncoderConfig, RoutedPlanner
 from deepseek.models.families import config_to_hf, state_to_hf
 from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
 
@@ -55,6 +56,7 @@ class About:
     stage: StageRecord | None = None
     parents: Sequence[Parent] = ()
     measurements: Sequence[Measurement] = ()
+    attention: Mapping[str, Any] | None = None
 
 
 def save(
@@ -76,7 +78,7 @@ def save(
 
     Args:
         model: its weights, config, tokenizer and, where it has one, the bundle it came from are
-            written or recorded.
+            written or recorded; that its attention is routed, and how, goes on the card.
         folder: a new or empty folder, or one that holds a model, which is replaced.
         name: what the bundle is called; the folder's name unless given.
         stage: what was done to make it, with which settings.
@@ -102,6 +104,7 @@ def save(
         stage=stage,
         parents=parents,
         measurements=measurements,
+        attention=_attention(model),
     )
     config = config_to_hf(model.config) | {"dtype": str(_dtype(model)).removeprefix("torch.")}
     tensors = state_to_hf(model.config, _state(model))
@@ -174,6 +177,12 @@ def _state(model: Decoder | Encoder) -> dict[str, Tensor]:
     if strangers:
         raise ConfigError(describe("model", "save", "allocated", f"{strangers[0]} on meta"))
     return state
+
+
+def _attention(model: Decoder | Encoder) -> dict[str, Any] | None:
+    """Return what the card records of how a model's layers choose the blocks that they see."""
+    planner = model.planner if isinstance(model, Decoder) else None
+    return planner.routing.to_dict() if isinstance(planner, RoutedPlanner) else None
 
 
 def _generation(model: Decoder | Encoder, config: Mapping[str, object]) -> dict[str, object]:

@@ -13,10 +13,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deepseek.errors import BackendError, ConfigError, FormatError, MissingExtra, describe
 from deepseek.hub.atomic import locked, scratch, writing
@@ -84,6 +84,8 @@ class Fetched:
     parents: tuple[Parent, ...]
     license: str = ""
     summary: str = ""
+    attention: Mapping[str, Any] | None = None
+    """What the card of a folder records of it, see `BundleCard`."""
 
 
 def parse(text: str) -> Address:
@@ -137,7 +139,8 @@ def fetch(address: Address, named: NamedModel | None, report: Report) -> Iterato
         source = Bundle.open(Path(address.target))
         parent = Parent(name=source.card.name, content_hash=source.content_hash)
         card = source.card
-        yield Fetched(source.path, address.text, (parent,), card.license, card.summary)
+        facts = (card.license, card.summary, card.attention)
+        yield Fetched(source.path, address.text, (parent,), *facts)
 
 
 @contextmanager

@@ -13,11 +13,16 @@ OPTIONS: tuple[tuple[str, dict[str, object]], ...] = (
     ("--text", {"metavar": "FILE", "help": "a UTF-8 file (the documentation inside Python)"}),
     ("--window", {"type": positive, "help": "tokens seen at once (1024)"}),
     ("--stride", {"type": positive, "help": "tokens between two windows (half a window)"}),
-    ("--lengths", {"type": positive, "nargs": "+", "help": "tokens of needle and copy (1024)"}),
+    (
+        "--lengths",
+        {"type": positive, "nargs": "+", "help": "tokens of needle, copy … (1024)"},
+    ),
     ("--depths", {"type": float, "nargs": "+", "help": "places of the needle, 0 to 1 (spread)"}),
     ("--distance", {"type": positive, "help": "tokens from a passage to its copy (the most)"}),
     ("--num-keys", {"type": positive, "help": "numbers hidden by needle (1)"}),
-    ("--num-items", {"type": positive, "help": "sequences of needle and copy, items (20)"}),
+    ("--num-chains", {"type": positive, "help": "chains hidden by tracking (1)"}),
+    ("--num-hops", {"type": positive, "help": "assignments behind the first of a chain (4)"}),
+    ("--num-items", {"type": positive, "help": "sequences of needle, copy …, items (20)"}),
     ("--choice-items", {"metavar": "JSONL", "help": "multiple-choice items"}),
     ("--match-items", {"metavar": "JSONL", "help": "prompts and answers"}),
     ("--pattern", {"metavar": "REGEX", "help": "picks the answer of match out of the text"}),
@@ -33,7 +38,7 @@ OPTIONS: tuple[tuple[str, dict[str, object]], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek eval`."""
     add_model_arguments(parser)
-    tasks = "perplexity, divergence, needle, copy, retrieval, choice, match, speed"
+    tasks = "perplexity, divergence, needle, copy, retrieval, choice, match, speed, tracking"
     parser.add_argument("--tasks", default="perplexity", help=f"names with commas between: {tasks}")
     parser.add_argument("--reference", metavar="MODEL", help="what divergence compares with")
     parser.add_argument(

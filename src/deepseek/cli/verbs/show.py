@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+from typing import TYPE_CHECKING
 
 from deepseek.cli.models import ready
 from deepseek.cli.output import Output, size
+
+if TYPE_CHECKING:
+    from deepseek.hub import Bundle
 
 EXAMPLE = "deepseek show smollm2-135m --verify"
 
@@ -14,6 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek show`."""
     parser.add_argument("model", metavar="MODEL", help="a name or a folder")
     parser.add_argument("--verify", action="store_true", help="read every file and check its hash")
+
+
+def _attention(bundle: Bundle) -> str:
+    """Return in words what a card records of attention; empty where it records nothing."""
+    if bundle.routing is None:
+        return ""
+    fields = dataclasses.asdict(bundle.routing)
+    return "routed: " + ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -29,6 +42,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ("folder", str(bundle.path)),
         ("family", str(config.get("model_type"))),
         ("parameters", f"{bundle.num_parameters:,}"),
+        ("attention", _attention(bundle)),
         ("size", size(bundle.size_bytes)),
         ("content", bundle.content_hash),
         ("made", card.created),
