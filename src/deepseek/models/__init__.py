@@ -10,6 +10,7 @@ from deepseek.models.config import (
     DecoderConfig,
     EncoderConfig,
     ExpertsConfig,
+    GateConfig,
     LatentConfig,
     Pattern,
     RopeConfig,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from deepseek.models.decoder import CausalOutput, Decoder, next_token_loss
     from deepseek.models.divided import DividedDecoder
     from deepseek.models.encoder import Encoder, EncoderOutput
+    from deepseek.models.gates import GateWatch, add_gates
     from deepseek.models.planner import Planner, WindowPlanner
     from deepseek.models.routed import RoutedPlanner
     from deepseek.models.splits import check_mesh, decoder_splits
@@ -36,6 +38,8 @@ __all__ = [
     "EncoderConfig",
     "EncoderOutput",
     "ExpertsConfig",
+    "GateConfig",
+    "GateWatch",
     "LatentConfig",
     "Pattern",
     "Planner",
@@ -43,6 +47,7 @@ __all__ = [
     "RoutedPlanner",
     "StaticPlanner",
     "WindowPlanner",
+    "add_gates",
     "check_mesh",
     "decoder_splits",
     "next_token_loss",
@@ -55,10 +60,12 @@ _PLACES = {
     "DividedDecoder": "divided",
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
+    "GateWatch": "gates",
     "Planner": "planner",
     "RoutedPlanner": "routed",
     "StaticPlanner": "static",
     "WindowPlanner": "planner",
+    "add_gates": "gates",
     "check_mesh": "splits",
     "decoder_splits": "splits",
     "next_token_loss": "decoder",

@@ -43,6 +43,8 @@ def _check_stage(stage: Stage) -> None:
         raise ConfigError(describe("adapter", owner, "left out", stage.adapter, step))
     if any(source.target == "teacher" for source in stage.data):
         raise ConfigError(describe("target", owner, "'tokens'", "teacher", step))
+    if stage.gate_penalty:
+        raise ConfigError(describe("gate_penalty", owner, "0", stage.gate_penalty, step))
     if stage.start_share:
         raise ConfigError(describe("start_share", owner, "0", stage.start_share, step))
     if not isinstance(stage.transport, Exact):
