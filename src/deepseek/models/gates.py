@@ -77,11 +77,11 @@ class GateWatch:
         self._hooks.clear()
 
     def _note(self, layer: nn.Module, _: object, logits: Tensor) -> None:
-        gates = head_gates(logits)
-        self._newest.append(gates)
-        self._total += gates.numel()
+        # nothing is computed here for the backward pass: layers may be run again for it, unwatched
+        self._newest.append(logits)
+        self._total += logits.numel()
         if not layer.training:
-            self._closed += int((gates < self._threshold).sum())
+            self._closed += int((head_gates(logits.detach()) < self._threshold).sum())
 
     @property
     def count(self) -> HeadCount:
@@ -97,9 +97,9 @@ class GateWatch:
         """
         if not self._newest:
             raise ConfigError(describe("passes", "GateWatch", "at least one", "none"))
-        return torch.stack(list(self._newest)).mean((0, 3))
+        return head_gates(torch.stack(list(self._newest))).mean((0, 3))
 
 
 def _attentions(model: Decoder) -> list[Attention | LatentAttention]:
-    found = [module for module in model.modules() if isinstance(module, Attention | LatentAttention)]
-    return found
+    kinds = Attention | LatentAttention
+    return [module for module in model.modules() if isinstance(module, kinds)]
