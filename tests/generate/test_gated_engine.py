@@ -11,6 +11,8 @@ import torch
 import deepseek
 from deepseek.face import load_engine
 from deepseek.generate import generate
+from deepseek.generate.cost import cost_of_step
+from deepseek.generate.flat import decoder_program
 from deepseek.generate.modules import engine_of, why_no_engine
 from deepseek.models import GateConfig, GateWatch, RoutedPlanner, add_gates
 from deepseek.ops.cpu import why_missing
@@ -70,6 +72,14 @@ def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
     assert 0.2 < three.head_count.share < 0.9
 
 
+def test_gates_keep_their_weights_exact_in_every_scheme() -> None:
+    model = gated("llama", 0.9)
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    costs = cost_of_step(decoder_program(model.config), shapes, Scheme.named("int4"))
+    (gates,) = [cost for cost in costs if cost.name == "gates"]
+    assert (gates.count, gates.shape, gates.storage) == (3, (4, 48), "float32")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_gates_that_are_1_leave_the_bits(isa: str) -> None:
     plain = ours(reference("qwen3"))
@@ -82,7 +92,7 @@ def test_gates_that_are_1_leave_the_bits(isa: str) -> None:
 
 
 @pytest.mark.parametrize("routing", [None, Routing(refresh=16, recent=1, least=128, most=128)])
-@pytest.mark.parametrize("splits", [[300], [1]])
+@pytest.mark.parametrize("splits", [[150], [1]])
 def test_values_of_closed_heads_are_not_read(splits: list[int], routing: Routing | None) -> None:
     """Those that are no numbers would show wherever they are multiplied, by zero too."""
     model = gated("llama", 0.5)
@@ -91,11 +101,11 @@ def test_values_of_closed_heads_are_not_read(splits: list[int], routing: Routing
             layer.self_attn.head_gate.weight.zero_()
             layer.self_attn.head_gate.bias.copy_(torch.tensor([-9.0, -9.0, 0.0, 0.0]))
             layer.self_attn.v_proj.weight[: model.config.head_dim] = torch.inf
-    found = whole(engine(model, routing=routing), draw([300]), splits)[0]
+    found = whole(engine(model, routing=routing), draw([150]), splits)[0]
     assert bool(np.isfinite(found).all())
     with torch.no_grad():
         model.model.layers[1].self_attn.head_gate.bias[1] = 0.0
-    assert not np.isfinite(whole(engine(model, routing=routing), draw([300]), splits)[0]).any()
+    assert not np.isfinite(whole(engine(model, routing=routing), draw([150]), splits)[0]).any()
 
 
 @pytest.mark.parametrize("isa", ISAS)

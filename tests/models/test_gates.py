@@ -11,7 +11,15 @@ import torch
 from deepseek import hub
 from deepseek.errors import ConfigError, FormatError
 from deepseek.face import load
-from deepseek.models import Decoder, Encoder, GateConfig, GateWatch, LatentConfig, Pattern, add_gates
+from deepseek.models import (
+    Decoder,
+    Encoder,
+    GateConfig,
+    GateWatch,
+    LatentConfig,
+    Pattern,
+    add_gates,
+)
 from deepseek.models.config import DecoderConfig, EncoderConfig
 from deepseek.models.depth import keep_layers
 from tests.models.zoo import CASES, TINY, ours, randomize, reference
@@ -86,9 +94,13 @@ def test_a_gate_is_a_factor_of_each_heads_output() -> None:
 def test_a_closed_head_gives_zeros(kind: str) -> None:
     """Against the reference with what is closed taken out by hand."""
     model, tokens = gated(0.9, **KINDS[kind]), draw()
-    outputs = []
+    outputs: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        outputs.append(inputs[0])
+
     for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+        layer.self_attn.o_proj.register_forward_pre_hook(keep)
     with torch.no_grad(), GateWatch(model) as watch:
         logits = model(tokens).logits
     closed = watch.count.closed
@@ -100,6 +112,25 @@ def test_a_closed_head_gives_zeros(kind: str) -> None:
         assert_logits_equal(model(tokens).logits, logits)
         add_gates(model, GateConfig(threshold=0.0))
         assert (model(tokens).logits - logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("splits", [[70], [1] * 70])
+def test_values_of_closed_heads_are_not_read(splits: list[int]) -> None:
+    """Those that are no numbers would show wherever they are multiplied, by zero too."""
+    model, tokens = gated(0.5), draw(length=70)
+
+    def read() -> torch.Tensor:
+        cache = model.new_cache(2, 70)
+        return torch.cat([model(part, cache=cache).logits for part in tokens.split(splits, 1)], 1)
+
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.head_gate.weight.zero_()
+            layer.self_attn.head_gate.bias.copy_(torch.tensor([-9.0, -9.0, 0.0, 0.0]))
+            layer.self_attn.v_proj.weight[: TINY.head_dim] = torch.inf
+        assert bool(read().isfinite().all())
+        model.model.layers[1].self_attn.head_gate.bias[1] = 0.0
+        assert not read().isfinite().any()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

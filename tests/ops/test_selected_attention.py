@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.errors import ShapeError
 from deepseek.ops.attention import DenseKV, KVCache, KVShape, Layout, attention, selected
 from tests.ops.strategies import layouts, tables
 from tests.ops.test_attention import HEADS, random_inputs
@@ -89,3 +90,10 @@ def test_bfloat16_is_computed_as_elsewhere() -> None:
     found = attention(queries, kv, layout, wanted=wanted)
     assert found.dtype == torch.bfloat16
     assert_close(found, attention(queries, kv, layout, wanted=wanted, impl="reference"))
+
+
+def test_one_bit_for_each_query_is_asked_for() -> None:
+    layout = Layout.dense(2, 9)
+    queries, keys, values = random_inputs(layout, 4, 2)
+    with pytest.raises(ShapeError, match=r"wanted of attention must be of shape \[2, 4, 9\]"):
+        attention(queries, DenseKV(keys, values), layout, wanted=torch.ones(2, 9, 4).bool())

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from deepseek.errors import ConfigError, describe
 from deepseek.models.config import GateConfig
-from deepseek.models.decoder import Decoder
+from deepseek.models.decoder import Decoder, DecoderLayer
 from deepseek.models.families.own import OWN_MODEL_TYPE
 from deepseek.models.layers import Attention, LatentAttention, gate_layer, head_gates
 from deepseek.ops.head_count import HeadCount
@@ -101,5 +101,4 @@ class GateWatch:
 
 
 def _attentions(model: Decoder) -> list[Attention | LatentAttention]:
-    kinds = Attention | LatentAttention
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    return [layer.self_attn for layer in model.model.layers if isinstance(layer, DecoderLayer)]

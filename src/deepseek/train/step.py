@@ -23,7 +23,6 @@ from deepseek.parallel import EarlySum, PairwiseSum, Transport, World
 from deepseek.train.config import Stage
 from deepseek.train.teacher import taught_loss
 
-
 _NOTHING = contextlib.nullcontext()
 
 

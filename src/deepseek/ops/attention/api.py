@@ -67,7 +67,10 @@ def attention(
     if (queries.shape[0], queries.shape[2]) != (layout.num_rows, layout.num_queries):
         must = f"of {layout.num_rows} rows and {layout.num_queries} queries, as the layout says"
         raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    if wanted is not None and wanted.shape != queries.shape[:3]:
+        must = f"of shape {list(queries.shape[:3])}, one for each query"
+        raise ShapeError(describe("wanted", "attention", must, list(wanted.shape)))
+    scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     if wanted is not None and bool(wanted.all()):
         wanted = None
     if impl == "auto" and wanted is not None and selected.suits(table):

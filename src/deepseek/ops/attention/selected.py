@@ -117,9 +117,7 @@ class _Sight:
             bias = -self._slopes.float()[heads, None] * (own - self._slots[:stop])
         return bias.masked_fill(~seen, float("-inf")), blind
 
-    def _visible(
-        self, row: int, heads: Tensor, places: Tensor, own: Tensor, stop: int
-    ) -> Tensor:
+    def _visible(self, row: int, heads: Tensor, places: Tensor, own: Tensor, stop: int) -> Tensor:
         layout, slots = self._layout, self._slots[:stop]
         if self._seen is not None:
             whole = self._seen.expand(layout.num_rows, -1, -1, -1)[row]
