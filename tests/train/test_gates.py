@@ -15,7 +15,7 @@ from deepseek.face import load
 from deepseek.models import Decoder, GateConfig, GateWatch, add_gates
 from deepseek.optim import AdamW, Constant, build_optimizers
 from deepseek.parallel import Mesh, TreeSum, World
-from deepseek.train import LowRank, Stage, train
+from deepseek.train import LowRank, Run, Stage, read_run, train
 from deepseek.train.divided import divide
 from deepseek.train.step import BatchStep, StepResult, choose_parameters
 from deepseek.train.summary import read_metrics
@@ -87,7 +87,7 @@ def test_what_is_lowered_is_the_loss_and_the_mean_gate_of_the_predicted_tokens(
     assert without.gradient_norm != pytest.approx(found.gradient_norm, rel=1e-2)
 
 
-def run_of(make_run: MakeRun, **changes: object):
+def run_of(make_run: MakeRun, **changes: object) -> Run:
     """Return a run of one stage with a penalty that outweighs the loss, on a model given gates."""
     settings = {"gate_penalty": 2.0, "steps": 8, "optimizer": AdamW(rate=3e-2)} | changes
     first = make_run().stages[0].replace(schedule=Constant(), **settings)
@@ -150,6 +150,17 @@ def test_a_run_on_a_bundle_with_gates_needs_no_more(make_run: MakeRun, tmp_path:
 def test_a_penalty_that_cannot_be_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         stage(**wrong)
+
+
+def test_a_run_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: tiny\ngates: {threshold: 0.1}\n"
+        "stages: [{name: close, data: [{path: x}], steps: 1, gate_penalty: 1e-2}]\n"
+    )
+    run = read_run(path)
+    assert run.gates == GateConfig(threshold=0.1) and run.stages[0].gate_penalty == 0.01
+    assert Run.from_dict(run.to_dict()) == run
 
 
 def test_a_mesh_does_not_know_the_penalty(make_run: MakeRun) -> None:

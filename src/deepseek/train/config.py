@@ -150,7 +150,7 @@ class Stage(Config):
             must = "from 0 on"
             raise ConfigError(describe("gate_penalty", owner, must, self.gate_penalty))
         if self.gate_penalty and self.adapter is not None:
-            must, step = "0 with adapters, which do not train gates", "Leave the adapter out"
+            must, step = "0 with adapters", "Leave the adapter out"
             raise ConfigError(describe("gate_penalty", owner, must, self.gate_penalty, step))
         if not 0 <= self.start_share < 1:
             must = "from 0 to below 1"
