@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepseek.models import Decoder, DecoderConfig, ExpertsConfig, LatentConfig
+from deepseek.models import Decoder, DecoderConfig, ExpertsConfig, GateConfig, LatentConfig
 from deepseek.models.divided import DividedDecoder
 from deepseek.ops.cross_entropy import IGNORED
 from deepseek.optim import AdamW, OptimizerConfig, build_optimizers
@@ -37,6 +37,10 @@ FAMILIES: dict[str, DecoderConfig] = {
     "qwen3-moe": DecoderConfig(**SIZES, qk_norm=True, experts=EXPERTS),
     "deepseek-v3": DecoderConfig(
         **SIZES | {"num_kv_heads": 4, "head_dim": 14}, latent=LATENT, experts=V3
+    ),
+    "gated": DecoderConfig(**SIZES, gates=GateConfig()),
+    "gated-latent": DecoderConfig(
+        **SIZES | {"num_kv_heads": 4, "head_dim": 14}, latent=LATENT, gates=GateConfig()
     ),
 }
 ROWS, LENGTH, PARTS = 8, 11, 2

@@ -23,7 +23,7 @@ class OperationCost:
     """What instructions that are alike cost in a step, all of them together."""
 
     name: str
-    """qkv, attention, o, swiglu, down, router, experts or head."""
+    """qkv, gates, attention, o, swiglu, down, router, experts or head."""
     count: int
     """Instructions that are alike."""
     shape: tuple[int, ...]
@@ -118,7 +118,7 @@ def cost_of_step(
     return [_cost(step, kind, count) for kind, count in alike.items()]
 
 
-_OUTPUTS = {"qkv": "qkv", "routes": "router", LOGITS: "head"}
+_OUTPUTS = {"qkv": "qkv", "gates": "gates", "routes": "router", LOGITS: "head"}
 _INPUTS = {"attended": "o", "hidden": "down"}
 
 

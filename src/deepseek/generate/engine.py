@@ -17,6 +17,7 @@ from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
+from deepseek.ops.head_count import HeadCount
 from deepseek.ops.routing import Routing
 from deepseek.ops.scheme import Scheme, Storage
 
@@ -87,6 +88,13 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of the packed weights."""
         return self.native.weight_bytes
+
+    @property
+    def head_count(self) -> HeadCount:
+        """Attention heads of all tokens and layers since it was made: those that had a gate, and of
+        them those that were not computed. Without gates both are 0."""
+        total, closed = self.native.gated_heads
+        return HeadCount(total, closed)
 
     def packed_parts(self) -> list[tuple[str, memoryview]]:
         """Return the packed weights in place: what `build_engine` takes as `packed`."""
@@ -290,6 +298,8 @@ class _Numbers:
             "layer": item.layer,
             "window": item.window or 0,
             "is_routed": int(item.window is None),
+            "closes_below": -1.0 if item.closes_below is None else item.closes_below,
+            "gates": -1 if item.gates is None else self._buffers[item.gates],
             "routes": self._buffers[item.routes] if item.routes else 0,
             "balance": self._vectors.get(item.balance, -1),
             "num_active": item.num_active,

@@ -64,6 +64,7 @@ def decoder_program(config: DecoderConfig) -> Program:
             "states": config.hidden_size,
             "last": config.hidden_size,
             "qkv": (heads + 2 * kv_heads) * dim,
+            "gates": 0 if config.gates is None else heads,
             "attended": heads * dim,
             "hidden": max(config.intermediate_size, _shared_width(config.experts)),
             "routes": 0 if config.experts is None else config.experts.num_experts,
@@ -106,6 +107,7 @@ def _layer(config: DecoderConfig, layer: int) -> list[Instruction]:
 
 def _attention(config: DecoderConfig, layer: int, prefix: str) -> list[Instruction]:
     attention = f"{prefix}.self_attn"
+    norm = f"{prefix}.input_layernorm.weight"
     slides = config.window is not None and layer in config.window_layers
     return [
         Instruction(
@@ -113,8 +115,9 @@ def _attention(config: DecoderConfig, layer: int, prefix: str) -> list[Instructi
             input="states",
             output="qkv",
             weights=tuple(f"{attention}.{part}_proj.weight" for part in "qkv"),
-            norm=f"{prefix}.input_layernorm.weight",
+            norm=norm,
         ),
+        *_gates(config, attention, norm),
         Instruction(
             op="attend",
             input="qkv",
@@ -123,6 +126,7 @@ def _attention(config: DecoderConfig, layer: int, prefix: str) -> list[Instructi
             q_norm=f"{attention}.q_norm.weight" if config.qk_norm else None,
             k_norm=f"{attention}.k_norm.weight" if config.qk_norm else None,
             window=config.window if slides else None,
+            gates=None if config.gates is None else "gates",
         ),
         Instruction(
             op="linear",
@@ -132,6 +136,21 @@ def _attention(config: DecoderConfig, layer: int, prefix: str) -> list[Instructi
             adds=True,
         ),
     ]
+
+
+def _gates(config: DecoderConfig, attention: str, norm: str) -> list[Instruction]:
+    if config.gates is None:
+        return []
+    gates = Instruction(
+        op="linear",
+        input="states",
+        output="gates",
+        weights=(f"{attention}.head_gate.weight",),
+        norm=norm,
+        is_exact=True,
+        closes_below=config.gates.threshold,
+    )
+    return [gates]
 
 
 def _feed_forward(mlp: str, norm: str) -> list[Instruction]:

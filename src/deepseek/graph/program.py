@@ -42,6 +42,10 @@ class Instruction:
     """attend: slots a query sees, its own included; None for all."""
     is_exact: bool = False
     """linear: the weights stay float32 in every scheme, as a router's do."""
+    closes_below: float | None = None
+    """linear: the outputs x become gates, 2 sigmoid(x), and 0 below this; None for as they are."""
+    gates: str | None = None
+    """attend: buffer of a factor for each query head; a head whose factor is 0 is not computed."""
     routes: str | None = None
     """experts: buffer of the router's logits, a value for each expert."""
     balance: str | None = None
@@ -106,7 +110,8 @@ def plan_memory(
     """
     lives: dict[str, list[tuple[int, int]]] = {}
     for place, item in enumerate(instructions):
-        touched = ((item.input, False), (item.routes, False), (item.output, not item.adds))
+        read = ((name, False) for name in (item.input, item.gates, item.routes))
+        touched = (*read, (item.output, not item.adds))
         for name, begins in touched:
             if name is None or name == LOGITS:
                 continue

@@ -10,6 +10,7 @@ from deepseek.models.config import (
     DecoderConfig,
     EncoderConfig,
     ExpertsConfig,
+    GateConfig,
     LatentConfig,
     Pattern,
     RopeConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from deepseek.models.divided import DividedDecoder
     from deepseek.models.early_exit import ExitOutput, forward_with_exits
     from deepseek.models.encoder import Encoder, EncoderOutput
+    from deepseek.models.gates import GateWatch, add_gates
     from deepseek.models.planner import Planner, WindowPlanner
     from deepseek.models.routed import RoutedPlanner
     from deepseek.models.segments import Boundaries, SegmentPlanner, Segments
@@ -45,6 +47,8 @@ __all__ = [
     "ExitOutput",
     "Exits",
     "ExpertsConfig",
+    "GateConfig",
+    "GateWatch",
     "LatentConfig",
     "Pattern",
     "Planner",
@@ -56,6 +60,7 @@ __all__ = [
     "Spans",
     "StaticPlanner",
     "WindowPlanner",
+    "add_gates",
     "check_mesh",
     "cross_modal_table",
     "decoder_splits",
@@ -73,6 +78,7 @@ _PLACES = {
     "Encoder": "encoder",
     "EncoderOutput": "encoder",
     "ExitOutput": "early_exit",
+    "GateWatch": "gates",
     "Planner": "planner",
     "RoutedPlanner": "routed",
     "SegmentPlanner": "segments",
@@ -81,6 +87,7 @@ _PLACES = {
     "Spans": "spans",
     "StaticPlanner": "static",
     "WindowPlanner": "planner",
+    "add_gates": "gates",
     "check_mesh": "splits",
     "cross_modal_table": "cross_modal",
     "decoder_splits": "splits",

@@ -138,6 +138,29 @@ class Pattern(Config):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GateConfig(Config):
+    """A gate on each query head's attention output, before the output projection:
+    `2 sigmoid(W x + b)` of the layer's normed input x.
+
+    With W and b zero, as they begin, every gate is exactly 1, and a model that was trained without
+    gates computes what it did.
+
+    Source: gated attention (2505.06708), section 2.2: by head, behind the values, sigmoid. The
+    factor 2 is ours. A division by sigmoid(b) would be 1 at the start too, but leaves a gate that
+    a bias cannot close.
+    """
+
+    threshold: float = 0.0
+    """Outside training a head whose gate is below it gives zeros, and is not computed; 0 for
+    never."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold < 2:
+            must = "from 0 to below 2, which no gate reaches"
+            raise ConfigError(describe("threshold", "GateConfig", must, self.threshold))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(Config):
     """A decoder-only language model: every family this package runs is a point in this space."""
 
@@ -170,6 +193,8 @@ class DecoderConfig(Config):
     pattern: Pattern | None = None
     """What every layer sees by place alone, where attention is sparse; only the family
     `deepseek_stack` has a place for it."""
+    gates: GateConfig | None = None
+    """Of the attention heads; only the family `deepseek_stack` has a place for them."""
     latent: LatentConfig | None = None
     experts: ExpertsConfig | None = None
     init_std: float = 0.02

@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.is_meta or name.endswith(("norm.weight", "layernorm.weight")):
                 continue
-            if name.endswith("bias"):
+            if name.endswith(("bias", "head_gate.weight")):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=self.config.init_std)
@@ -348,7 +348,8 @@ class Decoder(nn.Module):
             )
         else:
             slopes = torch.tensor(alibi_slopes(config.num_heads), device=states.device)
-        return PassContext(layout, cos, sin, slopes, cache, self.planner, self.impl)
+        threshold = 0.0 if config.gates is None else config.gates.threshold
+        return PassContext(layout, cos, sin, slopes, cache, self.planner, self.impl, threshold)
 
     def _check_positions(self, position_ids: Tensor, states: Tensor) -> None:
         rows, length, _ = states.shape

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deepseek.models.config import DecoderConfig, ExpertsConfig, LatentConfig
 from deepseek.models.context import PassContext
 from deepseek.models.positions import latent_score_factor
-from deepseek.ops.attention import KVShape, attention
+from deepseek.ops.attention import KVShape
 from deepseek.ops.experts import experts_swiglu
 from deepseek.ops.linear import Linear, linear
 from deepseek.ops.rope import deinterleave, rotate, rotate_both
@@ -36,12 +36,35 @@ class RMSNorm(nn.Module):
         return normed
 
 
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions or ALiBi, a bias, a query/key norm or a window
-    where asked for."""
+def head_gates(logits: Tensor) -> Tensor:
+    """Return the gates of `GateConfig` from what a layer's `head_gate` gives, float32."""
+    return 2 * logits.float().sigmoid()
+
+
+class _Gated(nn.Module):
+    """What the two forms of attention share: a gate for each head, where the config has them."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_gate = None if config.gates is None else gate_layer(config)
+
+    def gates(self, states: Tensor, context: PassContext) -> Tensor | None:
+        """Return each head's gate of a layer's input [B, T, hidden], float32 [B, T, heads]; outside
+        training zero where it is below the threshold."""
+        if self.head_gate is None:
+            return None
+        gates = head_gates(self.head_gate(states))
+        if self.training:
+            return gates
+        return gates.masked_fill(gates < context.threshold, 0.0)
+
+
+class Attention(_Gated):
+    """Grouped-query attention with rotary positions or ALiBi, a bias, a query/key norm, a window or
+    gates where asked for."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config)
         self.layer = layer
         self.head_dim = config.head_dim
         hidden, heads, kv_heads = config.hidden_size, config.num_heads, config.num_kv_heads
@@ -69,10 +92,7 @@ class Attention(nn.Module):
         if context.cos is not None and context.sin is not None:
             queries, keys = rotate_both(queries, keys, context.cos, context.sin)
         kv = context.store(self.layer, keys, values)
-        table = context.plan(self.layer, queries, kv)
-        out = attention(
-            queries, kv, context.layout, table=table, slopes=context.slopes, impl=context.impl
-        )
+        out = context.attend(self.layer, queries, kv, self.gates(states, context))
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
     def keep(self, states: Tensor, context: PassContext) -> None:
@@ -89,7 +109,7 @@ class Attention(nn.Module):
         context.store(self.layer, keys, values)
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(_Gated):
     """Multi-head latent attention.
 
     Without a cache keys and values are expanded from the latent. With one, the latent and the
@@ -102,7 +122,7 @@ class LatentAttention(nn.Module):
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
+        super().__init__(config)
         latent = _latent(config)
         self.layer, self.latent, self.num_heads = layer, latent, config.num_heads
         self.interleaved = config.rope.interleaved
@@ -138,7 +158,7 @@ class LatentAttention(nn.Module):
         if context.cos is not None and context.sin is not None:
             q_rope, k_rope = rotate_both(q_rope, k_rope, context.cos, context.sin)
         attend = self._expanded if context.cache is None else self._absorbed
-        out = attend(q_nope, q_rope, content, k_rope, context)
+        out = attend(q_nope, q_rope, content, k_rope, context, self.gates(states, context))
         rows, length, _ = states.shape
         return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
 
@@ -167,7 +187,13 @@ class LatentAttention(nn.Module):
         return queries.view(rows, length, -1, self.query_dim).transpose(1, 2)
 
     def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, content: Tensor, k_rope: Tensor, context: PassContext
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        content: Tensor,
+        k_rope: Tensor,
+        context: PassContext,
+        gates: Tensor | None,
     ) -> Tensor:
         latent = self.latent
         rows, length = content.shape[0], content.shape[2]
@@ -177,23 +203,23 @@ class LatentAttention(nn.Module):
         keys = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), dim=-1)
         queries = torch.cat((q_nope, q_rope), dim=-1)
         kv = context.store(self.layer, keys, values)
-        table = context.plan(self.layer, queries, kv)
-        return attention(
-            queries, kv, context.layout, table=table, scale=self.scale, impl=context.impl
-        )
+        return context.attend(self.layer, queries, kv, gates, self.scale)
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, content: Tensor, k_rope: Tensor, context: PassContext
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        content: Tensor,
+        k_rope: Tensor,
+        context: PassContext,
+        gates: Tensor | None,
     ) -> Tensor:
         latent = self.latent
         weight = self.kv_b_proj.weight.view(self.num_heads, -1, latent.kv_rank)
         key_weight, value_weight = weight.split([latent.nope_dim, latent.value_dim], dim=1)
         queries = torch.cat((q_nope @ key_weight, q_rope), dim=-1)
         kv = context.store(self.layer, torch.cat((content, k_rope), dim=-1), None)
-        table = context.plan(self.layer, queries, kv)
-        out = attention(
-            queries, kv, context.layout, table=table, scale=self.scale, impl=context.impl
-        )
+        out = context.attend(self.layer, queries, kv, gates, self.scale)
         return out @ value_weight.transpose(1, 2)
 
 
@@ -276,6 +302,16 @@ class Experts(nn.Module):
         tokens = states.reshape(-1, states.shape[-1])
         out = self.experts(tokens, *self.gate(tokens)).view_as(states)
         return out if self.shared_experts is None else out + self.shared_experts(states)
+
+
+def gate_layer(config: DecoderConfig) -> Linear:
+    """Return the layer that gives the gates' logits, with weights of zero: every gate is 1."""
+    with torch.random.fork_rng(devices=()):  # the other weights are drawn as without gates
+        made = Linear(config.hidden_size, config.num_heads)
+    if not made.weight.is_meta:
+        nn.init.zeros_(made.weight)
+        nn.init.zeros_(made.bias)
+    return made
 
 
 def embedding(count: int, dim: int) -> nn.Embedding:

@@ -15,6 +15,7 @@ _ATTENTION = (
     Rule(f"{_LAYER}.self_attn", "entry"),
     Rule(f"{_LAYER}.self_attn.[qkv]_proj", "column"),
     Rule(f"{_LAYER}.self_attn.[qk]_norm", "heads"),
+    Rule(f"{_LAYER}.self_attn.head_gate", "column"),
     Rule(f"{_LAYER}.self_attn.o_proj", "row"),
 )
 # The latent is whole, and from it and the key that all heads share every process makes its heads.
@@ -25,6 +26,7 @@ _LATENT_ATTENTION = (
     Rule(f"{_LAYER}.self_attn.kv_a_proj_with_mqa", "forked"),
     Rule(f"{_LAYER}.self_attn.kv_a_layernorm", "heads"),
     Rule(f"{_LAYER}.self_attn.kv_b_proj", "behind a fork"),
+    Rule(f"{_LAYER}.self_attn.head_gate", "column"),
     Rule(f"{_LAYER}.self_attn.o_proj", "row"),
 )
 _FEED_FORWARD = (

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from deepseek.config import Config
 from deepseek.errors import ConfigError, FormatError, describe
+from deepseek.models.config import GateConfig
 from deepseek.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from deepseek.parallel import Exact, Mesh, TransportConfig
 
@@ -160,6 +161,9 @@ class Stage(Config):
     recompute: bool = False
     """Forget the layers' insides in the forward pass and compute them again in the backward pass:
     less memory, a third more work."""
+    gate_penalty: float = 0.0
+    """Times the mean gate of the attention heads, over the tokens that are predicted, it is added
+    to what the steps lower: heads are closed where they help little. Needs a model with gates."""
     start_share: float = 0.0
     """Share of the weights that the stage began with in its result, which is the average of old and
     new: what was known is held, and little of what was learned is lost."""
@@ -182,6 +186,12 @@ class Stage(Config):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(describe(name, owner, "positive", value))
+        if not 0 <= self.gate_penalty < math.inf:
+            must = "from 0 on"
+            raise ConfigError(describe("gate_penalty", owner, must, self.gate_penalty))
+        if self.gate_penalty and self.adapter is not None:
+            must, step = "0 with adapters", "Leave the adapter out"
+            raise ConfigError(describe("gate_penalty", owner, must, self.gate_penalty, step))
         if not 0 <= self.start_share < 1:
             must = "from 0 to below 1"
             raise ConfigError(describe("start_share", owner, must, self.start_share))
@@ -225,6 +235,8 @@ class Run(Config):
     """A bundle to start from: a name or folder; or give `preset`."""
     layers: tuple[int, ...] | None = None
     """Start from these layers of `model` alone, counted from 0."""
+    gates: GateConfig | None = None
+    """Give the attention heads gates at the start; None for those that the model has."""
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     """How the workers divide model and data between them; may change between starts."""
     teacher: str | None = None

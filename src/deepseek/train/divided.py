@@ -45,6 +45,8 @@ def _check_stage(stage: Stage) -> None:
         raise ConfigError(describe("target", owner, "'tokens'", "teacher", step))
     if stage.exit_loss is not None:
         raise ConfigError(describe("exit_loss", owner, "left out", stage.exit_loss, step))
+    if stage.gate_penalty:
+        raise ConfigError(describe("gate_penalty", owner, "0", stage.gate_penalty, step))
     if stage.start_share:
         raise ConfigError(describe("start_share", owner, "0", stage.start_share, step))
     if not isinstance(stage.transport, Exact):

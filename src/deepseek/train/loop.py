@@ -62,6 +62,8 @@ class Progress:
     """Share of the workers' measured peak that the step's products reached."""
     left_s: float
     """Time that the stage's other steps will take at this speed."""
+    mean_gate: float | None = None
+    """Of the step, where the stage has a gate penalty."""
 
 
 Report = Callable[[Progress], None]
@@ -339,6 +341,7 @@ class _Clock:
             tokens_per_s=tokens_per_s,
             mfu=tokens_per_s * self._flops / self._peak,
             left_s=sum(self._speeds) / len(self._speeds) * (num_steps - step - 1),
+            mean_gate=result.mean_gate,
         )
 
 

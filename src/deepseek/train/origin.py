@@ -6,7 +6,7 @@ import torch
 
 from deepseek import hub
 from deepseek.errors import ConfigError, describe
-from deepseek.models import Decoder
+from deepseek.models import Decoder, add_gates
 from deepseek.models.depth import keep_layers
 from deepseek.models.presets import preset
 from deepseek.ops.hardware import products_in
@@ -21,6 +21,11 @@ def open_model(run: Run) -> Decoder:
         ConfigError: it is not there, or is no decoder.
         FormatError: it is damaged.
     """
+    model = _without_gates(run)
+    return model if run.gates is None else add_gates(model, run.gates)
+
+
+def _without_gates(run: Run) -> Decoder:
     if run.model is not None:
         model = hub.load(run.model, dtype="float32")
         if not isinstance(model, Decoder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.atomic import replace_file, writing
+from deepseek.models import Decoder
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
 from deepseek.train.capacity import memory_errors_told
@@ -49,6 +50,7 @@ def train(
     places = Places(Path(folder))
     check_same_run(run, places)
     model, teacher = open_model(run), open_teacher(run)
+    _check_gates(run, model)
     if teacher is not None:
         check_teacher(model, teacher)
     if world.is_first:
@@ -61,6 +63,14 @@ def train(
     )
     with memory_errors_told(places):
         return training.train()
+
+
+def _check_gates(run: Run, model: Decoder) -> None:
+    for stage in run.stages:
+        if stage.gate_penalty and model.config.gates is None:
+            owner, must = f"stage {stage.name!r}", "0 for a model without gates"
+            step = "Give the run `gates`"
+            raise ConfigError(describe("gate_penalty", owner, must, stage.gate_penalty, step))
 
 
 def prove_run(folder: str | Path) -> tuple[list[StageProof], list[int]]:

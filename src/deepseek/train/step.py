@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 
 from deepseek.data import Samples, Windows
 from deepseek.errors import ConfigError, describe
-from deepseek.models import Decoder
+from deepseek.models import Decoder, GateWatch
 from deepseek.ops.cross_entropy import IGNORED
 from deepseek.ops.hardware import products_in
 from deepseek.parallel import EarlySum, PairwiseSum, Transport, World
 from deepseek.train.config import Stage
 from deepseek.train.teacher import taught_loss
+
+_NOTHING = contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class StepResult:
     """Tokens that were predicted."""
     samples: Samples
     """What this worker read."""
+    mean_gate: float | None = None
+    """Mean gate of the attention heads over the same tokens; None where the stage has no gate
+    penalty."""
 
 
 def choose_parameters(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
@@ -69,7 +74,8 @@ class _Batch:
 class BatchStep:
     """Steps of one stage on one worker.
 
-    The loss is the mean over the predicted tokens of the whole batch, however it is divided: each
+    What is lowered is the loss and, where the stage has a penalty, its multiple of the mean gate.
+    Each is the mean over the predicted tokens of the whole batch, however it is divided: each
     part's sum is weighted by the batch's count, which is known before. Parts are summed as leaves
     of one tree (`parallel.tree`).
     """
@@ -117,8 +123,9 @@ class BatchStep:
         self._taught = np.array([source.target == "teacher" for source in stage.data])
         self._world, self._seed, self._transport = world, seed, transport
         self._is_early = stage.sends_early and world.size > 1
-        # the loss goes with the gradients, last
-        summed = [*self._values, torch.zeros(1)]
+        # what is told, loss and mean gate, goes with the gradients, last
+        self._num_told = 2 if stage.gate_penalty else 1
+        summed = [*self._values, torch.zeros(self._num_told)]
         self._sums = EarlySum(transport, summed, in_background=self._is_early)
         self._parts = self._divide()
 
@@ -161,37 +168,38 @@ class BatchStep:
             must = "some tokens to predict in every batch"
             raise ConfigError(describe("batch", f"step {step}", must, 0, "Take a larger batch"))
         batch = _Batch(samples, start, step, num_targets)
-        *gradients, loss = self._summed(batch)
+        *gradients, told = self._summed(batch)
         norm = self._apply(gradients, self._stage.schedule.factor(step, num_steps))
-        return StepResult(loss.item(), norm, num_targets, samples)
+        loss, *gates = told.tolist()
+        return StepResult(loss, norm, num_targets, samples, gates[0] if gates else None)
 
     def close(self) -> None:
         """End what works in the background."""
         self._sums.close()
 
     def _summed(self, batch: _Batch) -> list[Tensor]:
-        """Return the gradients, and last the loss, over all parts of all workers."""
+        """Return the gradients, and last what is told, over all parts of all workers."""
         tree, found = PairwiseSum(), dict[int, Tensor]()
         for part in self._parts[:-1]:
-            loss = self._backward(part, batch)
-            tree.add([*map(_taken, self._values), loss])
+            told = self._backward(part, batch)
+            tree.add([*map(_taken, self._values), told])
 
         def give(number: int, value: Tensor) -> None:
             found[number] = tree.finish(number, value)
             self._sums.give(number, found[number])
 
         with _handing_over(self._values if self._is_early else (), give):
-            loss = self._backward(self._parts[-1], batch)
+            told = self._backward(self._parts[-1], batch)
         for number, value in enumerate(self._values):
             if number not in found:
                 give(number, _taken(value))
-        give(len(self._values), loss)
+        give(len(self._values), told)
         self._sums.finish()
         return [found[number] for number in range(len(found))]
 
     def _backward(self, part: tuple[int, int], batch: _Batch) -> Tensor:
-        """Leave a part's gradients at the parameters, none where it has no targets, and return its
-        loss [1]."""
+        """Leave a part's gradients at the parameters, none where it has no targets, and return what
+        it adds to the loss and, where there is a penalty, to the mean gate [1 or 2]."""
         first, stop = part
         samples, rows = batch.samples, slice(first - batch.start, stop - batch.start)
         tokens = torch.from_numpy(samples.tokens[rows])
@@ -199,11 +207,12 @@ class BatchStep:
         is_taught = torch.from_numpy(self._taught[samples.places.source[rows]])
         share = int(counted.sum())
         if share == 0:
-            return torch.zeros(1)
+            return torch.zeros(self._num_told)
         # dropout depends on the part, not on who computes it
         torch.manual_seed((self._seed * 1_000_003 + batch.step) * 65_537 + first)
         is_bf16 = products_in(self._stage.precision) == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+        watch = GateWatch(self._model) if self._stage.gate_penalty else None
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16), watch or _NOTHING:
             if self._teacher is not None and bool(is_taught.any()):
                 total = taught_loss(self._model, self._teacher, tokens, counted, is_taught)
                 loss = total / batch.num_targets
@@ -211,8 +220,13 @@ class BatchStep:
                 labels = torch.where(counted, tokens, IGNORED)
                 mean = self._model.loss(tokens, labels, self._exit_weights)
                 loss = mean * (share / batch.num_targets)
-        loss.backward()
-        return loss.detach().reshape(1)
+        if watch is None:
+            loss.backward()
+            return loss.detach().reshape(1)
+        # the gates behind a prediction are those of the token before it
+        gates = watch.by_token()[:, :-1][counted[:, 1:]].sum() / batch.num_targets
+        (loss + self._stage.gate_penalty * gates).backward()
+        return torch.stack((loss, gates)).detach()
 
     def _apply(self, gradients: Sequence[Tensor], factor: float) -> float:
         """Take the step and return the norm of the gradient; leave all as it is where that is not

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.ops.attention import blocked, gathered
+from deepseek.ops.attention import blocked, gathered, selected
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.reference import attention_reference
@@ -32,6 +32,7 @@ def attention(
     table: BlockTable | None = None,
     slopes: Tensor | None = None,
     scale: float | None = None,
+    wanted: Tensor | None = None,
     impl: AttentionImpl = "auto",
 ) -> Tensor:
     """Return attention of queries over keys and values, one softmax over everything a query sees.
@@ -45,6 +46,8 @@ def attention(
         table: which blocks each query block sees; None for all of them (dense).
         slopes: [heads], ALiBi slopes; None for no distance bias.
         scale: factor of the scores; None for `key dim ** -0.5`.
+        wanted: bool [B, heads, T], the queries whose result is wanted; the others' is zeros, and
+            "auto" does not compute it but where a table has means. None for all.
         impl: "auto", or an execution by name, which is used or refused, never replaced.
 
     Returns:
@@ -64,11 +67,20 @@ def attention(
     if (queries.shape[0], queries.shape[2]) != (layout.num_rows, layout.num_queries):
         must = f"of {layout.num_rows} rows and {layout.num_queries} queries, as the layout says"
         raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
+    if wanted is not None and wanted.shape != queries.shape[:3]:
+        must = f"of shape {list(queries.shape[:3])}, one for each query"
+        raise ShapeError(describe("wanted", "attention", must, list(wanted.shape)))
+    scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
+    if wanted is not None and bool(wanted.all()):
+        wanted = None
+    if impl == "auto" and wanted is not None and selected.suits(table):
+        return selected.attention_selected(
+            queries, kv, layout, wanted=wanted, table=table, slopes=slopes, scale=scale
+        )
     if impl == "auto":
         impl = choose(queries, kv, layout, table, slopes)
-    run = ATTENTION_IMPLS[impl]
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    return run(queries, kv, layout, table=table, slopes=slopes, scale=scale)
+    out = ATTENTION_IMPLS[impl](queries, kv, layout, table=table, slopes=slopes, scale=scale)
+    return out if wanted is None else out.masked_fill(~wanted[..., None], 0.0)
 
 
 def choose(

@@ -53,6 +53,8 @@ Instruction instruction_of(const nb::dict& d) {
   in.in = number("input", 0), in.out = number("output", 0), in.norm = number("norm", -1);
   if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
   in.adds = number("adds", 0), in.rows = RowSet(number("selected", 0));
+  if (d.contains("closes_below")) in.closes_below = nb::cast<float>(d["closes_below"]);
+  in.gates = number("gates", -1);
   in.layer = number("layer", 0), in.q_norm = number("q_norm", -1), in.k_norm = number("k_norm", -1);
   in.window = number("window", 0), in.is_routed = number("is_routed", 0), in.routes = number("routes", 0);
   in.balance = number("balance", -1), in.num_active = number("num_active", 0);
@@ -195,6 +197,7 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("threads", &Program::threads)
       .def_prop_ro("max_tokens", &Program::max_tokens)
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
+      .def_prop_ro("gated_heads", &Program::gated_heads)
       .def_prop_ro("plan_bytes", &Program::plan_bytes);
   m.def("largest", &largest);
   m.def("choose", &choose, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),

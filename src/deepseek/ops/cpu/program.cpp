@@ -466,8 +466,11 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
       float* target = out;
       for (int index : in.weights) {
         const Weight& part = weights_[index];
-        if (p < part.panels())
-          return kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
+        if (p < part.panels()) {
+          kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
+          if (in.closes_below >= 0) become_gates(in, rows, p * kPanel, std::min(part.n, (p + 1) * kPanel));
+          return;
+        }
         p -= part.panels(), target += part.n;
       }
       return;
@@ -480,6 +483,30 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   } else {
     for (int p; (p = counters_[kCounters * index].fetch_add(1)) < panels;) unit(p);
   }
+}
+
+// Makes gates of the columns first ... last - 1 of what was computed.
+void Program::become_gates(const Instruction& in, int rows, int first, int last) {
+  int closed = 0, width = buffers_[in.out].width;
+  for (int r = 0; r < rows; ++r)
+    for (int i = first; i < last; ++i) {
+      float& gate = buffer(in.out)[size_t(r) * width + i];
+      gate = 2.0f / (1.0f + std::exp(-gate));
+      if (gate < in.closes_below) gate = 0.0f, ++closed;
+    }
+  gates_ += int64_t(rows) * (last - first), closed_ += closed;
+}
+
+float Program::gate_of(const Instruction& in, int token, int head) const {
+  return in.gates < 0 ? 1.0f : buffer(in.gates)[size_t(token) * buffers_[in.gates].width + head];
+}
+
+// Those of `count` heads from `first` on that are computed, and their number.
+int Program::open_heads(const Instruction& in, int token, int first, int count, int* heads) const {
+  int open = 0;
+  for (int head = first; head < first + count; ++head)
+    if (!is_closed(in, token, head)) heads[open++] = head;
+  return open;
 }
 
 void Program::rope_head(const Pass&, int token, float* head, int norm) const {
@@ -556,29 +583,37 @@ void Program::attend_block(Pass& pass, const Instruction& in, const Run& run, in
                            int start, int stop, int thread) {
   const PageLayout& l = pass.pages.layout;
   AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
-  int group = shape_.heads / shape_.kv_heads, count = stop - start;
+  int group = shape_.heads / shape_.kv_heads, count = 0;
   int low = 1 << 30, high = 0;
-  for (int i = 0; i < count; ++i) {
-    int token = run.start + (start + i) / group, position = pass.step.positions[token];
+  std::pair<int, int> places[kQueryBlock];  // token and head of each query
+  for (int i = start; i < stop; ++i) {
+    int token = run.start + i / group, head = kv_head * group + i % group, position = pass.step.positions[token];
+    if (is_closed(in, token, head)) {
+      write_out(in, token, head, nullptr, 0);
+      continue;
+    }
     int first = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
-    m.queries[i] = {query_of(in, token, kv_head * group + (start + i) % group), first, position + 1};
+    places[count] = {token, head};
+    m.queries[count++] = {query_of(in, token, head), first, position + 1};
     low = std::min(low, first), high = std::max(high, position + 1);
   }
+  if (!count) return;
   kernels_.load_queries(l, m.queries, count, m.scratch);
   attend_pages(attend_of(pass, in, run, kv_head), count, low, high, m);
   for (int i = 0; i < count; ++i)
-    write_out(in, run.start + (start + i) / group, kv_head * group + (start + i) % group,
-              m.sums + size_t(i) * l.dim_padded, m.total[i]);
+    write_out(in, places[i].first, places[i].second, m.sums + size_t(i) * l.dim_padded, m.total[i]);
 }
 
 float* Program::query_of(const Instruction& in, int token, int head) const {
   return buffer(in.in) + size_t(token) * buffers_[in.in].width + head * shape_.head_dim;
 }
 
+// Zeros where there are no sums: the head is closed.
 void Program::write_out(const Instruction& in, int token, int head, const float* sums, float total) const {
   float* out = buffer(in.out) + size_t(token) * buffers_[in.out].width + head * shape_.head_dim;
-  float inverse = 1.0f / total;
-  for (int d = 0; d < shape_.head_dim; ++d) out[d] = sums[d] * inverse;
+  if (!sums) return void(std::fill_n(out, shape_.head_dim, 0.0f));
+  float factor = gate_of(in, token, head) / total;
+  for (int d = 0; d < shape_.head_dim; ++d) out[d] = sums[d] * factor;
 }
 
 void Routing::sort(int count, int num_experts) {

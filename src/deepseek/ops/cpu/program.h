@@ -45,7 +45,9 @@ struct Instruction {
   std::vector<int> weights;        // swiglu: gate, up; experts: gate, up, down of each in turn
   bool adds = false;               // add to `out` in place of setting it
   RowSet rows = RowSet::all;
+  float closes_below = -1.0f;      // linear: where not negative, outputs x become gates 2 / (1 + e^-x), 0 below it
   // attend
+  int gates = -1;                  // buffer of a factor for each head's output; one of 0 is not computed
   int layer = 0, q_norm = -1, k_norm = -1, window = 0;  // window in slots, 0 for none
   bool is_routed = false;          // sees the pages that are chosen for it, of a program with a route
   // experts
@@ -157,6 +159,8 @@ class Program {
   int max_tokens() const { return max_tokens_; }
   size_t weight_bytes() const;
   size_t plan_bytes() const { return states_.bytes() + scratch_.bytes(); }
+  // Heads of tokens that had a gate since the program was made, and those of them that were closed.
+  std::pair<int64_t, int64_t> gated_heads() const { return {gates_, closed_}; }
   const Shape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   void embed_row(const Weight& w, int row, float* out) const;
@@ -197,6 +201,9 @@ class Program {
   void copy(Pass& pass, const Instruction& in, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
+  void become_gates(const Instruction& in, int rows, int first, int last);
+  float gate_of(const Instruction& in, int token, int head) const;
+  bool is_closed(const Instruction& in, int token, int head) const { return gate_of(in, token, head) == 0; }
   void swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
                     float* tiles, float* out, ptrdiff_t stride) const;
   void experts(Pass& pass, const Instruction& in, int index, int thread);
@@ -205,6 +212,7 @@ class Program {
                     int stop, int thread);
   void attend_pages(const Attend& a, int count, int low, int high, const AttendMemory& m) const;
   float* query_of(const Instruction& in, int token, int head) const;
+  int open_heads(const Instruction& in, int token, int first, int count, int* heads) const;
   void write_out(const Instruction& in, int token, int head, const float* sums, float total) const;
   Attend attend_of(const Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
   void plan_blocks(Pass& pass) const;
@@ -214,8 +222,8 @@ class Program {
   std::pair<int, int> parts_of(Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
   float* state_of(const Pass& pass, const Run& run, int head) const;
   void merge_parts(Pass& pass, const Instruction& in, const Run& run, int head);
-  void rope_queries(Pass& pass, const Instruction& in, int token, int kv_head, int first, int count, int low,
-                    int high, const AttendMemory& m) const;
+  void rope_queries(Pass& pass, const Instruction& in, int token, const int* heads, int count, int low, int high,
+                    const AttendMemory& m) const;
   void plan_routes(Pass& pass);
   int dense_tokens(const Pass& pass, const Run& run) const;
   bool is_routed(const Pass& pass, const Instruction& in, const Run& run) const;
@@ -262,6 +270,7 @@ class Program {
   Memory expert_states_;  // hidden, then output, of each place of the routing
   std::vector<float> cosines_, sines_;  // [max_tokens][head_dim / 2]
   std::unique_ptr<std::atomic<int>[]> counters_;
+  std::atomic<int64_t> gates_{0}, closed_{0};
 
   uint8_t* allocate(size_t bytes);
   Weight new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias);

@@ -182,6 +182,9 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
   std::vector<uint64_t> whole(rows, ~uint64_t(0));
+  auto is_open = [&](int row) {
+    return !is_closed(in, run.start + start + row / group, kv_head * group + row % group);
+  };
   auto visit = [&](const uint64_t* seen, std::vector<int32_t>& some) {
     if (!some.empty()) kernels_.add_page(a, seen, some.data(), int(some.size()), m.segment.view(), scratch);
     some.clear();
@@ -197,7 +200,8 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
       ++each.seen;
       bool is_own = pass.step.positions[run.start + each.start] / kPage == page;
       std::vector<int32_t>& some = is_own ? m.own_rows : m.rows;
-      for (int i = 0; i < count; ++i) some.push_back(row + i);
+      for (int i = row; i < row + count; ++i)
+        if (is_open(i)) some.push_back(i);
     }
     visit(whole.data(), m.rows), visit(m.shown.data(), m.own_rows);
   }
@@ -205,7 +209,7 @@ void Program::route_block(Pass& pass, const Instruction& in, const Run& run, int
   if (shape_.route.has_means) add_means(pass, in, run, kv_head, start, stop, thread);
   for (int i = 0; i < rows; ++i)
     write_out(in, run.start + start + i / group, kv_head * group + i % group,
-              m.all.sums.data() + size_t(i) * l.dim_padded, m.all.mass[i * kMassLanes]);
+              is_open(i) ? m.all.sums.data() + size_t(i) * l.dim_padded : nullptr, m.all.mass[i * kMassLanes]);
 }
 
 // Adds the means of the pages that the groups of a unit do not see to what they have.
@@ -220,13 +224,13 @@ void Program::add_means(Pass& pass, const Instruction& in, const Run& run, int k
                        pass.step.positions[run.start + m.groups[g].start] / kPage, m.unseen.data() + g * words);
   if (!any) return;
   Attend a = mean_pages_of(pass, in, run, kv_head, last, m);
-  m.rows.resize(rows);
-  std::iota(m.rows.begin(), m.rows.end(), 0);
-  for (int word = 0; word < words; ++word, ++a.table) {
+  for (int i = 0; i < rows; ++i)
+    if (!is_closed(in, run.start + start + i / group, kv_head * group + i % group)) m.rows.push_back(i);
+  for (int word = 0; word < words && !m.rows.empty(); ++word, ++a.table) {
     for (size_t g = 0; g < m.groups.size(); ++g)
       std::fill_n(m.shown.begin() + (m.groups[g].start - start) * group, (m.groups[g].stop - m.groups[g].start) * group,
                   m.unseen[g * words + word]);
-    kernels_.add_page(a, m.shown.data(), m.rows.data(), rows, m.segment.view(), attend_scratch(thread));
+    kernels_.add_page(a, m.shown.data(), m.rows.data(), int(m.rows.size()), m.segment.view(), attend_scratch(thread));
   }
   merge_segment(m, 0, rows);
   m.rows.clear();
@@ -289,13 +293,13 @@ void Program::attend_tokens(Pass& pass, const Instruction& in, int index, int th
     merge_parts(pass, in, pass.runs[u / shape_.heads], u % shape_.heads);
 }
 
-// Queries of a token's KV head, `count` of them from head `first` of the group on, with their angles.
-void Program::rope_queries(Pass& pass, const Instruction& in, int token, int kv_head, int first, int count,
-                           int low, int high, const AttendMemory& m) const {
-  int dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
+// Queries of some heads of a token, with their angles.
+void Program::rope_queries(Pass& pass, const Instruction& in, int token, const int* heads, int count, int low,
+                           int high, const AttendMemory& m) const {
+  int dim = shape_.head_dim;
   for (int i = 0; i < count; ++i) {
     float* vector = m.vectors + i * dim;
-    std::memcpy(vector, query_of(in, token, kv_head * group + first + i), dim * sizeof(float));
+    std::memcpy(vector, query_of(in, token, heads[i]), dim * sizeof(float));
     rope_head(pass, token, vector, in.q_norm);
     m.queries[i] = {vector, low, high};
   }
@@ -314,7 +318,9 @@ void Program::score_token(Pass& pass, const Instruction& in, const Run& run, int
   if (last == position / kPage + 1) store_token(pass, in, run.start, kv_head);
   if (is_chosen(pass, in, run, kv_head, position)) return;
   AttendMemory m(thread_scratch(thread), pass.pages.layout.dim_padded, pass.pages.layout.dim);
-  rope_queries(pass, in, run.start, kv_head, 0, group, 0, position + 1, m);
+  int heads[kQueryBlock];  // closed ones too: what they ask for is for the tokens behind as well
+  std::iota(heads, heads + group, kv_head * group);
+  rope_queries(pass, in, run.start, heads, group, 0, position + 1, m);
   kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
   kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, first, last,
                        scores_of(pass, run, kv_head), pass.score_stride, m.scratch);
@@ -355,17 +361,21 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
     store_token(pass, in, token, kv_head);  // the unit of the newest slots: no other reads them
   AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
   for (int first = 0; first < group; first += kQueryBlock) {
-    int count = std::min(kQueryBlock, group - first), head = kv_head * group + first;
-    rope_queries(pass, in, token, kv_head, first, count, low, high, m);
+    int most = std::min(kQueryBlock, group - first), heads[kQueryBlock];
+    int count = open_heads(in, token, kv_head * group + first, most, heads);
+    if (pass.max_parts == 1 && count < most)
+      for (int h = 0; h < most; ++h) write_out(in, token, kv_head * group + first + h, nullptr, 0);
+    if (!count) continue;
+    rope_queries(pass, in, token, heads, count, low, high, m);
     kernels_.load_queries(l, m.queries, count, m.scratch);
     kernels_.attend_span(a, m.queries, count, std::max(low, start), stop, m.sums, m.most, m.total, m.scratch);
     for (int i = 0; i < count; ++i) {
       const float* sums = m.sums + size_t(i) * l.dim_padded;
       if (pass.max_parts == 1) {
-        write_out(in, token, head + i, sums, m.total[i]);
+        write_out(in, token, heads[i], sums, m.total[i]);
         continue;
       }
-      float* state = state_of(pass, run, head + i) + size_t(part) * (l.dim_padded + 2);
+      float* state = state_of(pass, run, heads[i]) + size_t(part) * (l.dim_padded + 2);
       std::memcpy(state, sums, l.dim_padded * sizeof(float));
       state[l.dim_padded] = m.most[i], state[l.dim_padded + 1] = m.total[i];
     }
@@ -376,17 +386,19 @@ void Program::attend_token(Pass& pass, const Instruction& in, const Run& run, in
 void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment,
                           int thread) {
   const PageLayout& l = pass.pages.layout;
-  int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads;
+  int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads, heads[kQueryBlock];
+  int open = open_heads(in, run.start, kv_head * group, group, heads);
+  if (!open) return;
   const KvPages::Choice& choice = choice_at(pass, in, run, kv_head, position);
   AttendMemory m(thread_scratch(thread), l.dim_padded, l.dim);
   States& states = routes_[thread].segment;
-  states.reset(group, l.dim_padded);
-  rope_queries(pass, in, run.start, kv_head, 0, group, 0, kPage, m);
-  kernels_.load_queries(l, m.queries, group, m.scratch);
+  states.reset(open, l.dim_padded);
+  rope_queries(pass, in, run.start, heads, open, 0, kPage, m);
+  kernels_.load_queries(l, m.queries, open, m.scratch);
   Attend a = attend_of(pass, in, run, kv_head);
   const int32_t* table = a.table;
   std::vector<int32_t>& rows = routes_[thread].rows;
-  rows.resize(group);
+  rows.resize(open);
   std::iota(rows.begin(), rows.end(), 0);
   std::vector<uint64_t>& shown = routes_[thread].shown;
   for (int i = segment * kSegment; i < std::min(choice.count, (segment + 1) * kSegment); ++i) {
@@ -395,8 +407,8 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
       for (size_t byte = 0; byte < l.head_bytes; byte += 64) __builtin_prefetch(next + byte);
     }
     a.table = table + choice.pages[i];
-    shown.assign(group, ~uint64_t(0) >> (i + 1 == choice.count ? kPage - 1 - position % kPage : 0));
-    kernels_.add_page(a, shown.data(), rows.data(), group, states.view(), m.scratch);
+    shown.assign(open, ~uint64_t(0) >> (i + 1 == choice.count ? kPage - 1 - position % kPage : 0));
+    kernels_.add_page(a, shown.data(), rows.data(), open, states.view(), m.scratch);
   }
   if (segment * kSegment >= choice.count) {  // the means of the pages that were not chosen
     int own = position / kPage;
@@ -405,15 +417,15 @@ void Program::add_segment(Pass& pass, const Instruction& in, const Run& run, int
     find_unseen(choice.pages, choice.count, own, unseen.data());
     a = mean_pages_of(pass, in, run, kv_head, own, routes_[thread]);
     for (int word = 0; word * kPage < own; ++word, ++a.table) {
-      shown.assign(group, unseen[word]);
-      kernels_.add_page(a, shown.data(), rows.data(), group, states.view(), m.scratch);
+      shown.assign(open, unseen[word]);
+      kernels_.add_page(a, shown.data(), rows.data(), open, states.view(), m.scratch);
     }
   }
-  for (int h = 0; h < group; ++h) {
-    float* state = state_of(pass, run, kv_head * group + h) + size_t(segment) * (l.dim_padded + 2);
-    const float* mass = states.mass.data() + size_t(h) * kMassLanes;
-    std::memcpy(state, states.sums.data() + size_t(h) * l.dim_padded, l.dim_padded * sizeof(float));
-    state[l.dim_padded] = states.bound[h];
+  for (int i = 0; i < open; ++i) {
+    float* state = state_of(pass, run, heads[i]) + size_t(segment) * (l.dim_padded + 2);
+    const float* mass = states.mass.data() + size_t(i) * kMassLanes;
+    std::memcpy(state, states.sums.data() + size_t(i) * l.dim_padded, l.dim_padded * sizeof(float));
+    state[l.dim_padded] = states.bound[i];
     state[l.dim_padded + 1] = std::accumulate(mass, mass + kMassLanes, 0.0f);
   }
   rows.clear();
@@ -425,6 +437,7 @@ float* Program::state_of(const Pass& pass, const Run& run, int head) const {
 }
 
 void Program::merge_parts(Pass& pass, const Instruction& in, const Run& run, int head) {
+  if (is_closed(in, run.start, head)) return write_out(in, run.start, head, nullptr, 0);
   int dim = pass.pages.layout.dim_padded;
   auto [first, last] = parts_of(pass, in, run, head / (shape_.heads / shape_.kv_heads));
   float* states = state_of(pass, run, head);
