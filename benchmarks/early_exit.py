@@ -35,7 +35,7 @@ from deepseek.evaluate import default_corpus, read_corpus, score_exits
 from deepseek.evaluate.exit_calibration import THRESHOLDS, first_tokens
 from deepseek.generate import Completion, Exits, generate
 from deepseek.models import Decoder
-from deepseek.models.layers import Attention
+from deepseek.models.layers import Attention, LatentAttention
 from deepseek.records import Measurement, summarize
 
 COMMAND = shlex.join(["python", "benchmarks/early_exit.py", *sys.argv[1:]])
@@ -58,7 +58,7 @@ def load_decoder(source: str, dtype: str) -> Decoder:
     return model
 
 
-def weights_share(model: Decoder, exits: Exits, depths: Sequence[float]) -> float:
+def weights_share(model: Decoder, exits: Exits, depths: Sequence[int]) -> float:
     """Return the share of the weights that tokens are multiplied with, of those of a whole pass.
 
     Args:
@@ -66,21 +66,22 @@ def weights_share(model: Decoder, exits: Exits, depths: Sequence[float]) -> floa
         exits: where it asks.
         depths: layers that each token went through.
     """
-    layers, count = model.model.layers, len(model.model.layers)
-    whole = size(layers[0])
-    attention = layers[0].self_attn
-    kept = (
-        size(attention.k_proj) + size(attention.v_proj)
-        if isinstance(attention, Attention)
-        else size(attention.kv_a_proj_with_mqa)
-    )
-    head = size(model.lm_head)
-    total = 0.0
+    sizes = [size(layer) for layer in model.model.layers]
+    kept = [size_kept(layer.self_attn) for layer in model.model.layers]
+    head, total = size(model.lm_head), 0
     for depth in depths:
         asked = sum(layer <= depth for layer in exits.layers)
-        heads = 1 if exits.criterion == "cosine" else asked + (depth == count)
-        total += depth * whole + (count - depth) * kept + heads * head
-    return total / len(depths) / (count * whole + head)
+        heads = 1 if exits.criterion == "cosine" else asked + (depth == len(sizes))
+        total += sum(sizes[:depth]) + sum(kept[depth:]) + heads * head
+    return total / len(depths) / (sum(sizes) + head)
+
+
+def size_kept(attention: nn.Module) -> int:
+    """Return the number of weights that make the keys and values of a layer."""
+    if isinstance(attention, Attention):
+        return size(attention.k_proj) + size(attention.v_proj)
+    assert isinstance(attention, LatentAttention)
+    return size(attention.kv_a_proj_with_mqa)
 
 
 def size(module: nn.Module) -> int:

@@ -119,10 +119,9 @@ def calibrate_exits(
 
     Thresholds are tested in turn, from safe to bold, and the first that fails ends it, so that
     testing several costs no confidence. A test's null hypothesis is that the expected share of
-    tokens of a text that differ is above `delta`; its p-value is that of Hoeffding and Bentkus over
-    the texts. Tokens of one text depend on each other: the text is the unit. What is promised
-    is about texts drawn like these, and goes on along the text that is there; where the model
-    goes on with its own tokens, the texts may part.
+    tokens of a text that differ is above `delta`. Tokens of one text depend on each other: the text
+    is the unit. What is promised is about texts drawn like these, and goes on along the text that
+    is there; where the model goes on with its own tokens, the texts may part.
 
     Args:
         model: the decoder, with a tokenizer.
@@ -143,8 +142,9 @@ def calibrate_exits(
             the bound could not be shown even if no token differed.
 
     Source: Schuster et al. 2022, "Confident Adaptive Language Modeling" (2207.07061), section 3:
-    fixed-sequence testing; Angelopoulos et al. 2021, "Learn then Test" (2110.01052), proposition 2
-    for the p-value. Deviation: the loss is the disagreement of tokens, not of whole outputs.
+    fixed-sequence testing as Angelopoulos et al. 2021, "Learn then Test" (2110.01052). Deviations:
+    the loss is the disagreement of tokens, not of whole outputs; the p-value is one by betting, as
+    that of Hoeffding and Bentkus takes no notice of how little texts differ.
     """
     thresholds = THRESHOLDS[exits.criterion] if thresholds is None else tuple(thresholds)
     _check(delta, confidence, thresholds)
@@ -155,7 +155,8 @@ def calibrate_exits(
         corpus, documents = as_corpus("\n\n".join(text)), text
     length = num_prompt_tokens + num_tokens
     whole = first_tokens(model, documents, length)[:max_texts]
-    if (least := fewest_texts(delta, confidence)) > len(whole):
+    alpha = 1 - confidence
+    if (least := fewest_texts(delta, alpha)) > len(whole):
         must = f"at least {least} texts of {length} tokens to show a bound of {delta}"
         step = "Give more texts, shorter ones, or allow more"
         raise ConfigError(describe("text", "calibrate_exits", must, len(whole), step))
@@ -172,13 +173,13 @@ def calibrate_exits(
     p_values: list[float] = []
     for scores in tried:
         shown = scores.measurements(conditions)
-        p_values.append(p_value(scores.disagreements.tolist(), delta))
+        p_values.append(p_value(scores.disagreements.tolist(), delta, alpha))
         facts = shown[0].conditions
         found += [
             *shown,
             Measurement(name="p_value", value=p_values[-1], unit="1", conditions=facts),
         ]
-    chosen = boldest(p_values, 1 - confidence)
+    chosen = boldest(p_values, alpha)
     return ExitCalibration(
         exits=None if chosen is None else tried[chosen].exits,
         delta=delta,
@@ -207,39 +208,39 @@ def boldest(p_values: Sequence[float], alpha: float) -> int | None:
     return passed - 1 if passed else None
 
 
-def p_value(losses: Sequence[float], delta: float) -> float:
+def p_value(losses: Sequence[float], delta: float, alpha: float) -> float:
     """Return a p-value of the hypothesis that losses from 0 to 1 have a mean above `delta`.
 
+    It is won by bets against the hypothesis: each stakes a share of the capital, chosen from the
+    losses before it, on the next loss being below `delta`. Where the hypothesis is true the capital
+    is 1 on average, so it is ever as large as c with a chance of at most 1 / c.
+
     Args:
-        losses: independent, at least one.
+        losses: independent, at least one; their order counts.
         delta: between 0 and 1.
+        alpha: level of the test that stakes are made for; the p-value holds at every level.
 
-    Source: Hoeffding-Bentkus, Angelopoulos et al. 2021 (2110.01052), proposition 2.
+    Source: Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting"
+    (2010.09686), section 4; as a bound on a risk Bates et al. (2101.02703), proposition 5.
     """
-    count, mean = len(losses), math.fsum(losses) / len(losses)
-    hoeffding = math.exp(-count * _divergence(min(mean, delta), delta))
-    # rounding must not lift a sum that is whole
-    bentkus = math.e * _binomial_cdf(math.ceil(count * mean - 1e-9), count, delta)
-    return min(hoeffding, bentkus, 1.0)
+    bold = -2 * math.log(alpha) / len(losses)
+    total, squares, capital, best = 0.5, 0.25, 0.0, 0.0
+    for number, loss in enumerate(losses, start=1):
+        stake = min(1 / (1 - delta), math.sqrt(bold * number / squares))
+        gain = 1 - stake * (loss - delta)
+        capital += math.log(gain) if gain > 0 else -math.inf
+        best = max(best, capital)
+        total += loss
+        squares += (loss - total / (number + 1)) ** 2
+    return math.exp(-best)
 
 
-def fewest_texts(delta: float, confidence: float) -> int:
+def fewest_texts(delta: float, alpha: float) -> int:
     """Return how many texts it takes to show a bound where no token of them differs."""
-    return math.ceil(math.log(1 - confidence) / math.log1p(-delta))
-
-
-def _divergence(a: float, b: float) -> float:
-    """Return the divergence of a coin with share `a` from one with share `b`, in nats."""
-    first = a * math.log(a / b) if a > 0 else 0.0
-    return first + (1 - a) * math.log((1 - a) / (1 - b)) if a < 1 else first
-
-
-def _binomial_cdf(successes: int, trials: int, chance: float) -> float:
-    """Return the chance of at most so many successes."""
-    return math.fsum(
-        math.comb(trials, k) * chance**k * (1 - chance) ** (trials - k)
-        for k in range(min(successes, trials) + 1)
-    )
+    count = math.ceil(math.log(alpha) / math.log1p(-delta))
+    while p_value([0.0] * count, delta, alpha) > alpha:
+        count += 1
+    return count
 
 
 def _check(delta: float, confidence: float, thresholds: Sequence[float]) -> None:
