@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import spans
@@ -53,13 +54,14 @@ def test_all_contenders_are_measured(tmp_path: Path) -> None:
         model=str(tmp_path / "model"),
         dtype="float32",
         text=text,
+        context=None,
         length=512,
         documents=2,
         probes=1,
         shares=[0.7],
         read=1,
     )
-    with Progress(disable=True) as bar:
+    with Progress(console=Console(quiet=True), disable=True) as bar:
         found = spans.run(options, bar)
     names = list(dict.fromkeys(each.conditions.get("contender") for each in found))
     assert names == [
