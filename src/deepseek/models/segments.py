@@ -26,9 +26,9 @@ _CLOSING = "\"'”’)]*_"
 class Segments(Config):
     """How long the segments of a text are, and what a query sees of those before its own."""
 
-    least: int = 64
+    least: int = 256
     """Tokens of a segment at least, except for the last one."""
-    most: int = 512
+    most: int = 1024
     """Tokens of a segment at most."""
     before: int = 1
     """Segments before a query's own that it sees whole."""
