@@ -2,6 +2,7 @@
 
     python benchmarks/spans.py --text dracula.txt
     python benchmarks/spans.py --text dracula.txt --length 4096 --shares 0.9 0.98 --json
+    python benchmarks/spans.py --text dracula.txt --length 16384 --context 16384
 
 Every contender runs through the modules. Spans are measured on the first half of the text, all else
 on the second. Contenders:
@@ -161,6 +162,7 @@ class Trial:
             dense: losses of dense attention; None for its own.
         """
         about = {**self.about, "contender": name, "documents": len(self.pieces)}
+        self.bar.console.print(name)
         seen, listed = self.cost(planner)
         losses = self.losses()
         changes = [own - peer for own, peer in zip(losses, dense or losses, strict=True)]
@@ -202,7 +204,7 @@ def interval(changes: Sequence[float]) -> Spread | None:
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
     """Return the figures of all contenders, and the mean span of each share."""
-    model = deepseek.load(options.model, dtype=options.dtype)
+    model = deepseek.load(options.model, dtype=options.dtype, context=options.context)
     if not isinstance(model, Decoder) or model.tokenizer is None or model.planner is not None:
         must = "a decoder with a tokenizer that sees all"
         raise ConfigError(describe("model", "the benchmark of spans", must, options.model))
@@ -210,7 +212,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
     half = len(whole.text) // 2
     corpus = Corpus(name=f"{whole.name}, second half", text=whole.text[half:])
     pieces = documents(model.tokenizer.encode(corpus.text), options.length, options.documents)
-    about = {"length": options.length, **corpus.conditions()}
+    about = {"model": options.model, "dtype": options.dtype, "length": options.length}
+    about |= {"context": model.config.max_positions, **corpus.conditions()}
     trial = Trial(model, corpus, pieces, options.probes, about, bar)
     found, dense = trial.measured("dense", None, None)
     segments = Segments()
@@ -220,7 +223,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
         "segments-unlinked": SegmentPlanner(boundaries, segments.replace(links=0)),
     }
     for share in options.shares:
-        bar.console.print(f"measuring spans of {share}")
+        bar.console.print(f"spans of {share}")
         model.planner = None
         result = attention_spans(
             model,
@@ -290,6 +293,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", type=Path, help="(the language reference inside Python)")
     parser.add_argument("--length", type=positive, default=2048, help="tokens of a document")
+    parser.add_argument("--context", type=positive, help="stretch the model's positions to it")
     parser.add_argument("--documents", type=positive, default=4)
     parser.add_argument("--probes", type=positive, default=4, help="copies at each distance")
     parser.add_argument("--shares", type=share_of, nargs="+", default=[0.9, 0.98])

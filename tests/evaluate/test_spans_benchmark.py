@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import spans
@@ -44,7 +45,7 @@ def test_a_window_costs_what_was_asked(seen: float) -> None:
 def test_all_contenders_are_measured(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("".join(random.Random(0).choices("abcdef. \n", k=2600)))
-    model = Decoder(TINY.replace(vocab_size=260, max_positions=512)).eval()
+    model = Decoder(TINY.replace(vocab_size=260, max_positions=1024)).eval()
     randomize(model)
     byte_tokenizer(eos_token="<end>").save(tmp_path)
     model.tokenizer = Tokenizer.from_folder(tmp_path)
@@ -53,13 +54,14 @@ def test_all_contenders_are_measured(tmp_path: Path) -> None:
         model=str(tmp_path / "model"),
         dtype="float32",
         text=text,
-        length=512,
+        context=None,
+        length=900,
         documents=2,
         probes=1,
         shares=[0.7],
         read=1,
     )
-    with Progress(disable=True) as bar:
+    with Progress(console=Console(quiet=True), disable=True) as bar:
         found = spans.run(options, bar)
     names = list(dict.fromkeys(each.conditions.get("contender") for each in found))
     assert names == [
@@ -73,12 +75,12 @@ def test_all_contenders_are_measured(tmp_path: Path) -> None:
     ]
     figures = {(each.conditions.get("contender"), each.name): each.value for each in found}
     assert figures["dense", "perplexity_ratio"] == 1
-    assert figures["dense", "tokens_seen"] == 256.5
+    assert figures["dense", "tokens_seen"] == 450.5
     for name in ("segments", "spans-0.7"):
         assert figures[name, "perplexity_ratio"] != 1
         peer = figures[f"window-as-{name}", "tokens_seen"]
         assert peer == pytest.approx(figures[name, "tokens_seen"], abs=1)
-        assert peer < 256
+        assert peer < 450
     assert figures["segments-unlinked", "tokens_seen"] <= figures["segments", "tokens_seen"]
     spans.show(found)
 

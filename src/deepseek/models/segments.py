@@ -26,9 +26,9 @@ _CLOSING = "\"'”’)]*_"
 class Segments(Config):
     """How long the segments of a text are, and what a query sees of those before its own."""
 
-    least: int = 64
+    least: int = 256
     """Tokens of a segment at least, except for the last one."""
-    most: int = 512
+    most: int = 1024
     """Tokens of a segment at most."""
     before: int = 1
     """Segments before a query's own that it sees whole."""
@@ -118,8 +118,8 @@ class Boundaries:
 
 class SegmentPlanner:
     """Lets a query see its own segment, those before it within a number, the first blocks, and the
-    beginning of every earlier segment, where its topic is told: all through one softmax. Its work
-    grows with the segments of a text and not with its tokens.
+    beginning of every earlier segment, where its topic is told: all through one softmax. What is
+    seen of a long text grows with its segments, by a beginning each.
 
     What is listed are blocks: of a segment or a beginning every block that it touches, with what
     else is in it. The queries of a block share a list. Their own segment is that of the first of
