@@ -85,7 +85,7 @@ def load(
     if context is not None:
         _stretch(model, context)
     if attention == "dense":
-        _refuse_pattern(model, attention)
+        _refuse_pattern(model, "dense")
     routing = routing_asked(attention, model.bundle if isinstance(model.bundle, Bundle) else None)
     if routing is not None:
         _route(model, routing)
