@@ -87,7 +87,7 @@ def load(
     if context is not None:
         _stretch(model, context)
     if attention == "dense":
-        _refuse_pattern(model, attention)
+        _refuse_pattern(model, "dense")
     if isinstance(attention, Planner):
         _plan(model, attention)
         return model.to(place).eval()
