@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, overload
 
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.ops.attention import blocked, gathered
+from deepseek.ops.attention import blocked, gathered, gpu
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.reference import attention_reference
 from deepseek.ops.attention.sdpa import attention_sdpa
 from deepseek.ops.attention.table import BlockTable
 
-AttentionImpl = Literal["auto", "blocked", "gathered", "reference", "sdpa"]
-ATTENTION_IMPLS: dict[str, Callable[..., Tensor]] = {
+AttentionImpl = Literal["auto", "blocked", "flex", "gathered", "reference", "sdpa"]
+
+
+class Execution(Protocol):
+    """One way to compute attention: `attention_reference` says what, with its arguments."""
+
+    def __call__(
+        self,
+        queries: Tensor,
+        kv: DenseKV | PagedKV,
+        layout: Layout,
+        /,
+        *,
+        table: BlockTable | None,
+        slopes: Tensor | None,
+        scale: float,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return outputs, and the log-sum-exp where it is asked for.
+
+        Raises:
+            ConfigError: it does not compute this; it may not compute another thing instead.
+        """
+        ...
+
+
+ATTENTION_IMPLS: dict[str, Execution] = {
     "blocked": blocked.attention_blocked,
+    "flex": gpu.attention_flex,
     "gathered": gathered.attention_gathered,
     "reference": attention_reference,
     "sdpa": attention_sdpa,
 }
+
+
+@overload
+def attention(
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    *,
+    table: BlockTable | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    impl: AttentionImpl = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    queries: Tensor,
+    kv: DenseKV | PagedKV,
+    layout: Layout,
+    *,
+    table: BlockTable | None = None,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+    impl: AttentionImpl = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def attention(
@@ -33,7 +86,8 @@ def attention(
     slopes: Tensor | None = None,
     scale: float | None = None,
     impl: AttentionImpl = "auto",
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return attention of queries over keys and values, one softmax over everything a query sees.
 
     Args:
@@ -46,11 +100,16 @@ def attention(
         slopes: [heads], ALiBi slopes; None for no distance bias.
         scale: factor of the scores; None for `key dim ** -0.5`.
         impl: "auto", or an execution by name, which is used or refused, never replaced.
+        return_lse: whether to return the log-sum-exp too, which `merge` needs; "sdpa" has none.
 
     Returns:
         [B, heads, T, value dim], in the dtype of the queries; zeros where a query sees nothing.
+        With `return_lse` also the logarithm of the sum of exponentials of the scores (scaled, bias
+        included) that each query sees: [B, heads, T], float32 (float64 for float64 inputs), minus
+        infinity where it sees nothing. Both have gradients.
 
     Raises:
+        BackendError: "flex" does not run on this device, or not with gradients.
         ConfigError: an unknown `impl`, or one that does not run this layout.
         ShapeError: shapes that do not fit one another.
     """
@@ -65,10 +124,13 @@ def attention(
         must = f"of {layout.num_rows} rows and {layout.num_queries} queries, as the layout says"
         raise ShapeError(describe("queries", "attention", must, list(queries.shape)))
     if impl == "auto":
-        impl = choose(queries, kv, layout, table, slopes)
+        impl = choose(queries, kv, layout, table, slopes, return_lse)
     run = ATTENTION_IMPLS[impl]
     scale = queries.shape[-1] ** -0.5 if scale is None else scale
-    return run(queries, kv, layout, table=table, slopes=slopes, scale=scale)
+    out, lse = run(
+        queries, kv, layout, table=table, slopes=slopes, scale=scale, return_lse=return_lse
+    )
+    return out if lse is None else (out, lse)
 
 
 def choose(
@@ -77,11 +139,16 @@ def choose(
     layout: Layout,
     table: BlockTable | None = None,
     slopes: Tensor | None = None,
-) -> Literal["blocked", "gathered", "sdpa"]:
+    return_lse: bool = False,
+) -> Literal["blocked", "flex", "gathered", "reference", "sdpa"]:
     """Return the name of the execution that "auto" uses; arguments as in `attention`."""
     if table is not None:
-        pays = gathered.suits(table, slopes) and gathered.pays(table, layout)
-        return "gathered" if pays else "sdpa"
-    if isinstance(kv, DenseKV) and blocked.suits(kv, layout, None, slopes):
-        return "blocked" if blocked.pays(queries, kv) else "sdpa"
-    return "sdpa"
+        if gpu.pays(queries, kv, layout, table):
+            return "flex"
+        suits = gathered.suits(table, slopes)
+        if suits and (return_lse or gathered.pays(table, layout)):
+            return "gathered"
+    elif isinstance(kv, DenseKV) and blocked.suits(kv, layout, None, slopes):
+        if return_lse or blocked.pays(queries, kv):
+            return "blocked"
+    return "reference" if return_lse else "sdpa"
