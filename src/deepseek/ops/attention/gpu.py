@@ -63,7 +63,7 @@ def attention_flex(
     keys, values = kv.dense(layout.num_slots)
     why = why_not(queries, keys, values, table)
     if table is None or why is not None:
-        must = "a block table without means, in tiles of tensor cores, for the flex execution"
+        must = "one that the flex execution runs"
         raise ConfigError(describe("table", "attention", must, why, "Use impl='auto' or 'sdpa'"))
     size, heads = table.query_size, queries.shape[1]
     blocks = table.num_query_blocks(layout, size)
@@ -84,8 +84,8 @@ def attention_flex(
         )
     except NotImplementedError as error:
         must = "a GPU, or a CPU without gradients, for the flex execution"
-        got = str(queries.device)
-        raise BackendError(describe("device", "attention", must, got, str(error))) from error
+        got, step = str(queries.device), "Use impl='auto' or 'gathered'"
+        raise BackendError(describe("device", "attention", must, got, step)) from error
     lse = None if found.lse is None else cut_blocks(found.lse[..., None], offsets, queries.shape[2])
     out = cut_blocks(out, offsets, queries.shape[2])
     return out, None if lse is None else lse[..., 0]
