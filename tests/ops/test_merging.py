@@ -118,8 +118,9 @@ def test_who_gives_it_and_who_does_not() -> None:
     assert choose(queries, kv, both, return_lse=True) == "reference"
     with pytest.raises(ConfigError, match=r"return_lse of attention must be False for the sdpa"):
         attention(queries, kv, layout, impl="sdpa", return_lse=True)
-    out, lse = attention(queries.bfloat16(), DenseKV(keys.bfloat16(), values.bfloat16()), layout,
-                         return_lse=True)
+    out, lse = attention(
+        queries.bfloat16(), DenseKV(keys.bfloat16(), values.bfloat16()), layout, return_lse=True
+    )
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
 
 
@@ -141,9 +142,7 @@ def test_parts_over_disjoint_keys_merge_to_one_softmax(data: st.DataObject) -> N
     def part(queries, keys, values, each: BlockTable):
         impl = "auto" if slopes is None else "reference"
         kv = DenseKV(keys, values)
-        return attention(
-            queries, kv, layout, table=each, slopes=slopes, impl=impl, return_lse=True
-        )
+        return attention(queries, kv, layout, table=each, slopes=slopes, impl=impl, return_lse=True)
 
     def merged(*leaves):
         dealt = [

@@ -342,9 +342,7 @@ class _Trial:
         except RuntimeError as error:
             self._fail("gradients", "there", str(error).splitlines()[0], error)
 
-    def _compare(
-        self, found: tuple[Tensor, Tensor | None], wanted: tuple[Tensor, Tensor]
-    ) -> float:
+    def _compare(self, found: tuple[Tensor, Tensor | None], wanted: tuple[Tensor, Tensor]) -> float:
         out, lse = found
         if (out.shape, out.dtype) != (wanted[0].shape, self.dtype):
             got = f"{list(out.shape)}, {out.dtype}"

@@ -1,9 +1,9 @@
-"""`check_planner`: what a planner lists is causal, the same in any parts, and dense when it is all.
-"""
+"""`check_planner`: what a planner lists is causal, and the same in any parts of a text."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -115,7 +115,7 @@ class _Text:
         shape = [KVShape(_KV_HEADS, _DIM, _DIM)]
         cache = KVCache.contiguous(shape, _ROWS, self.length, dtype=self.keys.dtype)
         largest, other = 0.0, "those of the whole text"
-        for start, stop in zip(borders, borders[1:], strict=False):
+        for start, stop in itertools.pairwise(borders):
             found = self._step(cache, [start] * _ROWS, stop - start)
             wanted = whole[:, :, start:stop]
             name = f"outputs of slots {start} to {stop - 1}, given a part"
@@ -158,9 +158,7 @@ class _Text:
                 self._fail(planner, "table", "one that fits its layout", str(error), error)
         return table
 
-    def _call(
-        self, planner: Planner, plan: Callable[[], BlockTable | None]
-    ) -> BlockTable | None:
+    def _call(self, planner: Planner, plan: Callable[[], BlockTable | None]) -> BlockTable | None:
         try:
             return plan()
         except Exception as error:
@@ -198,7 +196,5 @@ def _draw(length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 def _attend(
     queries: Tensor, kv: DenseKV | PagedKV, layout: Layout, table: BlockTable | None
 ) -> Tensor:
-    out, _ = attention_reference(
-        queries, kv, layout, table=table, slopes=None, scale=_DIM**-0.5
-    )
+    out, _ = attention_reference(queries, kv, layout, table=table, slopes=None, scale=_DIM**-0.5)
     return out

@@ -126,7 +126,7 @@ def attention(
     if impl == "auto":
         impl = choose(queries, kv, layout, table, slopes, return_lse)
     run = ATTENTION_IMPLS[impl]
-    scale = queries.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(queries.shape[-1] ** -0.5) if scale is None else scale
     out, lse = run(
         queries, kv, layout, table=table, slopes=slopes, scale=scale, return_lse=return_lse
     )
@@ -145,10 +145,10 @@ def choose(
     if table is not None:
         if gpu.pays(queries, kv, layout, table):
             return "flex"
-        suits = gathered.suits(table, slopes)
-        if suits and (return_lse or gathered.pays(table, layout)):
+        if gathered.suits(table, slopes) and (return_lse or gathered.pays(table, layout)):
             return "gathered"
-    elif isinstance(kv, DenseKV) and blocked.suits(kv, layout, None, slopes):
-        if return_lse or blocked.pays(queries, kv):
+    elif isinstance(kv, DenseKV):
+        pays = return_lse or blocked.pays(queries, kv)
+        if pays and blocked.suits(kv, layout, None, slopes):
             return "blocked"
     return "reference" if return_lse else "sdpa"

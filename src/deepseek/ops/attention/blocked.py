@@ -106,9 +106,9 @@ class _Blocked(torch.autograd.Function):
         return out.view(rows, heads, length, value_dim), lse
 
     @staticmethod
-    def backward(
-        ctx: Any, gradient: Tensor, of_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gradient, of_lse = gradients
+        assert gradient is not None
         queries, keys, values, *kept = ctx.saved_tensors
         rows, heads, kv_heads = ctx.shape
         groups, repeats, length, dim = queries.shape

@@ -253,9 +253,9 @@ class _Gathered(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(
-        ctx: Any, gradient: Tensor, of_lse: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gradient, of_lse = gradients
+        assert gradient is not None
         queries, keys, values = ctx.saved_tensors
         places: _Places = ctx.places
         # sums over the query blocks

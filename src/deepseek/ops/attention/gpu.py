@@ -91,9 +91,7 @@ def attention_flex(
     return out, None if lse is None else lse[..., 0]
 
 
-def why_not(
-    queries: Tensor, keys: Tensor, values: Tensor, table: BlockTable | None
-) -> str | None:
+def why_not(queries: Tensor, keys: Tensor, values: Tensor, table: BlockTable | None) -> str | None:
     """Return why it does not run this table and these shapes, or None when it does."""
     if table is None:
         return "no table"
@@ -150,7 +148,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, fullgraph=True)
 
 
-def _eager(*tensors: Tensor, **settings: Any) -> Any:
+def _eager(*tensors: Any, **settings: Any) -> Any:
     with warnings.catch_warnings():
         # that it is not compiled
         warnings.simplefilter("ignore", UserWarning)
