@@ -143,7 +143,7 @@ def choose(
 ) -> Literal["blocked", "flex", "gathered", "reference", "sdpa"]:
     """Return the name of the execution that "auto" uses; arguments as in `attention`."""
     if table is not None:
-        if gpu.pays(queries, kv, layout, table):
+        if gpu.pays(queries, kv, table):
             return "flex"
         if gathered.suits(table, slopes) and (return_lse or gathered.pays(table, layout)):
             return "gathered"

@@ -21,7 +21,6 @@ from deepseek.errors import ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
-from deepseek.ops.attention.whole_blocks import cut_blocks, fill_blocks
 from deepseek.ops.hardware import computed_in, computes_bf16, wide_of
 
 CHUNK_SCORES = 1 << 22
@@ -116,14 +115,22 @@ class _Places:
 
     def in_query_blocks(self, queries: Tensor) -> Tensor:
         """Return queries [B, heads, T, dim] as [N, G, R x Q, dim], filled up with zeros."""
-        filled = fill_blocks(queries, self.offsets, self.num_blocks * self.size)
+        total = self.num_blocks * self.size
+        filled = torch.stack(
+            [
+                F.pad(row, (0, 0, offset, total - offset - row.shape[1]))
+                for row, offset in zip(queries, self.offsets, strict=True)
+            ]
+        )
         blocks = filled.view(-1, self.repeats, self.num_blocks, self.size, filled.shape[-1])
         return blocks.permute(2, 0, 1, 3, 4).flatten(2, 3).contiguous()
 
     def in_rows(self, blocks: Tensor, length: int) -> Tensor:
         """Return [N, G, R x Q, dim] as [B, heads, T, dim]."""
         parts = blocks.view(self.num_blocks, self.rows, -1, self.size, blocks.shape[-1])
-        return cut_blocks(parts.permute(1, 2, 0, 3, 4).flatten(2, 3), self.offsets, length)
+        filled = parts.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        rows = zip(filled, self.offsets, strict=True)
+        return torch.stack([row[:, offset : offset + length] for row, offset in rows])
 
     def in_key_blocks(self, states: Tensor) -> Tensor:
         """Return keys or values [B, KV heads, S, dim] as [G x key blocks, P, dim]."""

@@ -1,10 +1,9 @@
-"""Attention over block tables on a GPU, by PyTorch's FlexAttention: listed blocks only, with
-gradients, in one fused Triton kernel.
+"""Attention over block tables on a GPU, by PyTorch's FlexAttention: blocks that are not listed are
+not computed, with gradients, in one fused Triton kernel.
 
-**Never run on a GPU.** What is tested is the eager execution on a CPU, outputs, log-sum-exp and
-gradients against the reference, and that the block lists hold what the mask shows. The tile sizes
-and the compiled kernels are written after PyTorch 2.13's sources; `tests/ops/test_gpu_attention.py`
-has the tests that run where there is a GPU.
+**Never run on a GPU.** What is tested is the eager execution on a CPU (outputs, log-sum-exp and
+gradients against the reference), PyTorch's compiled kernel for CPUs, and that the lists hold what
+the mask shows. `tests/ops/test_gpu_attention.py` has tests that run where there is a GPU.
 
 Source: Dong et al. 2024, "Flex Attention" (2412.05496).
 """
@@ -19,26 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import (
-    AuxRequest,
-    BlockMask,
-    FlexKernelOptions,
-    flex_attention,
-)
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from deepseek.errors import BackendError, ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
-from deepseek.ops.attention.whole_blocks import cut_blocks, fill_blocks
 
-LEAST_TILE = 16
-"""Fewest queries, slots and channels that the tensor cores multiply."""
-_MOST_TILE = 64
-_TUNED_FOR = 128
-"""Blocks that are a multiple of this run with the tile sizes that PyTorch has chosen."""
-
-Mod = Callable[..., Tensor]
+LISTED = 128
+"""Queries and slots of the blocks that FlexAttention lists, whatever those of the table are: each
+tile that PyTorch chooses for a GPU divides them, while its backward kernels refuse smaller ones
+(`torch/_inductor/kernel/flex/flex_attention.py`, 2.13). The mask hides what a table does not list
+of them."""
+LEAST_QUERIES = 16
+"""Fewest queries that "auto" uses it for: one that is decoded reads the keys once either way."""
+LEAST_CHANNELS = 16
+"""Fewest channels of a head that the tensor cores multiply."""
 
 
 def attention_flex(
@@ -60,38 +55,34 @@ def attention_flex(
         BackendError: the device is another one, or a CPU and gradients are asked for.
         ConfigError: there is no table, or one that it does not run; says why.
     """
-    keys, values = kv.dense(layout.num_slots)
-    why = why_not(queries, keys, values, table)
+    why = why_not(queries, kv, table)
     if table is None or why is not None:
         must = "one that the flex execution runs"
         raise ConfigError(describe("table", "attention", must, why, "Use impl='auto' or 'sdpa'"))
-    size, heads = table.query_size, queries.shape[1]
-    blocks = table.num_query_blocks(layout, size)
-    offsets = [start % size for start in layout.query_start]
-    slopes = None if slopes is None else slopes.to(queries.device)
+    keys, values = kv.dense(layout.num_slots)
+    heads, kv_heads = queries.shape[1], keys.shape[1]
     run = _compiled() if queries.device.type == "cuda" else _eager
     try:
         out, found = run(
-            fill_blocks(queries, offsets, blocks * size),
+            queries,
             keys,
             values,
-            score_mod=None if slopes is None else _distance(slopes, _first_slots(table, layout)),
-            block_mask=_block_mask(table, layout, heads, keys.shape[1]),
+            score_mod=None if slopes is None else _distance(slopes, layout, queries.device),
+            block_mask=_kept_mask(table, layout, heads, kv_heads),
             scale=scale,
-            enable_gqa=heads != keys.shape[1],
+            enable_gqa=heads != kv_heads,
             return_aux=AuxRequest(lse=return_lse),
-            kernel_options=tile_sizes(table),
+            # the one kernel for any number of queries
+            kernel_options={"BACKEND": "TRITON"},
         )
     except NotImplementedError as error:
         must = "a GPU, or a CPU without gradients, for the flex execution"
         got, step = str(queries.device), "Use impl='auto' or 'gathered'"
         raise BackendError(describe("device", "attention", must, got, step)) from error
-    lse = None if found.lse is None else cut_blocks(found.lse[..., None], offsets, queries.shape[2])
-    out = cut_blocks(out, offsets, queries.shape[2])
-    return out, None if lse is None else lse[..., 0]
+    return out, found.lse
 
 
-def why_not(queries: Tensor, keys: Tensor, values: Tensor, table: BlockTable | None) -> str | None:
+def why_not(queries: Tensor, kv: DenseKV | PagedKV, table: BlockTable | None) -> str | None:
     """Return why it does not run this table and these shapes, or None when it does."""
     if table is None:
         return "no table"
@@ -101,45 +92,17 @@ def why_not(queries: Tensor, keys: Tensor, values: Tensor, table: BlockTable | N
         return None
     if queries.dtype == torch.float64:
         return "float64 on a GPU"
-    if min(queries.shape[-1], values.shape[-1], keys.shape[-1]) < LEAST_TILE:
-        return f"heads of fewer than {LEAST_TILE} channels"
-    if table.query_size % LEAST_TILE or table.block_size % LEAST_TILE:
-        return f"blocks of {table.query_size} queries and {table.block_size} slots"
+    values = kv.values if isinstance(kv, DenseKV) else kv.value_pages
+    if min(queries.shape[-1], values.shape[-1]) < LEAST_CHANNELS:
+        return f"heads of fewer than {LEAST_CHANNELS} channels on a GPU"
     return None
 
 
-def pays(queries: Tensor, kv: DenseKV | PagedKV, layout: Layout, table: BlockTable) -> bool:
-    """Return whether "auto" uses it: on a GPU, for a table it runs, where queries fill a tile.
-
-    A single query, as in decoding, reads the keys once either way.
-    """
-    if queries.device.type != "cuda" or layout.num_queries < LEAST_TILE:
+def pays(queries: Tensor, kv: DenseKV | PagedKV, table: BlockTable) -> bool:
+    """Return whether "auto" uses it: on a GPU, for a table it runs and queries that share tiles."""
+    if queries.device.type != "cuda" or queries.shape[2] < LEAST_QUERIES:
         return False
-    return why_not(queries, *kv.dense(layout.num_slots), table) is None
-
-
-def tile_sizes(table: BlockTable) -> FlexKernelOptions:
-    """Return the tiles in which the kernels go through blocks of a table.
-
-    PyTorch's own choice needs blocks of a multiple of 128; what the others need is written in its
-    kernel (`torch/_inductor/kernel/flex`): tiles divide the blocks, and of the two tiles of a
-    backward loop the outer one is a multiple of the inner one.
-    """
-    if table.query_size % _TUNED_FOR == 0 and table.block_size % _TUNED_FOR == 0:
-        return {}
-    of_queries, of_keys = (
-        min(size & -size, _MOST_TILE) for size in (table.query_size, table.block_size)
-    )
-    inner = min(of_queries, of_keys)
-    tiles = {
-        "fwd_BLOCK_M": of_queries,
-        "fwd_BLOCK_N": of_keys,
-        "bwd_BLOCK_M1": inner,
-        "bwd_BLOCK_N1": of_keys,
-        "bwd_BLOCK_M2": of_queries,
-        "bwd_BLOCK_N2": inner,
-    }
-    return tiles  # type: ignore[return-value]
+    return why_not(queries, kv, table) is None
 
 
 @functools.cache
@@ -155,22 +118,19 @@ def _eager(*tensors: Any, **settings: Any) -> Any:
         return flex_attention(*tensors, **settings)
 
 
-def _first_slots(table: BlockTable, layout: Layout) -> Tensor:
-    """Return the slot of the first place of each row's query blocks, int64 [B]."""
-    start = torch.tensor(layout.query_start, device=table.indices.device)
-    return start // table.query_size * table.query_size
-
-
-def _distance(slopes: Tensor, first: Tensor) -> Mod:
+def _distance(slopes: Tensor, layout: Layout, device: torch.device) -> Callable[..., Tensor]:
     """Return what adds the ALiBi bias to a score."""
+    slopes, start = slopes.to(device), torch.tensor(layout.query_start, device=device)
 
-    def add_distance(score: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor):
-        return score - slopes[head] * (first[row] + query - slot)
+    def add_distance(
+        score: Tensor, row: Tensor, head: Tensor, query: Tensor, slot: Tensor
+    ) -> Tensor:
+        return score - slopes[head] * (start[row] + query - slot)
 
     return add_distance
 
 
-def _block_mask(table: BlockTable, layout: Layout, heads: int, kv_heads: int) -> BlockMask:
+def _kept_mask(table: BlockTable, layout: Layout, heads: int, kv_heads: int) -> BlockMask:
     """Return lists and mask of a table, kept in its memo: all layers of a pass share them."""
     key = ("flex", heads, kv_heads)
     if key not in table.memo or table.memo[key][1]() is not layout:
@@ -181,41 +141,63 @@ def _block_mask(table: BlockTable, layout: Layout, heads: int, kv_heads: int) ->
 
 
 def block_mask(table: BlockTable, layout: Layout, heads: int, kv_heads: int) -> BlockMask:
-    """Return a table as FlexAttention takes it: for each query block the key blocks it sees, and
-    what is seen inside of them.
+    """Return a table as FlexAttention takes it: lists of the blocks in which something is listed,
+    and what of them is seen.
 
-    Lists are per query head where heads differ, and as wide as there are key blocks, for the
-    backward pass turns them round. Nothing is as large as queries times keys.
+    Lists are per query head where heads differ, and as wide as there are blocks, for the backward
+    pass turns them round. Nothing is as large as queries times keys.
     """
     device = table.indices.device
     size, query_size = table.block_size, table.query_size
-    listed = table.seen_blocks(layout, heads, kv_heads)
-    counts = listed.sum(-1).int()
-    indices = listed.int().argsort(dim=-1, descending=True, stable=True).int()
-    listed = listed.expand(layout.num_rows, heads, -1, -1)
-    first = _first_slots(table, layout)
+    seen_blocks = table.seen_blocks(layout, heads, kv_heads)
+    lists = _lists(seen_blocks, table, layout)
+    counts = lists.sum(-1).int()
+    indices = lists.int().argsort(dim=-1, descending=True, stable=True).int()
+    listed = seen_blocks.expand(layout.num_rows, heads, -1, -1)
+    start = torch.tensor(layout.query_start, device=device)
+    first = start // query_size
     end = torch.tensor(layout.key_length, device=device)
-    causal, tokens = layout.causal, layout.key_mask
-    reach = table.reach
+    causal, tokens, reach = layout.causal, layout.key_mask, table.reach
     if reach is not None:
         reach = reach.expand(layout.num_rows, heads, listed.shape[2])
 
     def is_seen(row: Tensor, head: Tensor, query: Tensor, slot: Tensor) -> Tensor:
-        place = first[row] + query
-        # the eager execution reads no lists, and so tests this mask alone
-        seen = listed[row, head, query // query_size, slot // size] & (slot < end[row])
+        own = start[row] + query
+        block = own // query_size - first[row]
+        seen = listed[row, head, block, slot // size] & (slot < end[row])
         if causal:
-            seen = seen & (slot <= place)
+            seen = seen & (slot <= own)
         if tokens is not None:
             seen = seen & tokens[row, slot]
         if reach is not None:
-            seen = seen & (slot > place - reach[row, head, query // query_size])
+            seen = seen & (slot > own - reach[row, head, block])
         return seen
 
     return BlockMask.from_kv_blocks(
         counts,
         indices,
-        BLOCK_SIZE=(query_size, size),
+        BLOCK_SIZE=LISTED,
         mask_mod=is_seen,
-        seq_lengths=(listed.shape[2] * query_size, layout.num_slots),
+        seq_lengths=(layout.num_queries, layout.num_slots),
     )
+
+
+def _lists(seen_blocks: Tensor, table: BlockTable, layout: Layout) -> Tensor:
+    """Return in which blocks of `LISTED` queries and slots anything is listed: bool [B or 1, heads
+    or 1, blocks of queries, blocks of slots]."""
+    offsets = [start % table.query_size for start in layout.query_start]
+    rows = offsets if len(set(offsets)) > 1 else offsets[:1]
+    of_queries = torch.stack(
+        [_overlap(layout.num_queries, table.query_size, seen_blocks.shape[2], at) for at in rows]
+    )
+    of_slots = _overlap(layout.num_slots, table.block_size, seen_blocks.shape[3], 0)
+    of_queries, of_slots = (each.to(seen_blocks.device) for each in (of_queries, of_slots))
+    return of_queries[:, None] @ seen_blocks.float() @ of_slots.T > 0
+
+
+def _overlap(length: int, size: int, count: int, offset: int) -> Tensor:
+    """Return which of `count` blocks of a table, the first of them begun `offset` places before,
+    share a place with which of the blocks of `LISTED` places: float [blocks, count], 0 or 1."""
+    listed = torch.arange(-(-length // LISTED))[:, None] * LISTED
+    start = torch.arange(count) * size - offset
+    return ((start < listed + LISTED) & (start + size > listed)).float()
