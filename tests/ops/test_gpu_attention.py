@@ -66,6 +66,20 @@ def test_flex_equals_reference(data: st.DataObject) -> None:
     torch.testing.assert_close(lse, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("without_dynamo")
+def test_alibi_counts_from_where_a_row_goes_on() -> None:
+    """A constant of all scores of a query is seen in the log-sum-exp alone."""
+    layout = Layout((5, 20), (9, 24), 4)
+    inputs, slopes = random_inputs(layout, 2, 1), torch.tensor([0.5, 1.0])
+    table = BlockTable(torch.tensor([[[[0, 1]]]]).int(), torch.tensor([[[2]]]).int(), 16)
+    table.check(layout, 2, 1)
+    expected, found = (
+        run_flex(layout, table, slopes, impl)(*inputs) for impl in ("reference", "flex")
+    )
+    for one, other in zip(expected, found, strict=True):
+        assert_close(other, one)
+
+
 @pytest.mark.usefixtures("backward_on_a_cpu")
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())

@@ -12,7 +12,7 @@ import torch.nn.attention.flex_attention as flex_module
 from torch import Tensor
 
 from deepseek.errors import ConfigError, VerifyError
-from deepseek.ops.attention import ATTENTION_IMPLS, DenseKV, attention, choose, merge
+from deepseek.ops.attention import ATTENTION_IMPLS, DenseKV, PagedKV, attention, choose, merge
 from deepseek.ops.attention.reference import attention_reference
 from deepseek.testing import AttentionProof, check_attention
 from deepseek.testing.executions import BLOCKS, HEADS, questions
@@ -142,10 +142,19 @@ def ends_ignored(queries, kv, layout, **asked) -> Answer:
 
 def heads_interleaved(queries, kv, layout, **asked) -> Answer:
     """Query head h reads KV head h % KV heads; only where no list differs by head."""
-    group = queries.shape[1] // kv.keys.shape[1]
-    keys, values = (each.repeat(1, group, 1, 1) for each in (kv.keys, kv.values))
+    states = kv.dense(layout.num_slots)
+    group = queries.shape[1] // states[0].shape[1]
+    keys, values = (each.repeat(1, group, 1, 1) for each in states)
     if asked["table"] is None:
         return attention_reference(queries, DenseKV(keys, values), layout, **asked)
+    return attention_reference(queries, kv, layout, **asked)
+
+
+def pages_in_order(queries, kv, layout, **asked) -> Answer:
+    """The page table is not read."""
+    if isinstance(kv, PagedKV):
+        table = torch.arange(kv.page_table.numel()).view_as(kv.page_table)
+        kv = dataclasses.replace(kv, page_table=table)
     return attention_reference(queries, kv, layout, **asked)
 
 
@@ -225,6 +234,7 @@ FAULTS = {
     no_number_where_blind: "outputs of attention",
     no_slopes: "outputs of attention, ALiBi",
     only_outputs: "result of attention, dense",
+    pages_in_order: "outputs of attention, ragged rows",
     padding_seen: "outputs of attention, padded",
     powers_of_two: "log-sum-exp of attention, dense",
     queries_changed: "queries of attention, dense",

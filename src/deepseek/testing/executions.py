@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, VerifyError, describe
-from deepseek.ops.attention import BlockTable, DenseKV, Execution, Layout
+from deepseek.ops.attention import BlockTable, DenseKV, Execution, Layout, PagedKV
 from deepseek.ops.attention.reference import attention_reference
 
 BLOCKS = (16, 32, 64, 128)
@@ -18,6 +18,7 @@ BLOCKS = (16, 32, 64, 128)
 HEADS = ((2, 2), (6, 2), (4, 1))
 """Query and KV heads: groups of 1, 3 and 4."""
 _CHANNELS = 16
+_PAGE = 16
 _BOUNDS = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 """Of values drawn from a normal distribution, as a share of the largest one where that is above
 1."""
@@ -56,6 +57,8 @@ class Question:
     """Query and KV heads."""
     table: BlockTable | None = None
     slopes: Tensor | None = None
+    is_paged: bool = False
+    """Keys and values come as pages in any order."""
 
     def draw(self, device: str, dtype: torch.dtype) -> list[Tensor]:
         """Return queries, keys and values: normal numbers, the same each time."""
@@ -79,7 +82,7 @@ def check_attention(
 
     It is asked for dense attention and for tables with blocks of 16 to 128 slots: every block,
     windows, ragged lists, skip bits, shared lists, means; for rows that are whole, padded, of
-    different lengths, that go on from a cache, or have one query; with 1, 3 and 4 query heads a
+    different lengths, that go on from a paged cache, or have one query; with 1, 3 and 4 query heads a
     KV head; with ALiBi. It refuses a question by a ConfigError, or answers as `attention_reference`
     does: outputs, log-sum-exp (or refuses that alone) and gradients of all. What is given stays as
     it was, and a key behind a query changes nothing for it.
@@ -153,7 +156,7 @@ def _ragged_rows(size: int, heads: tuple[int, int]) -> Question:
     starts, counts = (3, size + 5, 2 * size), (size + 2, 7, size)
     ends = tuple(start + count for start, count in zip(starts, counts, strict=True))
     layout = Layout(starts, ends, size + 2)
-    return Question("ragged rows", layout, heads, _lists(layout, size, heads))
+    return Question("ragged rows", layout, heads, _lists(layout, size, heads), is_paged=True)
 
 
 def _padded(size: int, heads: tuple[int, int]) -> Question:
@@ -197,7 +200,7 @@ def _both_ways(size: int, heads: tuple[int, int]) -> Question:
 
 def _one_query(size: int, heads: tuple[int, int]) -> Question:
     layout = Layout((2 * size, size - 1), (2 * size + 1, size), 1)
-    return Question("one query", layout, heads, _lists(layout, size, heads))
+    return Question("one query", layout, heads, _lists(layout, size, heads), is_paged=True)
 
 
 _TABLES = (
@@ -290,7 +293,7 @@ class _Trial:
         try:
             found = self.execution(
                 queries,
-                DenseKV(keys, values),
+                _paged(keys, values) if asked.is_paged else DenseKV(keys, values),
                 asked.layout,
                 table=asked.table,
                 slopes=asked.slopes,
@@ -390,3 +393,19 @@ class _Trial:
 
 
 _GIVEN = ("queries", "keys", "values")
+
+
+def _paged(keys: Tensor, values: Tensor) -> PagedKV:
+    """Return keys and values [B, KV heads, S, dim] as shuffled pages, with gradients."""
+    missing = -keys.shape[2] % _PAGE
+    order = torch.randperm(
+        keys.shape[0] * ((keys.shape[2] + missing) // _PAGE),
+        generator=torch.Generator().manual_seed(3),
+    )
+
+    def pages(states: Tensor) -> Tensor:
+        filled = torch.nn.functional.pad(states, (0, 0, 0, missing)).unflatten(2, (-1, _PAGE))
+        return filled.permute(0, 2, 3, 1, 4).flatten(0, 1)[order.to(states.device)]
+
+    table = order.argsort().view(keys.shape[0], -1).int().to(keys.device)
+    return PagedKV(pages(keys), pages(values), table, first_page=None)
