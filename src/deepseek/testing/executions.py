@@ -82,10 +82,10 @@ def check_attention(
 
     It is asked for dense attention and for tables with blocks of 16 to 128 slots: every block,
     windows, ragged lists, skip bits, shared lists, means; for rows that are whole, padded, of
-    different lengths, that go on from a paged cache, or have one query; with 1, 3 and 4 query heads a
-    KV head; with ALiBi. It refuses a question by a ConfigError, or answers as `attention_reference`
-    does: outputs, log-sum-exp (or refuses that alone) and gradients of all. What is given stays as
-    it was, and a key behind a query changes nothing for it.
+    different lengths, that go on from a paged cache, or have one query; with 1, 3 and 4 query heads
+    a KV head; with ALiBi. It refuses a question by a ConfigError, or answers as
+    `attention_reference` does: outputs, log-sum-exp (or refuses that alone) and gradients of all.
+    What is given stays as it was, and a key behind a query changes nothing for it.
 
     Args:
         execution: to be judged; has the signature of `attention_reference`.
@@ -194,8 +194,11 @@ def _meaning(size: int, heads: tuple[int, int]) -> Question:
 
 
 def _both_ways(size: int, heads: tuple[int, int]) -> Question:
+    """One list for all rows and heads."""
     layout = Layout.dense(2, 2 * size + 1, causal=False)
-    return Question("not causal", layout, heads, _lists(layout, size, heads))
+    table = _lists(layout, size, heads)
+    shared = {"indices": table.indices[:1, :1], "counts": table.counts[:1, :1]}
+    return Question("not causal", layout, heads, dataclasses.replace(table, **shared))
 
 
 def _one_query(size: int, heads: tuple[int, int]) -> Question:
