@@ -35,7 +35,7 @@ def is_seen(
         return False
     if table is None:
         return True
-    query_block = own // table.block_size - layout.query_start[row] // table.block_size
+    query_block = own // table.query_size - layout.query_start[row] // table.query_size
     far = table.reach is not None and slot <= own - entry(table.reach, row, head, query_block)
     if far and slot >= table.first:
         return False

@@ -27,6 +27,7 @@ from tests.ops.strategies import layouts, tables
 from tests.tolerances import assert_close
 
 HEADS = [(1, 1), (4, 2), (6, 2), (3, 1)]
+BLOCKS = (16, 32, 64, 128)
 LENGTHS = [1, 63, 65, 130]
 
 
@@ -67,8 +68,8 @@ def test_means_equal_loops() -> None:
         assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
 
 
-GENERAL = [name for name in ATTENTION_IMPLS if name not in ("blocked", "gathered")]
-"""Executions that take every layout."""
+GENERAL = [name for name in ATTENTION_IMPLS if name not in ("blocked", "flex", "gathered")]
+"""Executions that take every layout; `flex` is tested in `test_gpu_attention.py`."""
 
 
 @pytest.mark.parametrize("impl", [name for name in GENERAL if name != "reference"])
@@ -98,7 +99,7 @@ def test_gathered_equals_reference_with_gradients(data: st.DataObject) -> None:
     """Any table, a few query blocks at a time."""
     layout = data.draw(layouts())
     heads, kv_heads = data.draw(st.sampled_from(HEADS))
-    table = dataclasses.replace(data.draw(tables(layout, heads, kv_heads)), means=False)
+    table = data.draw(tables(layout, heads, kv_heads, means=False))
     inputs = random_inputs(layout, heads, kv_heads)
     weight = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1])
     results = []
@@ -110,6 +111,29 @@ def test_gathered_equals_reference_with_gradients(data: st.DataObject) -> None:
             out = attention(leaves[0], kv, layout, table=table, impl=name)
             (out * weight).sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("impl", ["gathered", "sdpa"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_tables_of_real_blocks_equal_reference_with_gradients(
+    impl: str, data: st.DataObject
+) -> None:
+    """Blocks of 16 to 128, ragged lists, rows of different lengths, groups of 1, 3 and 4."""
+    layout = data.draw(layouts(longest=200))
+    heads, kv_heads = data.draw(st.sampled_from([(2, 2), (6, 2), (4, 1)]))
+    table = data.draw(tables(layout, heads, kv_heads, BLOCKS, means=False))
+    inputs = random_inputs(layout, heads, kv_heads)
+    weight = torch.randn(*inputs[0].shape[:-1], inputs[2].shape[-1])
+    results = []
+    for name in ("reference", impl):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        kv = DenseKV(leaves[1], leaves[2])
+        out = attention(leaves[0], kv, layout, table=table, impl=name)
+        (out * weight).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
     for expected, actual in zip(*results, strict=True):
         assert_close(actual, expected)
 
@@ -312,7 +336,7 @@ def test_bad_calls_say_what_is_wrong() -> None:
     kv = DenseKV(torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8))
     with pytest.raises(
         ConfigError,
-        match=r"impl of attention must be one of auto, blocked, gathered, reference, sdpa",
+        match=r"impl of attention must be one of auto, blocked, flex, gathered, reference, sdpa",
     ):
         attention(torch.randn(1, 2, 4, 8), kv, layout, impl="flash")  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match=r"multiple of the 2 KV heads"):

@@ -99,6 +99,17 @@ def test_attention_that_is_not_causal_runs_through_torch() -> None:
     assert case.text == "float32, one row, not causal"
 
 
+@pytest.mark.parametrize("has_gradients", [False, True])
+def test_block_tables_are_executed_by_torch_by_device(has_gradients: bool) -> None:
+    case = Case(
+        operation="attention", storage="bfloat16", has_table=True, has_gradients=has_gradients
+    )
+    assert choose(case).name == "torch gathered"
+    there = case.replace(device="cuda")
+    assert choose(there).name == "torch flex" and "never run" in choose(there).why
+    assert there.text.endswith("on cuda") and "with a block table" in there.text
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_torch_has_no_integer_keys(storage: str) -> None:
     case = Case(operation="attention", storage=storage)

@@ -17,6 +17,7 @@ class Planner(Protocol):
     A planner may read the layer's queries and its keys (this pass's included, in slots). It returns
     a table that fits `layout` (see `BlockTable.check`), or None for dense. It changes neither. With
     every block listed the result must equal dense attention: the first test of every planner.
+    `deepseek.testing.check_planner` holds one to all of it.
     """
 
     def plan(

@@ -39,6 +39,8 @@ class Case(Config):
     """Weights of one scale, integers only; int8 has at least 64."""
     is_causal: bool = True
     """attention: a query sees its own slot and earlier ones only."""
+    has_table: bool = False
+    """attention: a block table says what is seen."""
 
     @property
     def text(self) -> str:
@@ -48,8 +50,12 @@ class Case(Config):
             parts.insert(1, f"groups of {self.group}")
         if not self.is_causal:
             parts.append("not causal")
+        if self.has_table:
+            parts.append("with a block table")
         if self.has_gradients:
             parts.append("with gradients")
+        if self.device != "cpu":
+            parts.append(f"on {self.device}")
         return ", ".join(parts)
 
 
@@ -147,7 +153,11 @@ class CompiledBackend:
     """Our own C++ kernels."""
 
     def kernel(self, case: Case) -> Kernel | None:
-        """Return the compiled kernel of a case; None with gradients, off the CPU, or not built."""
+        """Return the compiled kernel of a case; None with gradients, off the CPU, or not built.
+
+        Tables of windows and of routing are run by whole steps of the engine, by no kernel that
+        could be named for them alone.
+        """
         if case.device != "cpu" or case.has_gradients or why_missing() is not None:
             return None
         isa = chosen_instruction_set()
@@ -163,7 +173,7 @@ class CompiledBackend:
         if case.operation == "sampling":
             why = "a row at a time, from the logits of the step"
             return Kernel(name=f"deepseek {isa}", why=why, is_batch_invariant=True)
-        if case.storage == "int4" or not case.is_causal:
+        if case.storage == "int4" or not case.is_causal or case.has_table:
             return None
         return Kernel(
             name=f"deepseek {isa}",
@@ -187,16 +197,28 @@ def _compiled_attention(
     return compiled_attention(queries, keys, values, storage=storage, isa=isa)
 
 
+_TABLES: Mapping[str, tuple[str, str]] = {
+    "cpu": ("torch gathered", "listed blocks are gathered where they are few, masked elsewhere"),
+    "cuda": ("torch flex", "FlexAttention goes through listed blocks alone; never run by us"),
+}
+
+
 class TorchBackend:
     """PyTorch: everything that has gradients, and every machine without compiled kernels."""
 
     def kernel(self, case: Case) -> Kernel | None:
-        """Return PyTorch's execution; None for integer weights, keys and values."""
+        """Return PyTorch's execution; None for integer weights, keys and values.
+
+        What executes a block table is named only: `deepseek.ops.attention.attention` calls it.
+        """
         if case.storage in ("int8", "int4") and case.operation != "sampling":
             return None
         kernel = Kernel(name="torch", why=_why_torch(case))
         if case.operation == "linear":
             return dataclasses.replace(kernel, linear=functools.partial(_torch_linear, case))
+        if case.operation == "attention" and case.has_table:
+            name, why = _TABLES["cuda" if case.device.startswith("cuda") else "cpu"]
+            return dataclasses.replace(kernel, name=name, why=why)
         if case.operation == "attention":
             run = functools.partial(_torch_attention, case)
             return dataclasses.replace(kernel, attention=run)

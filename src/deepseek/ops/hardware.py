@@ -48,6 +48,11 @@ def computed_in(states: torch.Tensor) -> torch.dtype:
     return states.dtype
 
 
+def wide_of(states: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which sums of the states are kept: float32, or float64 for float64."""
+    return torch.promote_types(states.dtype, torch.float32)
+
+
 class _OneDnnSwitch:
     """Counts who wants oneDNN off: one flag per process, its users may be several threads."""
 

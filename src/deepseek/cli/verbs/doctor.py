@@ -33,6 +33,17 @@ CASES = (
     Case(operation="attention", storage="int8", rows=1),
     Case(operation="attention", storage="bfloat16", rows=512),
     Case(operation="attention", storage="bfloat16", rows=512, has_gradients=True),
+    *(
+        Case(
+            operation="attention",
+            storage="bfloat16",
+            rows=512,
+            has_gradients=True,
+            has_table=True,
+            device=device,
+        )
+        for device in ("cpu", "cuda")
+    ),
     Case(operation="sampling", storage="float32", rows=1),
 )
 """What `doctor` asks about."""

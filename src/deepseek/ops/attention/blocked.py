@@ -17,7 +17,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
-from deepseek.ops.hardware import computed_in, computes_bf16
+from deepseek.ops.hardware import computed_in, computes_bf16, wide_of
 
 BLOCK = 128
 """Queries that are multiplied together."""
@@ -33,9 +33,10 @@ def attention_blocked(
     table: BlockTable | None,
     slopes: Tensor | None,
     scale: float,
-) -> Tensor:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Return the same as `attention_reference`, scores and probabilities in the dtype of the
-    inputs, or that of autocast.
+    inputs, or that of autocast; the log-sum-exp of these scores has gradients too.
 
     Raises:
         ConfigError: it is not dense causal attention of whole rows without padding and bias.
@@ -46,10 +47,10 @@ def attention_blocked(
         raise ConfigError(describe("layout", "attention", must, "another one", step))
     keys, values = kv.dense(layout.num_slots)
     dtype = computed_in(queries)
-    out: Tensor = _Blocked.apply(  # type: ignore[assignment]
-        queries.to(dtype), keys.to(dtype), values.to(dtype), scale
+    out, lse = _Blocked.apply(  # type: ignore[misc]
+        queries.to(dtype), keys.to(dtype), values.to(dtype), scale, return_lse
     )
-    return out.to(queries.dtype)
+    return out.to(queries.dtype), lse
 
 
 def suits(
@@ -74,7 +75,9 @@ class _Blocked(torch.autograd.Function):
     """Shapes inside: G = rows x KV heads, R = query heads of a KV head, N = queries of a block."""
 
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         rows, heads, length, dim = queries.shape
         kv_heads, value_dim = keys.shape[1], values.shape[-1]
         groups, repeats = rows * kv_heads, heads // kv_heads
@@ -82,6 +85,7 @@ class _Blocked(torch.autograd.Function):
         keys, values = keys.reshape(groups, length, dim), values.reshape(groups, length, value_dim)
         out = queries.new_empty(groups, repeats, length, value_dim)
         hidden = queries.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
+        lse = queries.new_empty(out.shape[:-1], dtype=wide_of(queries)) if return_lse else None
         kept = []
         for start in range(0, length, BLOCK):
             stop = min(start + BLOCK, length)
@@ -90,16 +94,21 @@ class _Blocked(torch.autograd.Function):
             count = stop - start
             scores.view(groups, repeats, count, stop)[..., start:] += hidden[:count, :count]
             chances = torch.softmax(scores, -1)
+            if lse is not None:
+                sums = scores.to(lse.dtype).logsumexp(-1)
+                lse[:, :, start:stop] = sums.view(groups, repeats, count)
             part = chances @ values[:, :stop]
             out[:, :, start:stop] = part.view(groups, repeats, count, value_dim)
             kept.append(chances)
         ctx.save_for_backward(queries, keys, values, *kept)
         ctx.scale, ctx.shape = scale, (rows, heads, kv_heads)
-        return out.view(rows, heads, length, value_dim)
+        lse = None if lse is None else lse.view(rows, heads, length)
+        return out.view(rows, heads, length, value_dim), lse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gradient, of_lse = gradients
+        assert gradient is not None
         queries, keys, values, *kept = ctx.saved_tensors
         rows, heads, kv_heads = ctx.shape
         groups, repeats, length, dim = queries.shape
@@ -116,6 +125,9 @@ class _Blocked(torch.autograd.Function):
             to_values[:, :stop] += chances.transpose(1, 2) @ inner
             slope = inner @ values[:, :stop].transpose(1, 2)
             slope = torch.ops.aten._softmax_backward_data(slope, chances, -1, dtype)
+            if of_lse is not None:
+                inner = of_lse.reshape(groups, repeats, length)[:, :, start:stop]
+                slope = slope + chances * inner.reshape(groups, -1, 1).to(dtype)
             part = slope @ keys[:, :stop]
             to_queries[:, :, start:stop] = part.view(groups, repeats, stop - start, dim)
             to_keys[:, :stop] += slope.transpose(1, 2) @ block
@@ -123,5 +135,6 @@ class _Blocked(torch.autograd.Function):
             (to_queries * ctx.scale).view(rows, heads, length, dim),
             to_keys.to(dtype).view(rows, kv_heads, length, dim),
             to_values.to(dtype).view(rows, kv_heads, length, value_dim),
+            None,
             None,
         )

@@ -21,7 +21,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
-from deepseek.ops.hardware import computed_in, computes_bf16
+from deepseek.ops.hardware import computed_in, computes_bf16, wide_of
 
 CHUNK_SCORES = 1 << 22
 """Scores that are in memory at a time; a chunk holds one query block at least."""
@@ -40,9 +40,10 @@ def attention_gathered(
     table: BlockTable | None,
     slopes: Tensor | None,
     scale: float,
-) -> Tensor:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Return the same as `attention_reference`, scores and probabilities in the dtype of the
-    inputs, or that of autocast.
+    inputs, or that of autocast; the log-sum-exp of these scores has gradients too.
 
     Raises:
         ConfigError: there is no table, or one with means, or a distance bias.
@@ -57,13 +58,16 @@ def attention_gathered(
         dtype = torch.float32
     rows, heads, length, _ = queries.shape
     places = _Places(table, layout, rows, heads, keys.shape[1])
-    out: Tensor = _Gathered.apply(  # type: ignore[assignment]
+    out, lse = _Gathered.apply(  # type: ignore[misc]
         places.in_query_blocks(queries.to(dtype) * scale),
         places.in_key_blocks(keys.to(dtype)),
         places.in_key_blocks(values.to(dtype)),
         places,
+        return_lse,
     )
-    return places.in_rows(out, length).to(queries.dtype)
+    if lse is not None:
+        lse = places.in_rows(lse, length)[..., 0]
+    return places.in_rows(out, length).to(queries.dtype), lse
 
 
 def suits(table: BlockTable, slopes: Tensor | None) -> bool:
@@ -205,10 +209,18 @@ class _Chunk:
     chances: Tensor
     blind: Tensor
     """bool: queries that see nothing."""
+    lse: Tensor | None
+    """[n x G, R x Q, 1]."""
 
     @classmethod
     def of(
-        cls, chunk: slice, queries: Tensor, keys: Tensor, values: Tensor, places: _Places
+        cls,
+        chunk: slice,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        places: _Places,
+        return_lse: bool = False,
     ) -> _Chunk:
         listed = places.listed(chunk)
         flat, shape = listed.flatten(), (listed.shape[0] * listed.shape[1], -1)
@@ -221,34 +233,42 @@ class _Chunk:
         lowest = torch.finfo(scores.dtype).min / 2
         scores.view(*by_head, -1).add_(hidden.to(scores.dtype).mul_(lowest))
         blind = hidden.amin(-1, keepdim=True)
-        return cls(listed, keys, values, scores.softmax(-1), blind)
+        lse = scores.to(wide_of(scores)).logsumexp(-1, keepdim=True) if return_lse else None
+        return cls(listed, keys, values, scores.softmax(-1), blind, lse)
 
-    def shown(self, states: Tensor, places: _Places) -> Tensor:
-        """Return states [n x G, R x Q, dim] with zeros for the blind queries, in their place."""
+    def shown(self, states: Tensor, places: _Places, blank: float = 0.0) -> Tensor:
+        """Return states [n x G, R x Q, dim] with `blank` for the blind queries, in their place."""
         shape = (-1, places.rows, places.kv_heads, places.repeats, places.size, states.shape[-1])
-        states.view(shape).masked_fill_(self.blind, 0.0)
+        states.view(shape).masked_fill_(self.blind, blank)
         return states
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, places: _Places) -> Tensor:
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, places: _Places, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         out = queries.new_empty(*queries.shape[:-1], values.shape[-1])
+        wide = wide_of(queries)
+        lse = queries.new_empty(*queries.shape[:-1], 1, dtype=wide) if return_lse else None
         for chunk in places.chunks(queries.shape[1] * queries.shape[2]):
-            part = _Chunk.of(chunk, queries, keys, values, places)
+            part = _Chunk.of(chunk, queries, keys, values, places, return_lse)
             seen = part.shown(part.chances @ part.values, places)
             out[chunk] = seen.view(out[chunk].shape)
+            if lse is not None and part.lse is not None:
+                lse[chunk] = part.shown(part.lse, places, -torch.inf).view(lse[chunk].shape)
         ctx.save_for_backward(queries, keys, values)
         ctx.places = places
-        return out
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        (gradient,) = gradients
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        gradient, of_lse = gradients
+        assert gradient is not None
         queries, keys, values = ctx.saved_tensors
         places: _Places = ctx.places
         # sums over the query blocks
-        wide = torch.promote_types(keys.dtype, torch.float32)
+        wide = wide_of(keys)
         to_queries = torch.empty_like(queries)
         to_keys = torch.zeros_like(keys, dtype=wide)
         to_values = torch.zeros_like(values, dtype=wide)
@@ -259,9 +279,12 @@ class _Gathered(torch.autograd.Function):
             _add_blocks(to_values, flat, part.chances.transpose(1, 2) @ inner)
             slope = inner @ part.values.transpose(1, 2)
             slope = torch.ops.aten._softmax_backward_data(slope, part.chances, -1, queries.dtype)
+            if of_lse is not None:
+                inner = part.shown(of_lse[chunk].flatten(0, 1).clone(), places)
+                slope = slope + part.chances * inner.to(slope.dtype)
             to_queries[chunk] = (slope @ part.keys).view(to_queries[chunk].shape)
             _add_blocks(to_keys, flat, slope.transpose(1, 2) @ queries[chunk].flatten(0, 1))
-        return to_queries, to_keys.to(keys.dtype), to_values.to(values.dtype), None
+        return to_queries, to_keys.to(keys.dtype), to_values.to(values.dtype), None, None
 
 
 def _add_blocks(total: Tensor, blocks: Tensor, part: Tensor) -> None:

@@ -9,6 +9,7 @@ from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.means import append_means
 from deepseek.ops.attention.table import BlockTable
+from deepseek.ops.hardware import wide_of
 
 
 def attention_reference(
@@ -19,14 +20,17 @@ def attention_reference(
     table: BlockTable | None,
     slopes: Tensor | None,
     scale: float,
-) -> Tensor:
-    """Return softmax(scale * q k^T + bias) v over what each query sees, computed in at least fp32.
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return softmax(scale * q k^T + bias) v over what each query sees, computed in at least fp32,
+    and the log-sum-exp where it is asked for.
 
-    A query that sees nothing yields zeros. Arguments as in `deepseek.ops.attention.attention`.
+    A query that sees nothing yields zeros, and minus infinity as its log-sum-exp. Arguments as in
+    `deepseek.ops.attention.attention`.
     """
     keys, values = kv.dense(layout.num_slots)
     heads, kv_heads = queries.shape[1], keys.shape[1]
-    wide = torch.promote_types(queries.dtype, torch.float32)
+    wide = wide_of(queries)
     seen = visible(layout, table, heads, kv_heads, queries.device)
     if table is not None and table.means:
         keys, values, bias = append_means(keys, values, seen, layout, table, slopes)
@@ -38,8 +42,12 @@ def attention_reference(
     values = values.to(wide).repeat_interleave(heads // kv_heads, dim=1)
     scores = queries.to(wide) @ keys.transpose(-1, -2) * scale + bias
     blind = ~seen.any(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
-    return (weights @ values).to(queries.dtype)
+    scores = scores.masked_fill(blind, 0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(blind, 0.0)
+    out = (weights @ values).to(queries.dtype)
+    if not return_lse:
+        return out, None
+    return out, scores.logsumexp(-1).masked_fill(blind[..., 0], float("-inf"))
 
 
 def visible(

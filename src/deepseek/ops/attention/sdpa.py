@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from deepseek.errors import ConfigError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.means import append_means
@@ -24,12 +25,20 @@ def attention_sdpa(
     table: BlockTable | None,
     slopes: Tensor | None,
     scale: float,
-) -> Tensor:
+    return_lse: bool = False,
+) -> tuple[Tensor, None]:
     """Return the same as `attention_reference`, in the dtype of the queries.
 
     A table is executed as a mask: correct, but not sparse. One query per row is computed with the
     query heads of a KV group as rows of one product, which spares SDPA the repetition of the keys.
+
+    Raises:
+        ConfigError: the log-sum-exp is asked for, which PyTorch's function does not return.
     """
+    if return_lse:
+        must = "False for the sdpa execution, which keeps no log-sum-exp"
+        step = "Use impl='auto' or 'reference'"
+        raise ConfigError(describe("return_lse", "attention", must, return_lse, step))
     keys, values = kv.dense(layout.num_slots)
     dtype = queries.dtype
     if table is not None and table.means:
@@ -56,7 +65,7 @@ def attention_sdpa(
         )
     if blind is not None:
         out = out.masked_fill(blind, 0.0)
-    return out.to(dtype)
+    return out.to(dtype), None
 
 
 def _one_query(

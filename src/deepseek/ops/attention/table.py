@@ -158,14 +158,15 @@ class BlockTable:
 
     def _listed(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
         """Return which blocks each query's list holds: bool [B, heads or 1, T, key blocks]."""
-        blocks = self._blocks_seen(layout, num_heads, num_kv_heads)
+        blocks = self.seen_blocks(layout, num_heads, num_kv_heads)
         blocks = blocks.expand(layout.num_rows, -1, -1, -1)
         _, query_block = self._places(layout)
         place = query_block[:, None, :, None].expand(-1, blocks.shape[1], -1, blocks.shape[-1])
         return blocks.gather(2, place)
 
-    def _blocks_seen(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
-        """Return bool [B or 1, heads or 1, query blocks, key blocks]."""
+    def seen_blocks(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
+        """Return which key blocks each query block sees, skip bits taken off: bool [B or 1, heads
+        or 1, query blocks, key blocks]."""
         indices, listed = torch.broadcast_tensors(self.indices.long().clamp(min=0), self.held())
         if self.skip is not None or indices.shape[1] > 1:
             group = num_heads // num_kv_heads
