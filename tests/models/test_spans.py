@@ -177,7 +177,7 @@ def test_a_model_is_loaded_with_a_planner_and_no_engine_passes_it_over(tmp_path:
         load(path, attention=planner, scheme="int8")
     with pytest.raises(ConfigError, match="attention of load_engine must be 'auto'"):
         load_engine(path, attention=planner)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="attention of load must be one of auto, routed"):
+    with pytest.raises(ConfigError, match="attention of load must be one of auto, dense, routed"):
         load(path, attention="spans")  # type: ignore[arg-type]
 
 

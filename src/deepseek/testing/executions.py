@@ -139,11 +139,12 @@ def _every_block(size: int, heads: tuple[int, int]) -> Question:
 
 
 def _window(size: int, heads: tuple[int, int]) -> Question:
-    """A reach that differs by head and ends inside a block."""
+    """A reach that differs by head and ends inside a block, and first slots that it does not
+    hide."""
     layout = Layout.dense(2, 3 * size)
     reach = torch.arange(heads[0])[None, :, None] * 3 + size // 2 + 1
     table = _lists(layout, size, heads, all_of_them=True)
-    return Question("window", layout, heads, dataclasses.replace(table, reach=reach.int()))
+    return Question("window", layout, heads, dataclasses.replace(table, reach=reach.int(), first=3))
 
 
 def _ragged_lists(size: int, heads: tuple[int, int]) -> Question:
