@@ -11,7 +11,10 @@ place is at the start of the sample. Rotary positions are measured as they come 
 YaRN; a model in the folder `--out` is not trained again.
 
 Models: dense; routed (every layer chooses its blocks, in training too); pattern (as many blocks,
-chosen by place alone); alibi (dense with distances in place of rotations); alibi-routed.
+chosen by place alone); alibi (dense with distances in place of rotations); alibi-routed; gated (a
+gate on each attention head); gated-sparse (the mean gate is lowered too). Of those with gates also:
+heads that are closed at thresholds, and what they cost and save in seconds of the processor on the
+engine.
 """
 
 from __future__ import annotations
@@ -36,7 +39,10 @@ from deepseek import hub
 from deepseek.cli.models import positive
 from deepseek.errors import ConfigError, DeepseekError, describe
 from deepseek.evaluate import default_corpus, read_corpus
-from deepseek.models import Decoder, DecoderConfig, Pattern
+from deepseek.generate.batch import RowPages
+from deepseek.generate.engine import MAX_STEP_TOKENS
+from deepseek.generate.modules import engine_of
+from deepseek.models import Decoder, DecoderConfig, GateConfig, GateWatch, Pattern, add_gates
 from deepseek.models.planner import Planner
 from deepseek.models.routed import RoutedPlanner
 from deepseek.models.static import StaticPlanner
@@ -46,7 +52,9 @@ from deepseek.ops.routing import Routing
 from deepseek.records import Measurement
 
 COMMAND = shlex.join(["python", "benchmarks/small_models.py", *sys.argv[1:]])
-MODELS = ("dense", "routed", "pattern", "alibi", "alibi-routed")
+MODELS = ("dense", "routed", "pattern", "alibi", "alibi-routed", "gated", "gated-sparse")
+THRESHOLDS = (0.0, 0.05, 0.1, 0.2)
+GATE_PENALTY = 0.05
 
 RECORD = 32
 """Letters of a record."""
@@ -117,6 +125,7 @@ def config_of(name: str, length: int) -> DecoderConfig:
         max_positions=length,
         tie_embeddings=True,
         positions="alibi" if name.startswith("alibi") else "rope",
+        gates=GateConfig() if name.startswith("gated") else None,
     )
 
 
@@ -129,7 +138,8 @@ def planner_of(name: str, config: DecoderConfig) -> Planner | None:
 
 def trained(name: str, seed: int, text: Bytes, args: argparse.Namespace) -> Decoder:
     """Return a model, from the folder if it is there."""
-    folder = args.out / f"{name}-{seed}" if args.out else None
+    settings = f"{args.steps}x{args.batch}x{args.length}-{args.rate:g}"
+    folder = args.out / f"{name}-{seed}-{settings}" if args.out else None
     if folder is not None and folder.is_dir():
         model = hub.load(folder, dtype="float32")
         assert isinstance(model, Decoder)
@@ -158,9 +168,14 @@ def learn(model: Decoder, text: Bytes, seed: int, args: argparse.Namespace, name
     for step in range(args.steps):
         samples = [records_in_text(text, args.length, rng).ids for _ in range(args.batch)]
         ids = torch.from_numpy(np.stack(samples)).long()
-        loss = model.loss(ids, ids)
         optimizer.zero_grad()
-        loss.backward()
+        if name == "gated-sparse":
+            with GateWatch(model) as watch:
+                loss = model.loss(ids, ids)
+            (loss + GATE_PENALTY * watch.by_token().mean()).backward()
+        else:
+            loss = model.loss(ids, ids)
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -168,6 +183,27 @@ def learn(model: Decoder, text: Bytes, seed: int, args: argparse.Namespace, name
             left = (time.perf_counter() - start) * (args.steps / (step + 1) - 1)
             words = f"{name}, seed {seed}: step {step + 1}/{args.steps}, loss {loss.item():.3f}"
             print(f"{words}, {left:.0f} s left", file=sys.stderr)
+
+
+def of_gates(model: Decoder, text: Bytes, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Return, at each threshold, what a model with gates can, how many heads are closed, and the
+    seconds of the processor for a token of 2048 on the engine."""
+    found = []
+    ids = text[:2048].tolist()
+    for threshold in THRESHOLDS:
+        add_gates(model, GateConfig(threshold=threshold))
+        figures = judged(model, text, args.length, args.samples)
+        engine = engine_of(model)
+        assert engine is not None
+        rows = RowPages(engine, 1, len(ids))
+        start = time.process_time()
+        for at in range(0, len(ids), MAX_STEP_TOKENS):
+            part = ids[at : at + MAX_STEP_TOKENS]
+            rows.append(part, [0] * len(part), [len(part) - 1])
+        figures["cpu_s_per_token"] = (time.process_time() - start) / len(ids)
+        figures["closed_heads"] = engine.head_count.share
+        found.append({"threshold": threshold, **figures})
+    return found
 
 
 def longer(model: Decoder, name: str, context: int) -> Decoder:
@@ -200,49 +236,59 @@ def _nats(chances: Tensor, following: Tensor) -> Tensor:
     return -chances.gather(1, following[:, None])[:, 0]
 
 
+UNITS = {"nats_per_byte": "nats", "cpu_s_per_token": "s"}
+
+
 def measured(
     name: str, seed: int, texts: tuple[Bytes, Bytes], args: argparse.Namespace
 ) -> list[Measurement]:
-    """Train a model if need be, and return what it can at each length."""
+    """Train a model if need be, and return what it can at each length, or at each threshold."""
     model = trained(name, seed, texts[0], args).eval()
     model.planner = planner_of(name, model.config)
+    about: dict[str, object] = {"model": name, "seed": seed, "trained_at": args.length}
+    about |= {each: getattr(args, each) for each in ("steps", "batch", "rate", "samples")}
     found = []
+
+    def note(figures: dict[str, float], **more: object) -> None:
+        for figure, value in figures.items():
+            unit, conditions = UNITS.get(figure, "1"), {**about, **more}
+            found.append(
+                Measurement(
+                    name=figure, value=value, unit=unit, conditions=conditions, command=COMMAND
+                )
+            )
+
     for times in (1, 2, 4):
         length = times * args.length
-        kinds = {"own": model}
+        kinds = {model.config.positions: model}
         if times > 1 and model.config.positions == "rope":
             kinds["yarn"] = longer(model, name, length).eval()
         for positions, judge in kinds.items():
-            about = {
-                "model": name,
-                "seed": seed,
-                "positions": model.config.positions if positions == "own" else positions,
-                "length": length,
-                "trained_at": args.length,
-                "steps": args.steps,
-                "batch": args.batch,
-                "samples": args.samples,
-            }
-            for figure, value in judged(judge, texts[1], length, args.samples).items():
-                unit = "nats" if figure == "nats_per_byte" else "1"
-                found.append(
-                    Measurement(
-                        name=figure, value=value, unit=unit, conditions=about, command=COMMAND
-                    )
-                )
+            figures = judged(judge, texts[1], length, args.samples)
+            note(figures, length=length, positions=positions)
+    if model.config.gates is not None:
+        for figures in of_gates(model, texts[1], args):
+            threshold = figures.pop("threshold")
+            note(figures, length=args.length, positions="rope", threshold=threshold)
     return found
 
 
 def show(found: list[Measurement]) -> None:
-    """Print a line for each model, seed, length and positions."""
-    table = Table("model", "seed", "length", "positions", "nats a byte", "letters right")
-    rows: dict[tuple[object, ...], list[float]] = {}
+    """Print a line for each model, seed, length, positions and threshold."""
+    heads = ("model", "bytes", "positions", "closes below", "nats", "letters", "closed", "cpu µs")
+    table = Table(*heads)
+    rows: dict[tuple[str, ...], dict[str, float]] = {}
     for item in found:
         about = item.conditions
-        key = tuple(about[each] for each in ("model", "seed", "length", "positions"))
-        rows.setdefault(key, []).append(item.value)
-    for key, (nats, letters) in rows.items():
-        table.add_row(*map(str, key), f"{nats:.4f}", f"{letters:.1%}")
+        places = (str(about[each]) for each in ("length", "positions"))
+        key = (f"{about['model']} {about['seed']}", *places, str(about.get("threshold", "")))
+        rows.setdefault(key, {})[item.name] = item.value
+    for key, figures in rows.items():
+        nats, letters = figures["nats_per_byte"], figures["letters_right"]
+        cells = [*key, f"{nats:.4f}", f"{letters:.1%}"]
+        if "closed_heads" in figures:
+            cells += [f"{figures['closed_heads']:.1%}", f"{1e6 * figures['cpu_s_per_token']:.1f}"]
+        table.add_row(*cells)
     Console().print(table)
 
 
