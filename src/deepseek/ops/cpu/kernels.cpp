@@ -35,6 +35,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .choose_pages = choose_pages,
     .add_page = add_page,
     .page_means = page_means,
+    .gather_means = gather_means,
     .turn_back = turn_back,
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,

@@ -69,7 +69,8 @@ KvPages::KvPages(Kind kind, const Shape& shape, int pages)
   if (!most_chosen_) return;
   choice_bytes_ = (2 + most_chosen_) * sizeof(int32_t);
   choices_ = Memory(choice_bytes_ * layout.kv_heads * num_pages * layers_);
-  if (has_means_) means_ = Memory(sizeof(float) * 2 * layout.dim_padded * layout.kv_heads * num_pages * layers_);
+  layout.mean_bytes = aligned(2 * element * layout.dim_padded + 2 * sizeof(float), 64);
+  if (has_means_) means_ = Memory(layout.mean_bytes * layout.kv_heads * num_pages * layers_);
 }
 
 void KvPages::copy(int target, int source) {
@@ -79,7 +80,7 @@ void KvPages::copy(int target, int source) {
   for (int i = 0; i < layers_ && most_chosen_; ++i)
     std::memcpy(&choice(i, target, 0), &choice(i, source, 0), choice_bytes_ * layout.kv_heads);
   for (int i = 0; i < layers_ && has_means_; ++i)
-    std::memcpy(means(i, target, 0), means(i, source, 0), sizeof(float) * 2 * layout.dim_padded * layout.kv_heads);
+    std::memcpy(mean(i, target, 0), mean(i, source, 0), layout.mean_bytes * layout.kv_heads);
 }
 
 double KvPages::mean_chosen() {

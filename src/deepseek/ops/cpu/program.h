@@ -112,10 +112,9 @@ class KvPages {
   int most_chosen() const { return most_chosen_; }
   bool has_means() const { return has_means_; }
   double mean_chosen();  // pages that the newest choices hold, on average
-  // Mean key, then mean value of a KV head in a full page.
-  float* means(int layer, int page, int kv_head) {
-    size_t place = (size_t(layer) * num_pages + page) * layout.kv_heads + kv_head;
-    return (float*)means_.data() + place * 2 * layout.dim_padded;
+  // Mean key and mean value of a KV head in a full page.
+  uint8_t* mean(int layer, int page, int kv_head) {
+    return means_.data() + ((size_t(layer) * num_pages + page) * layout.kv_heads + kv_head) * layout.mean_bytes;
   }
   void copy(int target, int source);
 
@@ -185,6 +184,7 @@ class Program {
     std::vector<int32_t> rows, own_rows;  // with a page: those that see all of it, those that lie in it
     std::vector<uint64_t> shown, unseen;  // slots of a page that rows see; pages that groups do not, by bits
     std::vector<int32_t> mean_table;
+    std::vector<uint8_t*> means;          // of the pages of a row
     Memory mean_pages;                    // pages of this thread, whose slots are the means of pages
     std::vector<Query> queries;
     std::vector<float> scores, scratch, totals;

@@ -79,9 +79,9 @@ void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* 
 
 void Program::keep_means(KvPages& pages, const Instruction& in, int page, int kv_head) const {
   if (!in.is_routed || !shape_.route.has_means) return;
-  float* means = pages.means(in.layer, page, kv_head);
   const PageLayout& l = pages.layout;
-  kernels_.page_means(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head, means, means + l.dim_padded);
+  kernels_.page_means(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head,
+                      pages.mean(in.layer, page, kv_head));
 }
 
 // Sets the bits of the pages before `own` that were not chosen, and returns their number.
@@ -102,11 +102,11 @@ Attend Program::mean_pages_of(Pass& pass, const Instruction& in, const Run& run,
   if (pages * l.page_bytes > m.mean_pages.bytes()) m.mean_pages = Memory(2 * pages * l.page_bytes);
   for (int p = int(m.mean_table.size()); p < pages; ++p) m.mean_table.push_back(p);
   Attend a = attend_of(pass, in, run, kv_head);
-  for (int p = 0; p < count; ++p) {
-    const float* means = pass.pages.means(in.layer, a.table[p], kv_head);
-    kernels_.store_kv(l, m.mean_pages.data() + size_t(p / kPage) * l.page_bytes, kv_head, p % kPage, means,
-                      means + l.dim_padded);
-  }
+  m.means.clear();
+  for (int p = 0; p < count; ++p) m.means.push_back(pass.pages.mean(in.layer, a.table[p], kv_head));
+  for (int p = 0; p < count; p += kPage)
+    kernels_.gather_means(l, m.means.data() + p, std::min(kPage, count - p),
+                          m.mean_pages.data() + size_t(p / kPage) * l.page_bytes, kv_head);
   a.pages = m.mean_pages.data(), a.table = m.mean_table.data(), a.bias = std::log2(float(kPage));
   return a;
 }

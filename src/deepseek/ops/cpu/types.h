@@ -82,6 +82,7 @@ struct PageLayout {
   int scored_from = 0;  // the channel from which on keys are scored, where pages are chosen
   size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
   size_t head_bytes = 0, page_bytes = 0;
+  size_t mean_bytes = 0;  // a key and a value of a KV head side by side, and two scales
 };
 
 // Whether a rotated head is put in the order of its angles.
@@ -148,8 +149,10 @@ struct Kernels {
   // each the slots whose bits are set in its `shown`. A new state is all zeros but its bound, kNoBound.
   void (*add_page)(const Attend& a, const uint64_t* shown, const int32_t* rows, int count,
                    const PageStates& states, void* scratch);
-  // Mean key and mean value of a page that is full, each [dim_padded].
-  void (*page_means)(const PageLayout& layout, const uint8_t* page, int kv_head, float* key, float* value);
+  // Mean key and mean value of a page that is full, layout.mean_bytes of them.
+  void (*page_means)(const PageLayout& layout, const uint8_t* page, int kv_head, uint8_t* mean);
+  // Puts up to kPage means into the first slots of a page.
+  void (*gather_means)(const PageLayout& layout, uint8_t* const* means, int count, uint8_t* page, int kv_head);
   // Turns the keys of a full page back by angles, so that they stand at earlier positions.
   void (*turn_back)(const PageLayout& layout, uint8_t* page, int kv_head, const float* cosines, const float* sines);
   size_t attend_scratch_bytes;

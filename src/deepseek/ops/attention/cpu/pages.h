@@ -85,49 +85,77 @@ inline void rotate_if_whole(float* x, int dim) {
   if (dim % kRotation == 0) rotate(x, dim);
 }
 
-// One key [dim_padded], which is changed, as its type of page holds it.
-inline void store_key(const PageLayout& l, uint8_t* head, int slot, float* key) {
+// Bytes of a channel, and of the channels of a key that lie side by side in a page.
+inline size_t element_bytes(const PageLayout& l) { return l.kind == Kind::f32 ? 4 : l.kind == Kind::bf16 ? 2 : 1; }
+
+// One key [dim_padded], which is changed, in the type of its page; returns its scale.
+inline float narrow_key(const PageLayout& l, float* key, void* out) {
   int dim = l.dim_padded;
-  if (l.kind == Kind::f32) {
-    for (int d = 0; d < dim; ++d) ((float*)head)[d * kPage + slot] = key[d];
-    return;
-  }
+  if (l.kind == Kind::f32) return std::memcpy(out, key, size_t(dim) * 4), 1.0f;
   if (l.kind == Kind::bf16) {
-    alignas(64) uint16_t narrow[kMaxDim];
-    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(key + d));
-    for (int d = 0; d < dim; d += 2)
-      std::memcpy(head + size_t(d / 2 * kPage + slot) * 4, narrow + d, 4);
-    return;
+    for (int d = 0; d < dim; d += kLanes) store_bf16((uint16_t*)out + d, load(key + d));
+    return 1.0f;
   }
   rotate_if_whole(key, dim);
-  alignas(64) int8_t small[kMaxDim];
+  int8_t* small = (int8_t*)out;
   int sum;
-  ((float*)(head + l.key_scale_offset))[slot] = quantize_vector(key, dim, small, &sum);
+  float scale = quantize_vector(key, dim, small, &sum);
   if (kStep == 4)
     for (int d = 0; d < dim; ++d) small[d] = int8_t(uint8_t(small[d]) ^ 0x80);
-  for (int d = 0; d < dim; d += kStep)
-    std::memcpy(head + size_t(d / kStep * kPage + slot) * kStep, small + d, kStep);
+  return scale;
+}
+
+inline float narrow_value(const PageLayout& l, const float* value, void* out) {
+  int dim = l.dim_padded, sum;
+  if (l.kind == Kind::f32) return std::memcpy(out, value, size_t(dim) * 4), 1.0f;
+  if (l.kind == Kind::int8) return quantize_vector(value, dim, (int8_t*)out, &sum);
+  for (int d = 0; d < dim; d += kLanes) store_bf16((uint16_t*)out + d, load(value + d));
+  return 1.0f;
+}
+
+// Puts a narrowed key into its slot, Bytes of it side by side.
+template <int Bytes>
+inline void place_key(const PageLayout& l, uint8_t* head, int slot, const uint8_t* key) {
+  int chunks = int(l.dim_padded * element_bytes(l)) / Bytes;
+  for (int c = 0; c < chunks; ++c) std::memcpy(head + size_t(c * kPage + slot) * Bytes, key + c * Bytes, Bytes);
+}
+
+inline void place_key(const PageLayout& l, uint8_t* head, int slot, const uint8_t* key, float scale) {
+  if (l.kind != Kind::int8) return place_key<4>(l, head, slot, key);
+  place_key<kStep>(l, head, slot, key);
+  ((float*)(head + l.key_scale_offset))[slot] = scale;
+}
+
+inline void store_key(const PageLayout& l, uint8_t* head, int slot, float* key) {
+  alignas(64) uint8_t narrow[4 * kMaxDim];
+  float scale = narrow_key(l, key, narrow);
+  place_key(l, head, slot, narrow, scale);
+}
+
+// Puts the narrowed values of Slots neighbouring slots between one another, as a page holds them.
+template <int Slots, typename T>
+inline void weave(const uint8_t* const* values, int dim, uint8_t* to) {
+  for (int d = 0; d < dim; ++d)
+    for (int s = 0; s < Slots; ++s) ((T*)to)[d * Slots + s] = ((const T*)values[s])[d];
 }
 
 inline void store_value(const PageLayout& l, uint8_t* head, int slot, const float* value) {
   uint8_t* values = head + l.value_offset;
   int dim = l.dim_padded;
+  alignas(64) uint8_t narrow[4 * kMaxDim];
+  float scale = narrow_value(l, value, narrow);
   if (l.kind == Kind::f32) {
-    std::memcpy((float*)values + size_t(slot) * dim, value, size_t(dim) * 4);
+    std::memcpy((float*)values + size_t(slot) * dim, narrow, size_t(dim) * 4);
     return;
   }
   if (l.kind == Kind::bf16) {
-    alignas(64) uint16_t narrow[kMaxDim];
-    for (int d = 0; d < dim; d += kLanes) store_bf16(narrow + d, load(value + d));
     uint16_t* to = (uint16_t*)values + size_t(slot / 2) * dim * 2 + slot % 2;
-    for (int d = 0; d < dim; ++d) to[d * 2] = narrow[d];
+    for (int d = 0; d < dim; ++d) to[d * 2] = ((const uint16_t*)narrow)[d];
     return;
   }
-  alignas(64) int8_t small[kMaxDim];
-  int sum;
-  ((float*)(head + l.value_scale_offset))[slot] = quantize_vector(value, dim, small, &sum);
+  ((float*)(head + l.value_scale_offset))[slot] = scale;
   int8_t* to = (int8_t*)values + size_t(slot / kStep) * dim * kStep + slot % kStep;
-  for (int d = 0; d < dim; ++d) to[d * kStep] = small[d];
+  for (int d = 0; d < dim; ++d) to[d * kStep] = ((const int8_t*)narrow)[d];
 }
 
 void store_kv(const PageLayout& l, uint8_t* page, int kv_head, int slot, const float* key,
@@ -705,8 +733,19 @@ inline float value_in(const PageLayout& l, const uint8_t* head, int d, int slot)
          ((const float*)(head + l.value_scale_offset))[slot];
 }
 
-void page_means(const PageLayout& l, const uint8_t* page, int kv_head, float* key, float* value) {
+// A mean: the key and the value, narrowed, and their scales.
+struct Mean {
+  uint8_t* key;
+  uint8_t* value;
+  float* scales;
+
+  Mean(const PageLayout& l, uint8_t* at)
+      : key(at), value(at + l.dim_padded * element_bytes(l)), scales((float*)(value + l.dim_padded * element_bytes(l))) {}
+};
+
+void page_means(const PageLayout& l, const uint8_t* page, int kv_head, uint8_t* mean) {
   const uint8_t* head = page + kv_head * l.head_bytes;
+  alignas(64) float key[kMaxDim], value[kMaxDim];
   for (int d = 0; d < l.dim_padded; ++d) {
     float keys[kPage], values[kPage], key_sum = 0, value_sum = 0;
     for (int s = 0; s < kPage; ++s) keys[s] = key_in(l, head, d, s), values[s] = value_in(l, head, d, s);
@@ -714,6 +753,32 @@ void page_means(const PageLayout& l, const uint8_t* page, int kv_head, float* ke
     key[d] = key_sum / kPage, value[d] = value_sum / kPage;
   }
   if (l.kind == Kind::int8) rotate_if_whole(key, l.dim_padded);
+  Mean to(l, mean);
+  float key_scale = narrow_key(l, key, to.key), value_scale = narrow_value(l, value, to.value);
+  to.scales[0] = key_scale, to.scales[1] = value_scale;
+}
+
+void gather_means(const PageLayout& l, uint8_t* const* means, int count, uint8_t* page, int kv_head) {
+  constexpr int ahead = 8;
+  uint8_t* head = page + kv_head * l.head_bytes;
+  alignas(64) uint8_t nothing[4 * kMaxDim] = {};
+  int slots = l.kind == Kind::f32 ? 1 : l.kind == Kind::bf16 ? 2 : kStep, dim = l.dim_padded;
+  for (int i = 0; i < count; i += slots) {
+    const uint8_t* values[4];
+    for (int s = 0; s < slots; ++s) {
+      values[s] = nothing;
+      if (i + s >= count) continue;
+      if (i + s + ahead < count) prefetch(means[i + s + ahead], l.mean_bytes);
+      Mean from(l, means[i + s]);
+      place_key(l, head, i + s, from.key, from.scales[0]);
+      if (l.kind == Kind::int8) ((float*)(head + l.value_scale_offset))[i + s] = from.scales[1];
+      values[s] = from.value;
+    }
+    uint8_t* to = head + l.value_offset + i * dim * element_bytes(l);
+    if (l.kind == Kind::f32) weave<1, float>(values, dim, to);
+    else if (l.kind == Kind::bf16) weave<2, uint16_t>(values, dim, to);
+    else weave<kStep, uint8_t>(values, dim, to);
+  }
 }
 
 void turn_back(const PageLayout& l, uint8_t* page, int kv_head, const float* cosines, const float* sines) {
