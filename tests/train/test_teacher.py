@@ -12,8 +12,9 @@ import torch.nn.functional as F
 
 from deepseek import hub
 from deepseek.errors import ConfigError
-from deepseek.models import Decoder
+from deepseek.models import Decoder, RoutedPlanner
 from deepseek.models.depth import keep_layers
+from deepseek.ops.routing import Routing
 from deepseek.optim import AdamW
 from deepseek.train import Interrupted, Run, Source, Stage, prove_run, train
 from deepseek.train.teacher import taught_loss, write_texts
@@ -90,6 +91,13 @@ def test_kept_layers_are_those_of_the_model() -> None:
     for wrong in ([], [1, 0], [0, 0], [99], [-1]):
         with pytest.raises(ConfigError, match="layers"):
             keep_layers(model, wrong)
+
+
+def test_kept_layers_choose_as_the_model_does() -> None:
+    model, routing = decoder(1), Routing(recent=2, least=256)
+    model.planner = RoutedPlanner(model.config, routing)
+    planner = keep_layers(model, [0]).planner
+    assert isinstance(planner, RoutedPlanner) and planner.routing == routing
 
 
 def test_a_teacher_writes_on_where_it_was_stopped(tmp_path: Path) -> None:

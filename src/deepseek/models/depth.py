@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from deepseek.errors import ConfigError, describe
 from deepseek.models.decoder import Decoder
+from deepseek.models.planner import WindowPlanner
+from deepseek.models.routed import RoutedPlanner
 
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -17,7 +19,7 @@ def keep_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
     What the layers between did is missing: the model must be trained before it is of use.
 
     Args:
-        model: stays as it is; its tokenizer and bundle are handed on.
+        model: stays as it is; its tokenizer, bundle and routed attention are handed on.
         layers: which, counted from 0, in order; at least one.
 
     Raises:
@@ -44,5 +46,8 @@ def keep_layers(model: Decoder, layers: Sequence[int]) -> Decoder:
         elif int(found[1]) in places:
             state[f"model.layers.{places[int(found[1])]}.{name[found.end() :]}"] = value
     smaller.load_state_dict(state)
+    if isinstance(model.planner, RoutedPlanner):
+        assert smaller.planner is None or isinstance(smaller.planner, WindowPlanner)
+        smaller.planner = RoutedPlanner(smaller.config, model.planner.routing, smaller.planner)
     smaller.tokenizer, smaller.bundle = model.tokenizer, model.bundle
     return smaller

@@ -77,7 +77,7 @@ def whole_decoder(divided: DividedDecoder) -> Decoder:
     if not state:
         return part
     with torch.device("meta"):
-        whole = Decoder(part.config)
+        whole = Decoder(part.config, planner=part.planner)
     whole.load_state_dict(state, assign=True)
     if part.config.tie_embeddings:
         whole.lm_head.weight = whole.model.embed_tokens.weight
