@@ -62,8 +62,9 @@ def test_auto_holds_it() -> None:
     assert chosen == {"blocked", "gathered", "reference", "sdpa"}
 
 
-def test_bfloat16_has_a_bound_of_its_own() -> None:
-    assert check_attention(ATTENTION_IMPLS["gathered"], dtype=torch.bfloat16).largest_error > 0.01
+@pytest.mark.parametrize("name", ["gathered", "sdpa"])
+def test_bfloat16_has_a_bound_of_its_own(name: str) -> None:
+    assert check_attention(ATTENTION_IMPLS[name], dtype=torch.bfloat16).largest_error > 0.01
 
 
 Answer = tuple[Tensor, Tensor | None]

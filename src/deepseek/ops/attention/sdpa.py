@@ -45,7 +45,7 @@ def attention_sdpa(
         seen = visible(layout, table, queries.shape[1], keys.shape[1], queries.device)
         seen, blind = _never_blind(seen)
         keys, values, mask = append_means(keys, values, seen, layout, table, slopes)
-        mask = mask.to(dtype)
+        mask = mask.to(_mask_dtype(queries))
     else:
         mask, blind = _mask(layout, table, slopes, queries, keys.shape[1])
     if layout.num_queries == 1:
@@ -97,10 +97,17 @@ def _mask(
         )
         if slopes is not None:
             bias = distance_bias(layout, slopes, torch.float32)
-            seen = bias.masked_fill(~seen, float("-inf")).to(queries.dtype)
+            seen = bias.masked_fill(~seen, float("-inf")).to(_mask_dtype(queries))
         # held weakly: the memo may be the layout's own
         memo[key] = (seen, blind, weakref.ref(layout))
     return memo[key][:2]
+
+
+def _mask_dtype(queries: Tensor) -> torch.dtype:
+    """Return the dtype of numbers that are added to scores: float32 where bfloat16 scores take it,
+    for a long distance has no room in bfloat16."""
+    is_narrow = queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    return torch.float32 if is_narrow else queries.dtype
 
 
 def _never_blind(seen: Tensor) -> tuple[Tensor, Tensor | None]:
