@@ -38,6 +38,7 @@ FEW = Routing(
     refresh=4, first=1, recent=1, threshold=0, share=0.25, least=192, most=256, most_from=512
 )
 WORTH = dataclasses.replace(FEW, refresh=1, threshold=0.25)
+JUDGED = dataclasses.replace(FEW, refresh=1, threshold=0.05, summaries=True)
 ALL = Routing(refresh=4, least=192, most=1024, most_from=1024, share=1.0, recent=1)
 
 
@@ -70,8 +71,9 @@ def test_a_budget_of_everything_is_dense_with_gradients() -> None:
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
-def test_steps_and_chunks_are_as_whole_texts(impl: str) -> None:
-    model, ids = routed(FEW), tokens(2, 460)
+@pytest.mark.parametrize("routing", [FEW, JUDGED])
+def test_steps_and_chunks_are_as_whole_texts(routing: Routing, impl: str) -> None:
+    model, ids = routed(routing), tokens(2, 460)
     model.impl = impl  # type: ignore[assignment]
     with torch.no_grad():
         expected = model(ids).logits
@@ -144,7 +146,7 @@ def test_windows_stay_windows() -> None:
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("dim", "routing"), [(16, FEW), (64, FEW), (16, WORTH)])
+@pytest.mark.parametrize(("dim", "routing"), [(16, FEW), (64, FEW), (16, WORTH), (64, JUDGED)])
 def test_the_engine_chooses_as_the_modules(dim: int, routing: Routing, tmp_path: Path) -> None:
     model = routed(routing, SHAPE.replace(head_dim=dim))
     model.tokenizer = byte_tokenizer()

@@ -31,6 +31,7 @@ def route(
     recent: int = 1,
     threshold: float = 0.0,
     means: bool = True,
+    summaries: bool = False,
 ) -> dict[str, Any]:
     return {
         "refresh": refresh,
@@ -39,6 +40,7 @@ def route(
         "budget": [budget] if isinstance(budget, int) else budget,
         "least_share": math.log(threshold) if threshold else -math.inf,
         "has_means": means,
+        "has_summaries": summaries,
     }
 
 
@@ -88,7 +90,11 @@ def reference(
             anchor = place - place % asked["refresh"]
             slow = scored_channels(dim) if kind != "int8" else np.arange(dim)
             asking = rows[anchor, own][:, slow] @ keys[: anchor + 1, slow].T
-            pages = chosen(asking * dim**-0.5, asked)
+            guesses = None
+            if asked["has_summaries"]:
+                whole = np.stack([clusters(keys[p * PAGE :][:PAGE, slow]) for p in range(full)])
+                guesses = (rows[anchor, own][:, slow] @ whole.swapaxes(1, 2)).max(-1).T * dim**-0.5
+            pages = chosen(asking * dim**-0.5, asked, guesses)
             seen = np.isin(np.arange(place + 1) // PAGE, pages)
             scores = rows[place, own] @ keys[: place + 1][seen].T * dim**-0.5
             shown = values[: place + 1][seen]
@@ -110,13 +116,40 @@ def scored_channels(dim: int) -> np.ndarray:
     return np.arange(dim) if dim % 64 else slow
 
 
-def chosen(scores: np.ndarray, asked: dict[str, Any]) -> list[int]:
-    """Return the pages that scores [heads, slots] choose."""
+def clusters(keys: np.ndarray) -> np.ndarray:
+    """Return the means of eight clusters of a page's keys."""
+    away = np.square(keys - keys.mean(0)).sum(1)
+    means: list[np.ndarray] = []
+    for _ in range(8):
+        means.append(keys[away.argmax()])
+        fresh = np.square(keys - means[-1]).sum(1)
+        away = fresh if len(means) == 1 else np.minimum(away, fresh)
+    found = np.stack(means)
+    for _ in range(2):
+        nearest = np.square(keys[:, None] - found).sum(-1).argmin(1)
+        found = np.stack(
+            [keys[nearest == i].mean(0) if (nearest == i).any() else found[i] for i in range(8)]
+        )
+    return found
+
+
+def chosen(
+    scores: np.ndarray, asked: dict[str, Any], guesses: np.ndarray | None = None
+) -> list[int]:
+    """Return the pages that scores [heads, slots] choose, of those that guesses [heads, full pages]
+    put first."""
     pages = -(-scores.shape[1] // PAGE)
     budget = asked["budget"][min(pages, len(asked["budget"])) - 1]
     first = min(asked["first_pages"], pages)
     recent = max(first, pages - asked["recent_pages"])
     best = np.stack([scores[:, p * PAGE : (p + 1) * PAGE].max(1) for p in range(pages)], 1)
+    if guesses is not None:
+        guessed = best.copy()
+        guessed[:, : pages - asked["recent_pages"]] = guesses[:, : pages - asked["recent_pages"]]
+        others = {**asked, "least_share": -math.inf, "has_summaries": False}
+        slots = np.repeat(guessed, PAGE, 1)
+        left_out = np.setdiff1d(np.arange(pages), chosen(slots, others))
+        best[:, left_out] = -np.inf
     best = best - np.log(np.exp(best).sum(1, keepdims=True))
     between = best.max(0)[first:recent]
     wanted = max(0, min(budget - first - (pages - recent), recent - first))
@@ -167,6 +200,21 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("heads", [(4, 2, 32), (6, 2, 64), (2, 1, 24)])
+@pytest.mark.parametrize("threshold", [0.0, 0.1])
+def test_blocks_are_judged_by_their_summaries_first(
+    isa: str, heads: Heads, threshold: float
+) -> None:
+    table = draw(heads, 700, 5)
+    table.reshape(700, -1, heads[2])[:, : heads[0]] *= 2
+    asked = route([3, 3, 3, 4], refresh=8, threshold=threshold, summaries=True)
+    found = attend(routed(isa, heads, table, asked), "float32", 700, [64, 300])
+    np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
+    by_keys = reference(heads, table, {**asked, "has_summaries": False})
+    assert np.abs(found - by_keys).max() > 1e-3  # they leave something out
+
+
 @functools.cache
 def expected_choice(kind: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a table of queries that ask sharply, and their attention."""
@@ -188,11 +236,13 @@ def test_small_types_choose_as_float32_where_it_is_not_close(isa: str, kind: str
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", list(BOUNDS))
-@pytest.mark.parametrize("refresh", [1, 8])
-def test_steps_chunks_and_threads_give_the_same_bits(isa: str, kind: str, refresh: int) -> None:
+@pytest.mark.parametrize(("refresh", "summaries"), [(1, False), (8, False), (1, True)])
+def test_steps_chunks_and_threads_give_the_same_bits(
+    isa: str, kind: str, refresh: int, summaries: bool
+) -> None:
     heads = (6, 2, 64)
     table = draw(heads, 450, 0)
-    asked = route([3, 3, 3, 3, 4], refresh=refresh, threshold=0.2)
+    asked = route([3, 3, 3, 3, 4], refresh=refresh, threshold=0.2, summaries=summaries)
     whole = attend(routed(isa, heads, table, asked, threads=3), kind, 450, [512])
     one = routed(isa, heads, table, asked, threads=1)
     for splits in ([1], [7, 64, 1, 130]):
@@ -214,10 +264,11 @@ def test_a_budget_of_all_pages_is_dense(isa: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(BOUNDS))
-def test_a_row_does_not_depend_on_its_companions(kind: str) -> None:
+@pytest.mark.parametrize("summaries", [False, True])
+def test_a_row_does_not_depend_on_its_companions(kind: str, summaries: bool) -> None:
     heads = (6, 2, 64)
     table = draw(heads, 400, 2)
-    native = routed(BEST, heads, table, route(3))
+    native = routed(BEST, heads, table, route(3, summaries=summaries))
     alone = attend(native, kind, 400, [400])
     pages, order = native.pages(kind, 16), np.arange(14).reshape(2, 7)
     for start in range(0, 400, 150):  # the other row is a short one that begins anew
@@ -244,10 +295,11 @@ def test_what_a_page_held_before_is_not_chosen(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(BOUNDS))
-def test_a_copied_page_goes_on_with_its_choice(kind: str) -> None:
+@pytest.mark.parametrize("summaries", [False, True])
+def test_a_copied_page_goes_on_with_its_choice(kind: str, summaries: bool) -> None:
     heads = (2, 1, 16)
     table = draw(heads, 300, 3)
-    native = routed(BEST, heads, table, route(3, refresh=16))
+    native = routed(BEST, heads, table, route(3, refresh=16, summaries=summaries))
     pages = native.pages(kind, 9)
     places = list(range(297))
     native.run(places, places, [0] * 297, np.array([[0, 1, 2, 3, 4]]), pages)

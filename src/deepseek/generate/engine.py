@@ -254,6 +254,7 @@ def _native_route(routing: Routing, config: DecoderConfig) -> dict[str, object]:
         "budget": routing.budget(-(-config.max_positions // PAGE_SIZE) + 1),
         "least_share": math.log(routing.threshold) if routing.threshold > 0 else -math.inf,
         "has_means": routing.means,
+        "has_summaries": routing.summaries,
     }
 
 

@@ -42,6 +42,9 @@ class Routing(Config):
     """Slot behind which `most` grows with the logarithm."""
     means: bool = True
     """Whether a block that a query does not see counts by its mean key and mean value, 64 times."""
+    summaries: bool = False
+    """Whether a query judges the blocks before its recent ones by the mean keys of eight clusters
+    first, and scores the keys of the best alone, of as many as it may see."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.refresh <= BLOCK or BLOCK % self.refresh:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.attention.cache import DenseKV, PagedKV
+from deepseek.ops.attention.clusters import summarize
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
 from deepseek.ops.routing import BLOCK, Routing
@@ -94,15 +95,26 @@ def _choose_row(
         some = anchors[first : first + per_chunk]
         places = torch.tensor(some, device=queries.device)
         asked = queries[:, places - start].unflatten(0, (kv_heads, heads // kv_heads))
-        importance = _importance(asked, keys[:, :stop], places, mask)
+        largest = _largest_scores(asked, keys[:, :stop], places, mask)
+        if routing.summaries:
+            largest = _of_the_best(largest, asked, keys[:, :stop], places, routing, budget)
+        importance = _importance(largest)
         for at, anchor in enumerate(some):
             blocks = [_best(each, anchor, routing, budget) for each in importance[:, at].tolist()]
             found.append(Choice(anchor // refresh, blocks))
     return found
 
 
-def _importance(queries: Tensor, keys: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
-    """Return how much each block matters to each place: [KV heads, places, blocks].
+def _importance(largest: Tensor) -> Tensor:
+    """Return how much each block matters to each place: [KV heads, places, blocks], of the largest
+    scores of each query head [KV heads, query heads of one, places, blocks]."""
+    share = largest - largest.logsumexp(-1, keepdim=True)
+    return share.nan_to_num(-torch.inf, neginf=-torch.inf).amax(1)
+
+
+def _largest_scores(queries: Tensor, keys: Tensor, places: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the largest score of a query in each block, minus infinity where it sees nothing:
+    [KV heads, query heads of one, places, blocks].
 
     Args:
         queries: [KV heads, query heads of one, places, dim], scaled.
@@ -118,9 +130,35 @@ def _importance(queries: Tensor, keys: Tensor, places: Tensor, mask: Tensor | No
     scores = scores.masked_fill(~seen, -torch.inf)
     blocks = -(-slots // BLOCK)
     padded = torch.nn.functional.pad(scores, (0, blocks * BLOCK - slots), value=-torch.inf)
-    largest = padded.unflatten(-1, (blocks, BLOCK)).amax(-1)
-    share = largest - largest.logsumexp(-1, keepdim=True)
-    return share.nan_to_num(-torch.inf, neginf=-torch.inf).amax(1)
+    return padded.unflatten(-1, (blocks, BLOCK)).amax(-1)
+
+
+def _of_the_best(
+    largest: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    places: Tensor,
+    routing: Routing,
+    budget: list[int],
+) -> Tensor:
+    """Return the largest scores of those blocks alone that are the best by their summaries, as many
+    as may be seen, and minus infinity for the others. Arguments as in `_largest_scores`."""
+    full = keys.shape[1] // BLOCK
+    guesses = largest.clone()
+    if full:
+        summaries = summarize(keys[:, : full * BLOCK].float().unflatten(1, (full, BLOCK)))
+        guessed = (queries @ summaries.flatten(1, 2)[:, None].transpose(-1, -2)).unflatten(
+            -1, summaries.shape[1:3]
+        )
+        own = places // BLOCK
+        is_old = torch.arange(full, device=keys.device) <= own[:, None] - routing.recent
+        guesses[..., :full] = torch.where(is_old, guessed.amax(-1), guesses[..., :full])
+    everything = routing.replace(threshold=0.0)
+    kept = torch.zeros_like(largest, dtype=torch.bool)
+    for head, rows in enumerate(_importance(guesses).tolist()):
+        for at, row in enumerate(rows):
+            kept[head, :, at, _best(row, int(places[at]), everything, budget)] = True
+    return largest.masked_fill(~kept, -torch.inf)
 
 
 def _best(importance: list[float], anchor: int, routing: Routing, budget: list[int]) -> list[int]:

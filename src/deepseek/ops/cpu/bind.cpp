@@ -78,7 +78,7 @@ std::unique_ptr<Program> make_program(const std::string& isa, const nb::dict& sh
     nb::dict route = nb::cast<nb::dict>(shape["route"]);
     s.route = {nb::cast<int>(route["refresh"]), nb::cast<int>(route["first_pages"]),
                nb::cast<int>(route["recent_pages"]), nb::cast<std::vector<int32_t>>(route["budget"]), nb::cast<float>(route["least_share"]),
-               nb::cast<bool>(route["has_means"])};
+               nb::cast<bool>(route["has_means"]), nb::cast<bool>(route["has_summaries"])};
     if (s.route.refresh < 1 || kPage % s.route.refresh || s.route.recent_pages < 1 || s.route.budget.empty())
       throw std::invalid_argument("a route must share choices within a page and see the own one");
     if (s.heads / s.kv_heads > kMaxQueries / kPage)

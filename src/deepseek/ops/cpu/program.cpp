@@ -51,7 +51,8 @@ Memory::~Memory() {
 #endif
 
 KvPages::KvPages(Kind kind, const Shape& shape, int pages)
-    : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()), has_means_(shape.route.has_means) {
+    : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()), has_means_(shape.route.has_means),
+      has_summaries_(shape.route.has_summaries) {
   layout.kind = kind;
   layout.kv_heads = shape.kv_heads;
   layout.dim = shape.head_dim;
@@ -71,6 +72,8 @@ KvPages::KvPages(Kind kind, const Shape& shape, int pages)
   choices_ = Memory(choice_bytes_ * layout.kv_heads * num_pages * layers_);
   layout.mean_bytes = aligned(2 * element * layout.dim_padded + 2 * sizeof(float), 64);
   if (has_means_) means_ = Memory(layout.mean_bytes * layout.kv_heads * num_pages * layers_);
+  layout.summary_bytes = aligned((element * (layout.dim_padded - layout.scored_from) + sizeof(float)) * kSummary, 64);
+  if (has_summaries_) summaries_ = Memory(layout.summary_bytes * layout.kv_heads * num_pages * layers_);
 }
 
 void KvPages::copy(int target, int source) {
@@ -81,6 +84,8 @@ void KvPages::copy(int target, int source) {
     std::memcpy(&choice(i, target, 0), &choice(i, source, 0), choice_bytes_ * layout.kv_heads);
   for (int i = 0; i < layers_ && has_means_; ++i)
     std::memcpy(mean(i, target, 0), mean(i, source, 0), layout.mean_bytes * layout.kv_heads);
+  for (int i = 0; i < layers_ && has_summaries_; ++i)
+    std::memcpy(summary(i, target, 0), summary(i, source, 0), layout.summary_bytes * layout.kv_heads);
 }
 
 double KvPages::mean_chosen() {
@@ -217,7 +222,8 @@ void Program::check(const Step& s, const KvPages& pages) const {
       for (int p = 0; p <= s.positions[i] / kPage; ++p)
         if (table[p] < 0 || table[p] >= pages.num_pages) refuse("page outside the pool");
   }
-  if (pages.most_chosen() < shape_.route.most() || pages.has_means() < shape_.route.has_means)
+  if (pages.most_chosen() < shape_.route.most() || pages.has_means() < shape_.route.has_means ||
+      pages.has_summaries() < shape_.route.has_summaries)
     refuse("pages made for a program that is not routed");
   if (s.num_selected > max_tokens_) refuse("more tokens selected than a step takes");
   for (int i = 0; i < s.num_selected; ++i)
@@ -269,7 +275,7 @@ void Program::turn_back(KvPages& pages, const int32_t* numbers, int count, int p
       int page = numbers[u % count];
       for (int h = 0; h < l.kv_heads; ++h) {
         kernels_.turn_back(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, h, cosines.data(), sines.data());
-        keep_means(pages, in, page, h);
+        keep_of_full(pages, in, page, h);
       }
     }
   });
@@ -527,7 +533,7 @@ void Program::store_token(Pass& pass, const Instruction& in, int token, int kv_h
   kernels_.store_kv(pass.pages.layout, place, kv_head, position % kPage, key, value);
   if (shape_.route.refresh && position % kPage == 0)
     pass.pages.choice(in.layer, page, kv_head).group = 0;  // what a former owner of the page chose
-  if (pass.is_decode && position % kPage == kPage - 1) keep_means(pass.pages, in, page, kv_head);
+  if (pass.is_decode && position % kPage == kPage - 1) keep_of_full(pass.pages, in, page, kv_head);
 }
 
 void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
@@ -540,10 +546,10 @@ void Program::attend(Pass& pass, const Instruction& in, int index, int thread) {
   }
   pool_.barrier().wait();
   bool has_route = in.is_routed && shape_.route.refresh;
-  if (has_route && shape_.route.has_means) {
+  if (has_route && keeps_of_full()) {
     int full = int(pass.full_pages.size()) * shape_.kv_heads;
     for (int u; (u = counters_[kCounters * index + 1].fetch_add(1)) < full;)
-      keep_means(pass.pages, in, pass.full_pages[u / shape_.kv_heads], u % shape_.kv_heads);
+      keep_of_full(pass.pages, in, pass.full_pages[u / shape_.kv_heads], u % shape_.kv_heads);
     pool_.barrier().wait();
   }
   const auto& dense = has_route ? pass.dense_blocks : pass.blocks;

@@ -71,6 +71,7 @@ struct Route {
   std::vector<int32_t> budget;         // pages seen by a query in each page; the last for all behind
   float least_share = -INFINITY;       // of those between first and recent, its logarithm
   bool has_means = false;              // pages that are not seen count by the means of their keys and values
+  bool has_summaries = false;          // pages are judged by their summaries first: only the best are scored
   int most() const { return refresh ? *std::max_element(budget.begin(), budget.end()) : 0; }
   int budget_at(int page) const { return budget[std::min<size_t>(page, budget.size() - 1)]; }
 };
@@ -111,18 +112,23 @@ class KvPages {
   }
   int most_chosen() const { return most_chosen_; }
   bool has_means() const { return has_means_; }
+  bool has_summaries() const { return has_summaries_; }
   double mean_chosen();  // pages that the newest choices hold, on average
   // Mean key and mean value of a KV head in a full page.
   uint8_t* mean(int layer, int page, int kv_head) {
     return means_.data() + ((size_t(layer) * num_pages + page) * layout.kv_heads + kv_head) * layout.mean_bytes;
   }
+  // What stands for the keys of a KV head in a full page.
+  uint8_t* summary(int layer, int page, int kv_head) {
+    return summaries_.data() + ((size_t(layer) * num_pages + page) * layout.kv_heads + kv_head) * layout.summary_bytes;
+  }
   void copy(int target, int source);
 
  private:
   int layers_, most_chosen_;
-  bool has_means_;
+  bool has_means_, has_summaries_;
   size_t choice_bytes_ = 0;
-  Memory memory_, choices_, means_;
+  Memory memory_, choices_, means_, summaries_;
 };
 
 // The experts that the tokens of a step go to. Slot token * active + i is the token's i-th expert; the
@@ -184,10 +190,10 @@ class Program {
     std::vector<int32_t> rows, own_rows;  // with a page: those that see all of it, those that lie in it
     std::vector<uint64_t> shown, unseen;  // slots of a page that rows see; pages that groups do not, by bits
     std::vector<int32_t> mean_table;
-    std::vector<uint8_t*> means;          // of the pages of a row
+    std::vector<uint8_t*> means, summaries;  // of the pages of a row
     Memory mean_pages;                    // pages of this thread, whose slots are the means of pages
     std::vector<Query> queries;
-    std::vector<float> scores, scratch, totals;
+    std::vector<float> scores, guesses, best, scratch, totals;
     States all, segment;
   };
   struct Pass;
@@ -229,18 +235,24 @@ class Program {
   bool is_routed(const Pass& pass, const Instruction& in, const Run& run) const;
   KvPages::Choice& choice_at(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
   bool is_chosen(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
-  int choose(int position, float* scores, ptrdiff_t stride, int32_t* chosen, int thread);
+  int choose(int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen, int thread);
+  int choose_twice(int position, float* guesses, const float* scores, ptrdiff_t stride, int32_t* chosen, int thread);
+  void guess_scores(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, int first, int last,
+                    float* out, int thread);
   void keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const;
   void choose_groups(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
                      int thread);
   void route_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
                    int thread);
   void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);
+  int choose_scored(Pass& pass, const Instruction& in, const Run& run, int kv_head, float* guesses, int32_t* chosen,
+                    int thread);
   void choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread);
   void sort_visitors(RouteMemory& m, int pages) const;
   void add_means(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop, int thread);
   void merge_segment(RouteMemory& m, int first, int count) const;
-  void keep_means(KvPages& pages, const Instruction& in, int page, int kv_head) const;
+  void keep_of_full(KvPages& pages, const Instruction& in, int page, int kv_head) const;
+  bool keeps_of_full() const { return shape_.route.has_means || shape_.route.has_summaries; }
   int find_unseen(const int32_t* chosen, int count, int own, uint64_t* bits) const;
   Attend mean_pages_of(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, RouteMemory& m);
   void add_segment(Pass& pass, const Instruction& in, const Run& run, int kv_head, int segment, int thread);

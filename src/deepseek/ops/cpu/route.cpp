@@ -63,13 +63,35 @@ bool Program::is_chosen(Pass& pass, const Instruction& in, const Run& run, int k
 }
 
 // Puts the pages that a token chose into `chosen`, by the scores of its query heads.
-int Program::choose(int position, float* scores, ptrdiff_t stride, int32_t* chosen, int thread) {
+int Program::choose(int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen, int thread) {
   const Route& route = shape_.route;
   int pages = position / kPage + 1, group = shape_.heads / shape_.kv_heads;
   std::vector<float>& scratch = routes_[thread].scratch;
   scratch.resize(std::max(scratch.size(), size_t(2 * (pages + 16))));
   return kernels_.choose_pages(scores, stride, group, pages, route.first_pages, route.recent_pages,
-                               route.budget_at(position / kPage), route.least_share, chosen, scratch.data());
+                               route.budget_at(position / kPage), least_share, chosen, scratch.data());
+}
+
+// The same among the pages that are the best by their guessed scores, as many as may be seen.
+int Program::choose_twice(int position, float* guesses, const float* scores, ptrdiff_t stride, int32_t* chosen,
+                          int thread) {
+  int count = choose(position, guesses, stride, -INFINITY, chosen, thread), group = shape_.heads / shape_.kv_heads;
+  std::vector<float>& best = routes_[thread].best;
+  best.assign(group * stride, -INFINITY);
+  for (int h = 0; h < group; ++h)
+    for (int i = 0; i < count; ++i) best[h * stride + chosen[i]] = scores[h * stride + chosen[i]];
+  return choose(position, best.data(), stride, shape_.route.least_share, chosen, thread);
+}
+
+// Guessed scores of loaded queries with the full pages first ... last - 1 of a run.
+void Program::guess_scores(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, int first,
+                           int last, float* out, int thread) {
+  if (first >= last) return;
+  std::vector<uint8_t*>& summaries = routes_[thread].summaries;
+  Attend a = attend_of(pass, in, run, kv_head);
+  summaries.resize(last);
+  for (int p = first; p < last; ++p) summaries[p] = pass.pages.summary(in.layer, a.table[p], kv_head);
+  kernels_.summary_scores(a, summaries.data(), count, first, last, out, pass.score_stride, attend_scratch(thread));
 }
 
 void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const {
@@ -77,11 +99,13 @@ void Program::keep_choice(KvPages::Choice& choice, int position, const int32_t* 
   std::memcpy(choice.pages, chosen, count * sizeof(int32_t));
 }
 
-void Program::keep_means(KvPages& pages, const Instruction& in, int page, int kv_head) const {
-  if (!in.is_routed || !shape_.route.has_means) return;
+// Keeps what stands for a page that is full now.
+void Program::keep_of_full(KvPages& pages, const Instruction& in, int page, int kv_head) const {
+  if (!in.is_routed) return;
   const PageLayout& l = pages.layout;
-  kernels_.page_means(l, pages.layer(in.layer) + size_t(page) * l.page_bytes, kv_head,
-                      pages.mean(in.layer, page, kv_head));
+  const uint8_t* from = pages.layer(in.layer) + size_t(page) * l.page_bytes;
+  if (shape_.route.has_means) kernels_.page_means(l, from, kv_head, pages.mean(in.layer, page, kv_head));
+  if (shape_.route.has_summaries) kernels_.page_summary(l, from, kv_head, pages.summary(in.layer, page, kv_head));
 }
 
 // Sets the bits of the pages before `own` that were not chosen, and returns their number.
@@ -138,12 +162,25 @@ void Program::choose_groups(Pass& pass, const Instruction& in, const Run& run, i
   kernels_.load_queries(pass.pages.layout, m.queries.data(), int(m.queries.size()), scratch);
   kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries.data(), int(m.queries.size()), 0,
                        position_of(stop - 1) / kPage + 1, m.scores.data(), pass.score_stride, scratch);
-  float* scores = m.scores.data();
-  for (size_t g = goes_on; g < m.groups.size(); ++g, scores += group * pass.score_stride) {
+  const Route& route = shape_.route;
+  if (route.has_summaries) {
+    m.guesses.resize(m.scores.size());
+    guess_scores(pass, in, run, kv_head, int(m.queries.size()), 0, position_of(stop - 1) / kPage, m.guesses.data(), thread);
+  }
+  ptrdiff_t row = 0;
+  for (size_t g = goes_on; g < m.groups.size(); ++g, row += group * pass.score_stride) {
     Group& each = m.groups[g];
     int32_t* chosen = m.chosen.data() + g * most;
-    int position = position_of(each.start);
-    each.count = choose(position, scores, pass.score_stride, chosen, thread);
+    int position = position_of(each.start), own = position / kPage;
+    float *scores = m.scores.data() + row, *guesses = m.guesses.data() + row;
+    if (route.has_summaries) {
+      for (int h = 0; h < group; ++h)
+        for (int p = std::max(0, own + 1 - route.recent_pages); p <= own; ++p)
+          guesses[h * pass.score_stride + p] = scores[h * pass.score_stride + p];
+      each.count = choose_twice(position, guesses, scores, pass.score_stride, chosen, thread);
+    } else {
+      each.count = choose(position, scores, pass.score_stride, route.least_share, chosen, thread);
+    }
     keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen, each.count);
   }
 }
@@ -322,8 +359,15 @@ void Program::score_token(Pass& pass, const Instruction& in, const Run& run, int
   std::iota(heads, heads + group, kv_head * group);
   rope_queries(pass, in, run.start, heads, group, 0, position + 1, m);
   kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
-  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, first, last,
-                       scores_of(pass, run, kv_head), pass.score_stride, m.scratch);
+  float* scores = scores_of(pass, run, kv_head);
+  if (shape_.route.has_summaries) {  // scores of the recent pages, guesses of those before
+    int recent = std::max(0, position / kPage + 1 - shape_.route.recent_pages);
+    guess_scores(pass, in, run, kv_head, group, first, std::min(last, recent), scores, thread);
+    first = std::max(first, recent);
+    if (first >= last) return;
+  }
+  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, first, last, scores, pass.score_stride,
+                       m.scratch);
 }
 
 void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int thread) {
@@ -331,8 +375,32 @@ void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run
   if (is_chosen(pass, in, run, kv_head, position)) return;
   std::vector<int32_t>& chosen = routes_[thread].chosen;
   chosen.resize(std::max<size_t>(chosen.size(), shape_.route.most()));
-  int count = choose(position, scores_of(pass, run, kv_head), pass.score_stride, chosen.data(), thread);
+  float* scores = scores_of(pass, run, kv_head);
+  int count = shape_.route.has_summaries
+                  ? choose_scored(pass, in, run, kv_head, scores, chosen.data(), thread)
+                  : choose(position, scores, pass.score_stride, shape_.route.least_share, chosen.data(), thread);
   keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen.data(), count);
+}
+
+// As choose_twice, of a token alone: what is guessed well is scored then.
+int Program::choose_scored(Pass& pass, const Instruction& in, const Run& run, int kv_head, float* guesses,
+                           int32_t* chosen, int thread) {
+  int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads;
+  ptrdiff_t stride = pass.score_stride;
+  int count = choose(position, guesses, stride, -INFINITY, chosen, thread);
+  AttendMemory m(thread_scratch(thread), pass.pages.layout.dim_padded, pass.pages.layout.dim);
+  std::vector<int> heads(group);
+  std::iota(heads.begin(), heads.end(), kv_head * group);
+  rope_queries(pass, in, run.start, heads.data(), group, 0, position + 1, m);
+  kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
+  std::vector<float>& best = routes_[thread].best;
+  best.assign(group * stride, -INFINITY);
+  for (int i = 0, end; i < count; i = end) {  // neighbouring pages together
+    for (end = i + 1; end < count && chosen[end] == chosen[end - 1] + 1;) ++end;
+    kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, chosen[i], chosen[end - 1] + 1,
+                         best.data(), stride, m.scratch);
+  }
+  return choose(position, best.data(), stride, shape_.route.least_share, chosen, thread);
 }
 
 // The parts that a token sees of its row, first ... last - 1.

@@ -13,6 +13,8 @@ constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
 constexpr int kSpan = 128;
+// Mean keys of clusters that stand for the keys of a page.
+constexpr int kSummary = 8;
 // Queries that are loaded together, at most.
 constexpr int kMaxQueries = 1024;
 // Channels that are rotated together before int8 quantization.
@@ -82,6 +84,7 @@ struct PageLayout {
   int scored_from = 0;  // the channel from which on keys are scored, where pages are chosen
   size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
   size_t head_bytes = 0, page_bytes = 0;
+  size_t summary_bytes = 0;  // kSummary keys of the scored channels, as a page holds them, and their scales
   size_t mean_bytes = 0;  // a key and a value of a KV head side by side, and two scales
 };
 
@@ -142,6 +145,11 @@ struct Kernels {
   // first ... last - 1, into out [count][stride] from column `first` on; -infinity where it sees none.
   void (*page_scores)(const Attend& a, const Query* queries, int count, int first, int last, float* out,
                       ptrdiff_t stride, void* scratch);
+  // Mean keys of the clusters of a full page, of the scored channels.
+  void (*page_summary)(const PageLayout& layout, const uint8_t* page, int kv_head, uint8_t* summary);
+  // As page_scores, with the mean keys of pages in place of their keys; all queries see all of them.
+  void (*summary_scores)(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
+                         ptrdiff_t stride, void* scratch);
   // Places of the pages to see, ascending, into `chosen`; see choice.h.
   int (*choose_pages)(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
                       int recent_pages, int budget, float least_share, int32_t* chosen, float* scratch);

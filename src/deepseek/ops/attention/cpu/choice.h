@@ -24,6 +24,36 @@ inline vf largest_in_rows(const float* scores) {
   return largest_of_each(each);
 }
 
+// Whether the channels that are scored fill one tile at most.
+template <typename T>
+constexpr bool fits_a_tile(int channels) { return kHasTiles && sizeof(T) < 4 && channels * sizeof(T) <= 64; }
+
+template <typename T>
+void load_scored(const T* keys, int channels) {
+  if constexpr (kHasTiles && sizeof(T) < 4) if (fits_a_tile<T>(channels)) load_peak_keys(keys);
+}
+
+// Products of up to kPageRows loaded queries, from `base` on, with a page's keys, of the channels from `first` on.
+template <typename T>
+void channel_scores(const T* keys, const Prepared<T>& from, int base, int some, int dim, int first, float* s) {
+  int channels = dim - first;
+  const T* q = from.queries + size_t(base) * dim + first;
+  const int* terms = from.terms + base;
+  if constexpr (kHasTiles && sizeof(T) < 4) {
+    if (fits_a_tile<T>(channels)) return peak_scores(q, dim, s);
+    return tile_scores(q, dim, keys, channels, s);
+  }
+  auto run = [&](auto rows, int r) {
+    constexpr int R = decltype(rows)::value;
+    const T* vectors[R];
+    for (int k = 0; k < R; ++k) vectors[k] = q + size_t(r + k) * dim;
+    scores_of<R>(vectors, terms + r, keys, channels, s + r * kSpan);
+  };
+  int r = 0;
+  for (; r + 3 <= some; r += 3) run(std::integral_constant<int, 3>{}, r);
+  for (; r < some; ++r) run(std::integral_constant<int, 1>{}, r);
+}
+
 // Largest scores of queries with the keys that they see in one page, into `peaks`: [count], room for 16 more.
 // `channels` of them from `first` on are multiplied.
 template <typename T>
@@ -33,8 +63,7 @@ void page_peaks(const PageView<T>& page, const Prepared<T>& from, const Query* q
   int channels = dim - first;
   const T* keys = page.keys + size_t(first) * kPage;
   alignas(64) float s[kPageRows * kSpan];
-  [[maybe_unused]] bool fits = channels * sizeof(T) <= 64;
-  if constexpr (kHasTiles && sizeof(T) < 4) if (fits) load_peak_keys(keys);
+  load_scored(keys, channels);
   for (int base = 0; base < count; base += kPageRows) {
     int some = std::min(kPageRows, count - base);
     auto largest_seen = [&](int start) {
@@ -52,24 +81,18 @@ void page_peaks(const PageView<T>& page, const Prepared<T>& from, const Query* q
       }
       return largest_of_each(each);
     };
-    const T* q = from.queries + size_t(base) * dim + first;
-    const int* terms = from.terms + base;
-    if constexpr (kHasTiles && sizeof(T) < 4) {
-      if (fits) peak_scores(q, dim, s);
-      else tile_scores(q, dim, keys, channels, s);
-    } else {
-      auto run = [&](auto rows, int r) {
-        constexpr int R = decltype(rows)::value;
-        const T* vectors[R];
-        for (int k = 0; k < R; ++k) vectors[k] = q + size_t(r + k) * dim;
-        scores_of<R>(vectors, terms + r, keys, channels, s + r * kSpan);
-      };
-      int r = 0;
-      for (; r + 3 <= some; r += 3) run(std::integral_constant<int, 3>{}, r);
-      for (; r < some; ++r) run(std::integral_constant<int, 1>{}, r);
-    }
+    channel_scores(keys, from, base, some, dim, first, s);
     for (int start = 0; start < some; start += kLanes)
       store(peaks + base + start, is_whole && !page.key_scale ? largest_in_rows(s + start * kSpan) : largest_seen(start));
+  }
+}
+
+template <typename T>
+void configure_scores(const PageLayout& l, int count) {
+  if constexpr (kHasTiles && sizeof(T) < 4) {
+    int rows = std::min(kPageRows, count), channels = l.dim_padded - l.scored_from;
+    if (fits_a_tile<T>(channels)) configure_peaks<T>(rows, channels);
+    else configure_attention<T>(rows, channels);
   }
 }
 
@@ -78,11 +101,7 @@ void page_scores_typed(const Attend& a, const Query* queries, int count, int fir
                        float* out, ptrdiff_t stride, Prepared<T> from) {
   const PageLayout& l = *a.layout;
   alignas(64) static thread_local float peaks[kPeakPages][kMaxQueries + kPageRows];
-  if constexpr (kHasTiles && sizeof(T) < 4) {
-    int rows = std::min(kPageRows, count), channels = l.dim_padded - l.scored_from;
-    if (channels * sizeof(T) <= 64) configure_peaks<T>(rows, channels);
-    else configure_attention<T>(rows, channels);
-  }
+  configure_scores<T>(l, count);
   for (int start = first; start < last; start += kPeakPages) {
     int some = std::min(kPeakPages, last - start);
     for (int i = 0; i < some; ++i) {
@@ -109,6 +128,142 @@ void page_scores(const Attend& a, const Query* queries, int count, int first, in
                  ptrdiff_t stride, void* scratch) {
   typed(*a.layout, scratch, [&](auto from) {
     page_scores_typed(a, queries, count, first, last, out, stride, from);
+  });
+}
+
+// Keys of the scored channels of a page, and the mean keys of its clusters.
+struct Clusters {
+  int dim;
+  alignas(64) float keys[kPage][kMaxDim], means[kSummary][kMaxDim];
+  float nearest[kPage];  // squared distance of each key to the nearest mean so far
+
+  float distance(const float* a, const float* b) const {
+    vf total = zero();
+    for (int d = 0; d < dim; d += kLanes) {
+      vf by = sub(load(a + d), load(b + d));
+      total = fma(by, by, total);
+    }
+    return sum(total);
+  }
+  // Farthest point first, from the mean of all, then twice the means of the keys that are nearest.
+  void find() {
+    alignas(64) float middle[kMaxDim] = {};
+    for (int s = 0; s < kPage; ++s)
+      for (int d = 0; d < dim; ++d) middle[d] += keys[s][d] * (1.0f / kPage);
+    for (int s = 0; s < kPage; ++s) nearest[s] = distance(keys[s], middle);
+    for (int i = 0; i < kSummary; ++i) {
+      int far = int(std::max_element(nearest, nearest + kPage) - nearest);
+      std::memcpy(means[i], keys[far], dim * sizeof(float));
+      for (int s = 0; s < kPage; ++s) {
+        float to = distance(keys[s], means[i]);
+        nearest[s] = i ? std::min(nearest[s], to) : to;
+      }
+    }
+    for (int round = 0; round < 2; ++round) move();
+  }
+  void move() {
+    alignas(64) float sums[kSummary][kMaxDim] = {};
+    int counts[kSummary] = {};
+    for (int s = 0; s < kPage; ++s) {
+      int best = 0;
+      float least = INFINITY;
+      for (int i = 0; i < kSummary; ++i) {
+        float to = distance(keys[s], means[i]);
+        if (to < least) least = to, best = i;
+      }
+      ++counts[best];
+      for (int d = 0; d < dim; ++d) sums[best][d] += keys[s][d];
+    }
+    for (int i = 0; i < kSummary; ++i)
+      for (int d = 0; counts[i] && d < dim; ++d) means[i][d] = sums[i][d] / float(counts[i]);
+  }
+};
+
+// Bytes that a page of this layout holds side by side of a key.
+inline int chunk_bytes(const PageLayout& l) { return l.kind == Kind::int8 ? kStep : 4; }
+
+void page_summary(const PageLayout& l, const uint8_t* page, int kv_head, uint8_t* summary) {
+  static thread_local Clusters c;
+  const uint8_t* head = page + kv_head * l.head_bytes;
+  PageLayout part = l;  // of the scored channels
+  part.dim_padded = c.dim = l.dim_padded - l.scored_from;
+  for (int d = 0; d < c.dim; ++d)
+    for (int s = 0; s < kPage; ++s) c.keys[s][d] = key_in(l, head, l.scored_from + d, s);
+  c.find();
+  int bytes = chunk_bytes(l), chunks = int(part.dim_padded * element_bytes(l)) / bytes;
+  float* scales = (float*)(summary + size_t(chunks) * bytes * kSummary);
+  for (int i = 0; i < kSummary; ++i) {
+    alignas(64) uint8_t narrow[4 * kMaxDim];
+    if (l.kind == Kind::int8) rotate_if_whole(c.means[i], c.dim);
+    scales[i] = narrow_key(part, c.means[i], narrow);
+    for (int k = 0; k < chunks; ++k)
+      std::memcpy(summary + size_t(k * kSummary + i) * bytes, narrow + k * bytes, bytes);
+  }
+}
+
+// Keys of a page whose slots are the summaries of up to kPage / kSummary pages.
+struct SummaryPage {
+  alignas(64) uint8_t keys[4 * kPage * kMaxDim];
+  alignas(64) uint16_t wide[kPage * kMaxDim];
+  alignas(64) float scales[kPage];
+
+  void gather(const PageLayout& l, uint8_t* const* summaries, int count) {
+    int bytes = chunk_bytes(l), chunks = int((l.dim_padded - l.scored_from) * element_bytes(l)) / bytes;
+    size_t row = size_t(bytes) * kSummary;
+    for (int i = 0; i < count; ++i) {
+      for (int k = 0; k < chunks; ++k)
+        std::memcpy(keys + size_t(k) * kPage * bytes + i * row, summaries[i] + k * row, row);
+      std::memcpy(scales + i * kSummary, summaries[i] + chunks * row, kSummary * sizeof(float));
+    }
+  }
+  // As a product reads them: int8 is widened where there is none of it.
+  template <typename T>
+  const T* as(const PageLayout& l) {
+    if (sizeof(T) != 2 || l.kind != Kind::int8) return (const T*)keys;
+    int count = (l.dim_padded - l.scored_from) * kPage;
+    for (int i = 0; i < count; i += 2 * kLanes) {
+      vi k = s8_to_bf16((const int8_t*)keys + i);
+      std::memcpy(wide + i, &k, sizeof(k));
+    }
+    return (const T*)wide;
+  }
+};
+
+template <typename T>
+void summary_scores_typed(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
+                          ptrdiff_t stride, Prepared<T> from) {
+  constexpr int together = kPage / kSummary;
+  static thread_local SummaryPage page;
+  const PageLayout& l = *a.layout;
+  alignas(64) float s[kPageRows * kSpan];
+  configure_scores<T>(l, count);
+  for (int start = first; start < last; start += together) {
+    int some = std::min(together, last - start);
+    page.gather(l, summaries + start, some);
+    const T* keys = page.as<T>(l);
+    load_scored(keys, l.dim_padded - l.scored_from);
+    for (int base = 0; base < count; base += kPageRows) {
+      int rows = std::min(kPageRows, count - base);
+      channel_scores(keys, from, base, rows, l.dim_padded, l.scored_from, s);
+      if constexpr (kHasTiles) add_terms<T>(from.terms + base, rows, s);
+      for (int r = 0; r < rows; ++r) {
+        float factor = a.scale * from.scales[base + r], *to = out + size_t(base + r) * stride + start;
+        for (int i = 0; i < some; ++i) {
+          const float *score = s + r * kSpan + i * kSummary, *scale = page.scales + i * kSummary;
+          float most = -INFINITY;
+          for (int k = 0; k < kSummary; ++k) most = std::max(most, score[k] * scale[k]);
+          to[i] = most * factor;
+        }
+      }
+    }
+  }
+  if constexpr (kHasTiles && sizeof(T) < 4) tile_release();
+}
+
+void summary_scores(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
+                    ptrdiff_t stride, void* scratch) {
+  typed(*a.layout, scratch, [&](auto from) {
+    summary_scores_typed(a, summaries, count, first, last, out, stride, from);
   });
 }
 
