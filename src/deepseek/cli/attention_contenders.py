@@ -47,7 +47,8 @@ def routing_of(name: str, length: int, seen: float | None = None) -> Routing | N
     Args:
         name: "dense", which has none; "recent", the first block and the most recent tokens alone;
             "routed-N" or "bare-N", where N tokens share a choice, and what is not seen counts by
-            its means or not at all. "routed-N:T" has the threshold T.
+            its means or not at all; "judged-N", where blocks are judged by summaries first.
+            "routed-N:T" has the threshold T.
         length: tokens of a text.
         seen: tokens that "recent" sees; None for half as many as routed attention may see, which is
             about what it does see.
@@ -71,15 +72,20 @@ def routing_of(name: str, length: int, seen: float | None = None) -> Routing | N
         )
     match = _CONTENDER.fullmatch(name)
     if match is None:
-        must = "dense, recent, routed-N, bare-N or routed-N:THRESHOLD, as in routed-1"
+        must = "dense, recent, routed-N, bare-N, judged-N or routed-N:THRESHOLD, as in routed-1"
         raise ConfigError(describe("contenders", "bench attention", must, name))
-    routing = Routing(refresh=int(match["refresh"]), means=match["kind"] == "routed")
+    kind = match["kind"]
+    routing = Routing(
+        refresh=int(match["refresh"]), means=kind != "bare", summaries=kind == "judged"
+    )
     if match["threshold"] is not None:
         routing = routing.replace(threshold=float(match["threshold"]))
     return routing
 
 
-_CONTENDER = re.compile(r"(?P<kind>routed|bare)-(?P<refresh>\d+)(:(?P<threshold>\d*\.?\d+))?")
+_CONTENDER = re.compile(
+    r"(?P<kind>routed|bare|judged)-(?P<refresh>\d+)(:(?P<threshold>\d*\.?\d+))?"
+)
 
 
 def new_engine(model: Decoder, trial: Trial, routing: Routing | None) -> Engine:
