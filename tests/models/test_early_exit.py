@@ -237,6 +237,7 @@ def test_the_layers_above_the_last_token_inside_are_not_run() -> None:
         {"threshold": float("nan")},
         {"threshold": True},
         {"criterion": "entropy"},
+        {"layers": ("1", "2")},
     ],
 )
 def test_settings_that_are_no_exits(wrong: dict[str, Any]) -> None:

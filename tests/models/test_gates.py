@@ -220,10 +220,14 @@ def test_a_threshold_that_is_none_is_refused(threshold: float) -> None:
         GateConfig(threshold=threshold)
 
 
-def test_only_a_decoder_is_given_gates() -> None:
+def test_only_a_decoder_is_given_gates_and_nothing_else() -> None:
     config = EncoderConfig(
         vocab_size=50, hidden_size=24, num_layers=1, num_heads=2, intermediate_size=32
     )
+    with pytest.raises(ConfigError, match="gates of add_gates must be a GateConfig"):
+        add_gates(Decoder(TINY), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="threshold of GateConfig must be"):
+        GateConfig(threshold="0.1")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="model of add_gates must be a decoder"):
         add_gates(Encoder(config), GateConfig())
 

@@ -152,6 +152,8 @@ def test_spans_are_data() -> None:
 def test_spans_that_cannot_be_are_refused(reach: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ConfigError, match="reach of Spans must be"):
         Spans(reach=reach)
+    with pytest.raises(ConfigError, match=r"spans of SpanPlanner must be a Spans; got \["):
+        SpanPlanner([1, 2])  # type: ignore[arg-type]
 
 
 def test_spans_of_another_model_are_told() -> None:

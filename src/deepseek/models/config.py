@@ -155,7 +155,7 @@ class GateConfig(Config):
     never."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold < 2:
+        if not isinstance(self.threshold, float | int) or not 0 <= self.threshold < 2:
             must = "from 0 to below 2, which no gate reaches"
             raise ConfigError(describe("threshold", "GateConfig", must, self.threshold))
 

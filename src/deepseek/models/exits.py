@@ -34,8 +34,9 @@ class Exits(Config):
 
     def __post_init__(self) -> None:
         layers = self.layers
-        ascends = all(one < next_one for one, next_one in itertools.pairwise(layers))
-        if not layers or layers[0] < 1 or not ascends:
+        are_numbers = all(type(layer) is int for layer in layers)
+        ascends = are_numbers and all(one < two for one, two in itertools.pairwise(layers))
+        if not layers or not ascends or layers[0] < 1:
             must = "numbers of layers from 1 on, ascending"
             raise ConfigError(describe("layers", "Exits", must, layers))
         if self.criterion not in ("margin", "cosine"):

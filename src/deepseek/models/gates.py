@@ -29,11 +29,14 @@ def add_gates(model: Decoder, gates: GateConfig) -> Decoder:
         gates: what its config is to say of them.
 
     Raises:
-        ConfigError: it is no decoder.
+        ConfigError: it is no decoder, or `gates` no GateConfig.
     """
     if not isinstance(model, Decoder):
         must = "a decoder"
         raise ConfigError(describe("model", "add_gates", must, type(model).__name__))
+    if not isinstance(gates, GateConfig):
+        step = "Use GateConfig(threshold=…)"
+        raise ConfigError(describe("gates", "add_gates", "a GateConfig", gates, step))
     config = model.config.replace(family=OWN_MODEL_TYPE, gates=gates)
     if model.config.gates is None:
         for attention in _attentions(model):

@@ -63,11 +63,17 @@ class SpanPlanner:
         spans: as many layers and heads as the model has.
         windows: of layers that slide, which keep their windows.
         block_size: slots per block of the table, the page size of the cache.
+
+    Raises:
+        ConfigError: `spans` is something else.
     """
 
     def __init__(
         self, spans: Spans, windows: WindowPlanner | None = None, block_size: int = 64
     ) -> None:
+        if not isinstance(spans, Spans):
+            step = "Measure some by deepseek.evaluate.attention_spans"
+            raise ConfigError(describe("spans", "SpanPlanner", "a Spans", spans, step))
         self.spans = spans
         self.windows = windows
         self.block_size = block_size
