@@ -85,7 +85,7 @@ inline void rotate_if_whole(float* x, int dim) {
   if (dim % kRotation == 0) rotate(x, dim);
 }
 
-// Bytes of a channel, and of the channels of a key that lie side by side in a page.
+// Bytes of a channel.
 inline size_t element_bytes(const PageLayout& l) { return l.kind == Kind::f32 ? 4 : l.kind == Kind::bf16 ? 2 : 1; }
 
 // One key [dim_padded], which is changed, in the type of its page; returns its scale.
