@@ -13,7 +13,7 @@ def passed(stops: list[str], parts: list[str]) -> tuple[str, bool]:
     matcher, text = StopMatcher(stops), ""
     for part in parts:
         text += matcher.push(part)
-        if matcher.is_stopped:
+        if matcher.stopped_by is not None:
             return text, True
     return text + matcher.flush(), False
 

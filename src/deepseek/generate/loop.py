@@ -217,9 +217,9 @@ class _Row:
         if reason is None and self.tokens_left == 0:
             reason = "length"
         if self._text is not None:
-            if reason is not None and not self._text.is_stopped:
+            if reason is not None and self._text.stopped_by is None:
                 text += self._text.flush()
-            if self._text.is_stopped:
+            if self._text.stopped_by is not None:
                 reason = "stop"
         self.is_finished = reason is not None
         return Piece(self.number, text, token, reason, depth)

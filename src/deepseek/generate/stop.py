@@ -14,7 +14,7 @@ class StopMatcher:
         """Watch for `stops`, none of them empty."""
         self._stops = tuple(stops)
         self._held = ""
-        self.is_stopped = False
+        self.stopped_by: str | None = None
 
     def push(self, text: str) -> str:
         """Take more text and return what is certainly not part of a stop string."""
@@ -22,11 +22,11 @@ class StopMatcher:
             return text
         self._held += text
         places = ((self._held.find(stop), stop) for stop in self._stops)
-        found = [(place + len(stop), place) for place, stop in places if place >= 0]
+        found = [(place + len(stop), place, stop) for place, stop in places if place >= 0]
         if found:
             # of several, the one that is complete first, so that borders of pieces do not matter
-            _, place = min(found)
-            passed, self._held, self.is_stopped = self._held[:place], "", True
+            _, place, self.stopped_by = min(found)
+            passed, self._held = self._held[:place], ""
             return passed
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
@@ -48,9 +48,9 @@ class TextStream:
         self._matcher = StopMatcher(stops)
 
     @property
-    def is_stopped(self) -> bool:
-        """True once a stop string was met; it and what follows are not in the text."""
-        return self._matcher.is_stopped
+    def stopped_by(self) -> str | None:
+        """The stop string that was met; it and what follows are not in the text."""
+        return self._matcher.stopped_by
 
     def push(self, token_id: int) -> str:
         """Take one more token and return the text that is settled."""
@@ -60,7 +60,7 @@ class TextStream:
     def flush(self) -> str:
         """Return the rest of the text."""
         text = self._matcher.push(self._decoder.flush())
-        return text if self.is_stopped else text + self._matcher.flush()
+        return text + self._matcher.flush()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -1,0 +1,135 @@
+"""Runs the scheduler's steps on a packed engine: one call of the flat step for all requests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from deepseek.errors import CapacityError
+from deepseek.generate import Engine
+from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
+from deepseek.ops.cpu import kernels
+from deepseek.serve.core.request import Work
+from deepseek.serve.executor import Matcher, Result
+from deepseek.serve.generation import GenerationRequest, TokenChoice
+from deepseek.serve.runtime.sampler import Sampler, describe_choice
+
+
+@dataclasses.dataclass
+class _Open:
+    """A request that is under way."""
+
+    generation: GenerationRequest
+    sampler: Sampler
+    prompt: list[TokenChoice] = dataclasses.field(default_factory=list)
+    """The tokens of the prompt behind the first, as far as they have been read."""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether logprobs of the prompt are wanted and not all there."""
+        num_wanted = len(self.generation.prompt) - 1
+        return self.generation.prompt_logprobs is not None and len(self.prompt) < num_wanted
+
+
+class EngineExecutor:
+    """Executes work on an engine; all its pages are made at once.
+
+    Args:
+        engine: whose step runs.
+        num_pages: pages of 64 tokens.
+
+    Raises:
+        CapacityError: there is not enough memory for the pages.
+    """
+
+    page_size = PAGE_SIZE
+    max_step_tokens = MAX_STEP_TOKENS
+
+    def __init__(self, engine: Engine, num_pages: int) -> None:
+        self._engine, self.num_pages = engine, num_pages
+        self.context = engine.config.max_positions
+        self._pages = engine.new_pages(num_pages)
+        self._open: dict[str, _Open] = {}
+        tokenizer = engine.tokenizer
+        self._end_token_ids = () if tokenizer is None else tokenizer.eos_token_ids
+
+    def open(
+        self, request_id: str, generation: GenerationRequest, matcher: Matcher | None = None
+    ) -> None:
+        """Make ready for a request."""
+        ends = {*self._end_token_ids, *generation.stop_token_ids}
+        sampler = Sampler(generation, self._engine.config.vocab_size, ends, matcher)
+        self._open[request_id] = _Open(generation, sampler)
+
+    def close(self, request_id: str) -> None:
+        """Forget a request; its pages are the scheduler's."""
+        self._open.pop(request_id, None)
+
+    def execute(self, work: Sequence[Work]) -> list[Result]:
+        """Append the tokens of a step and choose the next ones."""
+        plan = [self._selected(item) for item in work]
+        tokens = [token for item in work for token in item.tokens]
+        places = [np.arange(item.start, item.start + len(item.tokens)) for item in work]
+        counts = [len(item.tokens) for item in work]
+        rows = np.repeat(np.arange(len(work)), counts)
+        starts = np.cumsum([0, *counts[:-1]])
+        selected = np.concatenate([start + own for start, own in zip(starts, plan, strict=True)])
+        table = _page_table(work)
+        positions = np.concatenate(places)
+        logits = self._engine.step(self._pages, tokens, positions, rows, table, selected)
+        largest = kernels().largest(logits) if len(logits) else []
+        results, first = [], 0
+        for item, places in zip(work, plan, strict=True):
+            last = first + len(places)
+            results.append(self._result(item, logits[first:last], largest[first:last]))
+            first = last
+        return results
+
+    def _selected(self, item: Work) -> np.ndarray:
+        """Return the places in the work's tokens whose logits are wanted."""
+        count = len(item.tokens)
+        if self._open[item.request.id].reads_prompt:
+            return np.arange(count)
+        return np.arange(count - item.num_drafts - 1 if item.is_choosing else count, count)
+
+    def _result(self, item: Work, logits: np.ndarray, largest: list[int]) -> Result:
+        request = self._open[item.request.id]
+        prompt: tuple[TokenChoice, ...] = ()
+        if request.reads_prompt:
+            _read_prompt(request, item, logits)
+            prompt = () if request.reads_prompt else tuple(request.prompt)
+        if not item.is_choosing:
+            return Result((), prompt)
+        chosen: list[TokenChoice] = []
+        drafts = (*item.tokens[len(item.tokens) - item.num_drafts :], None)
+        first = len(logits) - item.num_drafts - 1
+        for place, draft in enumerate(drafts, first):
+            try:
+                choice = request.sampler.choose(logits[place], largest[place])
+            except CapacityError as error:
+                return Result(tuple(chosen), prompt, error=str(error))
+            if choice is None:
+                return Result(tuple(chosen), prompt, is_finite=False)
+            chosen.append(choice)
+            if choice.token_id != draft:
+                break
+        return Result(tuple(chosen), prompt)
+
+
+def _read_prompt(request: _Open, item: Work, logits: np.ndarray) -> None:
+    """Add the tokens of the prompt that stand behind those whose logits are here; a request that
+    was turned back reads some again."""
+    prompt, num_top = request.generation.prompt, request.generation.prompt_logprobs or 0
+    for place, row in enumerate(logits, item.start + 1):
+        if len(request.prompt) + 1 <= place < len(prompt):
+            request.prompt.append(describe_choice(row, prompt[place], num_top))
+
+
+def _page_table(work: Sequence[Work]) -> np.ndarray:
+    width = max(len(item.pages) for item in work)
+    table = np.zeros((len(work), width), np.int32)
+    for row, item in enumerate(work):
+        table[row, : len(item.pages)] = item.pages
+    return table

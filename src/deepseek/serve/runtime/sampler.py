@@ -1,0 +1,122 @@
+"""How the tokens of one request are chosen: bias, grammar, then the steps of `Sampling`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from deepseek.generate.batch import row_generator
+from deepseek.ops.cpu import kernels
+from deepseek.serve.executor import Matcher
+from deepseek.serve.generation import GenerationRequest, TokenChoice
+
+
+class Sampler:
+    """Chooses the tokens of one request; its choices depend on nothing else in the batch.
+
+    A sampler draws one random number for each token that it chooses, so an answer with a seed is
+    the same with drafts and without.
+
+    Args:
+        request: what is asked for.
+        vocab_size: of the logits.
+        end_token_ids: tokens that end a text, which wait until `min_tokens` are there.
+        matcher: of the request's grammar.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        vocab_size: int,
+        end_token_ids: Iterable[int],
+        matcher: Matcher | None = None,
+    ) -> None:
+        self._sampling, self._matcher = request.sampling, matcher
+        self._num_top = request.logprobs
+        self._generator = row_generator(request.sampling.seed, 0)
+        self._biased = np.fromiter(request.logit_bias, np.int64)
+        self._bias = np.fromiter(request.logit_bias.values(), np.float32)
+        self._ends = np.fromiter(end_token_ids, np.int64)
+        self._tokens_before_end = request.min_tokens
+        self._seen: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
+        if self._sampling.has_penalties:
+            self._seen = np.zeros(vocab_size, np.uint8)
+            self._seen[list(request.prompt)] = 1
+            self._counts = np.zeros(vocab_size, np.float32)
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether its next token is simply the one with the largest logit."""
+        changes = self._matcher is not None or self._bias.size or self._tokens_before_end > 0
+        return self._sampling.is_greedy and self._seen is None and not changes
+
+    def choose(self, logits: np.ndarray, largest: int | None = None) -> TokenChoice | None:
+        """Return the next token, or None where the logits are not finite.
+
+        Args:
+            logits: float32 [V]; changed.
+            largest: the place of its largest logit, where that is known.
+
+        Raises:
+            CapacityError: the grammar became too costly on the way.
+        """
+        shown = logits if self._num_top is None else logits.copy()
+        token = largest if largest is not None and self.takes_largest else self._draw(logits)
+        if not math.isfinite(logits[token]):
+            return None
+        self._take(token)
+        return (
+            TokenChoice(token)
+            if self._num_top is None
+            else describe_choice(shown, token, self._num_top)
+        )
+
+    def _draw(self, logits: np.ndarray) -> int:
+        logits[self._biased] += self._bias
+        if self._tokens_before_end > 0:
+            logits[self._ends] = -np.inf
+        if self._matcher is not None:
+            self._matcher.mask(logits)
+        sampling = self._sampling
+        return kernels().choose(
+            logits=logits,
+            temperature=sampling.temperature,
+            top_k=min(sampling.top_k, len(logits)),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition=sampling.repetition_penalty,
+            frequency=sampling.frequency_penalty,
+            presence=sampling.presence_penalty,
+            seen=self._seen,
+            counts=self._counts,
+            uniform=0.0 if sampling.is_greedy else self._generator.random(),
+        )
+
+    def _take(self, token: int) -> None:
+        self._tokens_before_end -= 1
+        if self._matcher is not None:
+            self._matcher.take(token)
+        if self._seen is not None and self._counts is not None:
+            self._seen[token] = 1
+            self._counts[token] += 1
+
+
+def describe_choice(logits: np.ndarray, token: int, num_top: int) -> TokenChoice:
+    """Return a token with its logprob and those of the most probable ones.
+
+    Args:
+        logits: float32 [V], as the model gave them.
+        token: the one that was chosen.
+        num_top: how many of the most probable ones.
+    """
+    most = float(logits.max())
+    log_sum = most + math.log(float(np.exp(logits - most).sum(dtype=np.float64)))
+    top: tuple[tuple[int, float], ...] = ()
+    if num_top:
+        places = np.argpartition(-logits, num_top)[:num_top]
+        places = places[np.lexsort((places, -logits[places]))]
+        top = tuple((int(place), float(logits[place]) - log_sum) for place in places)
+    return TokenChoice(token, float(logits[token]) - log_sum, top)
