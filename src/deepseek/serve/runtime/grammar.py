@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,21 @@ class Grammars:
         )
         self._limits = llguidance.LLParserLimits(**_LIMITS)
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
 
     def matcher(self, grammar: Grammar) -> Matcher:
-        """Return what follows one answer of this form.
+        """Return what follows one answer of this form. May be called from any thread.
 
         Raises:
             ConfigError: the grammar cannot be compiled, or only at too high a cost.
         """
-        found = self._compiled.pop(grammar, None) or self._compile(grammar)
-        self._compiled[grammar] = found
-        while len(self._compiled) > MAX_GRAMMARS:
-            self._compiled.popitem(last=False)
+        with self._lock:
+            found = self._compiled.pop(grammar, None)
+        found = found or self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = found
+            while len(self._compiled) > MAX_GRAMMARS:
+                self._compiled.popitem(last=False)
         return Matcher(found.deep_copy(), self._vocab_size)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:

@@ -1,0 +1,151 @@
+"""The server's own values where nobody gave one: how many pages, how many rows, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+
+from deepseek.errors import CapacityError, describe
+from deepseek.generate import Engine
+from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
+from deepseek.ops.cpu import cgroup_cores
+
+LONGEST_STEP_S = 0.15
+"""What a step that reads prompts may take, so that answers beside it go on smoothly."""
+KEPT_SHARE = 0.5
+"""Share of the free memory that pages may take."""
+MAX_RUNNING = 64
+_LEAST_STEP_TOKENS = 64
+_MEASURED_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A setting as it is used."""
+
+    name: str
+    value: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user gave; None for what is to be chosen."""
+
+    pages: int | None = None
+    max_running: int | None = None
+    step_tokens: int | None = None
+    max_waiting: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """All settings that depend on the machine."""
+
+    threads: Value
+    pages: Value
+    max_running: Value
+    step_tokens: Value
+    max_waiting: Value
+
+    def listed(self) -> list[Value]:
+        """Return them in the order of their fields."""
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+def choose_values(engine: Engine, asked: Asked) -> Values:
+    """Return the settings for an engine on this machine.
+
+    Raises:
+        CapacityError: there is no room for one request of full length.
+    """
+    context = engine.config.max_positions
+    running = asked.max_running or MAX_RUNNING
+    told = f"as asked: requests that run together; each may be {context:,} tokens long"
+    if asked.max_running is None:
+        told = "rows of one step; more rows read the weights no oftener, but each waits longer"
+    pages = _pages(engine, asked.pages, running)
+    waiting = asked.max_waiting or 4 * running
+    why_waiting = "as asked" if asked.max_waiting else "four times those that run; more are refused"
+    return Values(
+        _threads(engine),
+        pages,
+        Value("max_running", running, told),
+        _step_tokens(engine, asked.step_tokens),
+        Value("max_waiting", waiting, why_waiting),
+    )
+
+
+def _threads(engine: Engine) -> Value:
+    quota = cgroup_cores()
+    limit = "" if quota is None else f", of which its control group may use {quota:g}"
+    return Value("threads", engine.threads, f"cores of this process{limit}, or as asked")
+
+
+def _pages(engine: Engine, asked: int | None, running: int) -> Value:
+    page_bytes = int(engine.new_pages(1).num_bytes)
+    whole = -(-engine.config.max_positions // PAGE_SIZE)
+    if asked is not None:
+        count, why = asked, "as asked"
+    else:
+        free, whose = free_memory()
+        count, most = int(free * KEPT_SHARE) // page_bytes, running * whole
+        why = f"half of the {free / 2**30:.1f} GiB that {whose} leaves free"
+        if count > most:
+            count, why = most, f"all that {running} requests of full length could hold"
+    if count < whole:
+        must = f"at least {whole}, for one request of {engine.config.max_positions:,} tokens"
+        step = "Free memory, give --pages, or shorten --context"
+        raise CapacityError(describe("pages", "the server", must, count, step))
+    room = count * page_bytes / 2**20
+    return Value("pages", count, f"{room:,.0f} MiB of {PAGE_SIZE}-token pages: {why}")
+
+
+def _step_tokens(engine: Engine, asked: int | None) -> Value:
+    if asked is not None:
+        return Value("step_tokens", min(asked, MAX_STEP_TOKENS), "as asked")
+    rate = _tokens_per_s(engine)
+    count = int(rate * LONGEST_STEP_S) // _LEAST_STEP_TOKENS * _LEAST_STEP_TOKENS
+    count = max(_LEAST_STEP_TOKENS, min(MAX_STEP_TOKENS, count))
+    why = f"measured: {rate:,.0f} tokens/s are read here, and a step shall take {LONGEST_STEP_S} s"
+    return Value("step_tokens", count, why)
+
+
+def _tokens_per_s(engine: Engine) -> float:
+    """Return how fast this machine reads a prompt; the second of two steps counts."""
+    pages = engine.new_pages(1)
+    count = min(_MEASURED_TOKENS, PAGE_SIZE)
+    tokens, rows = np.arange(count) % engine.config.vocab_size, np.zeros(count)
+    seconds = 0.0
+    for _ in range(2):
+        start_s = time.perf_counter()
+        engine.step(pages, tokens, np.arange(count), rows, np.zeros((1, 1)), [])
+        seconds = time.perf_counter() - start_s
+    return count / seconds
+
+
+def free_memory(
+    info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+) -> tuple[int, str]:
+    """Return bytes that this process may still take, and who sets that limit.
+
+    Args:
+        info: what the system says of its memory.
+        group: this process's control group, version 2.
+    """
+    free, whose = 2**30, "a machine that does not tell"
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        free, whose = int(lines["MemAvailable"].split()[0]) * 1024, "this machine"
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            left = int(limit) - int((group / "memory.current").read_text())
+            if left < free:
+                free, whose = max(0, left), "its control group"
+    except (OSError, ValueError):
+        pass
+    return free, whose
