@@ -118,6 +118,7 @@ class EngineBatch:
         self._choosers = [_Chooser(engine, row, sampling) for row in rows]
         capacity = max(len(row.prompt) + row.tokens_left for row in rows)
         self._rows = RowPages(engine, len(rows), capacity, memory)
+        self._isa = engine.instruction_set
         self._is_greedy = sampling.is_greedy and not sampling.has_penalties
 
     def start(self) -> list[int]:
@@ -165,7 +166,7 @@ class EngineBatch:
 
     def _choose(self, logits: np.ndarray) -> list[int]:
         if self._is_greedy:
-            tokens = kernels().largest(logits)
+            tokens = kernels().largest(self._isa, logits)
             _check_finite(logits[np.arange(len(tokens)), tokens])
             return tokens
         _check_finite(logits.max(axis=1))
@@ -176,7 +177,7 @@ class _Chooser:
     """How one row's tokens are chosen: its random numbers, and its history where it counts."""
 
     def __init__(self, engine: Engine, row: RowLike, sampling: Sampling) -> None:
-        self._sampling = sampling
+        self._sampling, self._isa = sampling, engine.instruction_set
         self._generator = row_generator(sampling.seed, row.number)
         self._seen: np.ndarray | None = None
         self._counts: np.ndarray | None = None
@@ -188,6 +189,7 @@ class _Chooser:
     def choose(self, logits: np.ndarray) -> int:
         sampling = self._sampling
         token = kernels().choose(
+            isa=self._isa,
             logits=logits,
             temperature=sampling.temperature,
             top_k=min(sampling.top_k, len(logits)),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepseek.ops.cpu import chosen_instruction_set
 from deepseek.ops.sampling import Sampling
 from deepseek.serve.generation import GenerationRequest
 from deepseek.serve.runtime.sampler import Sampler, describe_choice
@@ -25,7 +26,7 @@ def logits_of(seed: int) -> np.ndarray:
 
 def sampler(ends: tuple[int, ...] = (), **settings: object) -> Sampler:
     request = GenerationRequest(**{"prompt": (1, 2), "max_tokens": 9, **settings})  # type: ignore[arg-type]
-    return Sampler(request, VOCAB, ends)
+    return Sampler(request, VOCAB, ends, instruction_set=chosen_instruction_set())
 
 
 @given(st.integers(0, 2**16), st.integers(0, 5))

@@ -139,22 +139,35 @@ void turn_back(Program& program, KvPages& pages, Array<const int32_t> numbers, i
   program.turn_back(pages, numbers.data(), int(numbers.size()), positions);
 }
 
-std::vector<int> largest(Array<const float> logits) {
+std::vector<int> largest(const std::string& isa, Array<const float> logits) {
+  const Kernels& kernels = kernels_named(isa);
   std::vector<int> places;
   int count = int(logits.shape(logits.ndim() - 1));
   for (size_t row = 0; row < logits.size() / count; ++row)
-    places.push_back(largest_place(logits.data() + row * count, count));
+    places.push_back(largest_place(kernels, logits.data() + row * count, count));
   return places;
 }
 
-int choose(Array<float> logits, double temperature, int top_k, double top_p, double min_p,
+// [(log of the sum of exp(logit), entropy in nats)] of rows of logits.
+std::vector<std::pair<float, float>> certainty(const std::string& isa, Array<const float> logits) {
+  const Kernels& kernels = kernels_named(isa);
+  std::vector<std::pair<float, float>> found;
+  int count = int(logits.shape(logits.ndim() - 1));
+  for (size_t row = 0; row < logits.size() / count; ++row) {
+    Certainty c = certainty_of(kernels, logits.data() + row * count, count);
+    found.push_back({c.log_sum, c.entropy});
+  }
+  return found;
+}
+
+int choose(const std::string& isa, Array<float> logits, double temperature, int top_k, double top_p, double min_p,
            float repetition, float frequency, float presence,
            std::optional<Array<const uint8_t>> seen, std::optional<Array<const float>> counts,
            double uniform) {
   if ((seen && seen->size() != logits.size()) || (counts && counts->size() != logits.size()))
     throw std::invalid_argument("logits, seen and counts must have one length");
   Choice choice{temperature, top_p, min_p, top_k, repetition, frequency, presence};
-  return choose_token(logits.data(), int(logits.size()), choice, seen ? seen->data() : nullptr,
+  return choose_token(kernels_named(isa), logits.data(), int(logits.size()), choice, seen ? seen->data() : nullptr,
                       counts ? counts->data() : nullptr, uniform);
 }
 
@@ -199,8 +212,9 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
       .def_prop_ro("gated_heads", &Program::gated_heads)
       .def_prop_ro("plan_bytes", &Program::plan_bytes);
-  m.def("largest", &largest);
-  m.def("choose", &choose, nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
+  m.def("largest", &largest, nb::arg("isa"), nb::arg("logits"));
+  m.def("certainty", &certainty, nb::arg("isa"), nb::arg("logits"));
+  m.def("choose", &choose, nb::arg("isa"), nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),
         nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition"), nb::arg("frequency"),
         nb::arg("presence"), nb::arg("seen").none(), nb::arg("counts").none(), nb::arg("uniform"));
   m.def("make_program", &make_program);

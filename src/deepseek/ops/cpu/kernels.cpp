@@ -6,6 +6,7 @@
 #include "../attention/cpu/choice.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
+#include "../sampling/cpu/masses.h"
 #if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
 #include "../linear/cpu/tile_products.h"
 #define DEEPSEEK_LINEAR tile_linear
@@ -42,6 +43,8 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .attend_scratch_bytes = kAttendScratch,
     .merge = ::merge,
     .pack_panel = pack_panel,
+    .block_largest = block_largest,
+    .weigh = weigh,
     .peak_products = peak_products,
     .read_once = read_once,
 };

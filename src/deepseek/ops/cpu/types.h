@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../sampling/cpu/sample.h"
+
 namespace deepseek {
 
 // Output columns of a panel of packed weights: three 512-bit vectors of float32.
@@ -169,6 +171,11 @@ struct Kernels {
   // Packing -----------------------------------------------------------------------------------
   void (*pack_panel)(Weight& w, const void* source, Kind source_kind, ptrdiff_t source_stride,
                      int panel, float* scratch);
+  // Sampling, see sample.h ----------------------------------------------------------------------
+  // Largest value of each block of kSampleBlock; NaN where it has one.
+  void (*block_largest)(const float* x, int count, float* largest);
+  // Weights exp((x - most) * inverse) of all values, and their sum in each block.
+  Mass (*weigh)(const float* x, int count, float most, float inverse, float* weights, float* sums);
   // Limits, see peak.h ------------------------------------------------------------------------
   double (*peak_products)(Kind kind, int rounds, float* numbers);
   float (*read_once)(const float* from, size_t count);

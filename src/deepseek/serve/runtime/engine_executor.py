@@ -60,7 +60,8 @@ class EngineExecutor:
     ) -> None:
         """Make ready for a request."""
         ends = {*self._end_token_ids, *generation.stop_token_ids}
-        sampler = Sampler(generation, self._engine.config.vocab_size, ends, matcher)
+        vocab_size, isa = self._engine.config.vocab_size, self._engine.instruction_set
+        sampler = Sampler(generation, vocab_size, ends, matcher, instruction_set=isa)
         self._open[request_id] = _Open(generation, sampler)
 
     def close(self, request_id: str) -> None:
@@ -79,7 +80,7 @@ class EngineExecutor:
         table = _page_table(work)
         positions = np.concatenate(places)
         logits = self._engine.step(self._pages, tokens, positions, rows, table, selected)
-        largest = kernels().largest(logits) if len(logits) else []
+        largest = kernels().largest(self._engine.instruction_set, logits) if len(logits) else []
         results, first = [], 0
         for item, places in zip(work, plan, strict=True):
             last = first + len(places)

@@ -24,6 +24,7 @@ class Sampler:
         vocab_size: of the logits.
         end_token_ids: tokens that end a text, which wait until `min_tokens` are there.
         matcher: of the request's grammar.
+        instruction_set: whose kernels choose.
     """
 
     def __init__(
@@ -32,8 +33,11 @@ class Sampler:
         vocab_size: int,
         end_token_ids: Iterable[int],
         matcher: Matcher | None = None,
+        *,
+        instruction_set: str,
     ) -> None:
         self._sampling, self._matcher = request.sampling, matcher
+        self._isa = instruction_set
         self._num_top = request.logprobs
         self._generator = row_generator(request.sampling.seed, 0)
         self._biased = np.fromiter(request.logit_bias, np.int64)
@@ -82,6 +86,7 @@ class Sampler:
             self._matcher.mask(logits)
         sampling = self._sampling
         return kernels().choose(
+            isa=self._isa,
             logits=logits,
             temperature=sampling.temperature,
             top_k=min(sampling.top_k, len(logits)),
