@@ -7,26 +7,20 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Literal, Protocol
 
 from deepseek.data import Tokenizer
-from deepseek.errors import BackendError, CapacityError
 from deepseek.ops.sampling.config import Sampling
+from deepseek.serve.core.errors import DeadlineError, EngineError, QueueFull
 from deepseek.serve.core.request import FinishReason
 
-
-class QueueFull(CapacityError):
-    """Too many requests wait; `retry_after_s` says when to come back."""
-
-    def __init__(self, message: str, retry_after_s: float) -> None:
-        """Say how long the queue is, and for how long."""
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class DeadlineError(CapacityError):
-    """The answer cannot come in time, or did not."""
-
-
-class EngineError(BackendError):
-    """The engine died; what was under way is lost."""
+__all__ = [
+    "DeadlineError",
+    "EngineError",
+    "GenerationRequest",
+    "Generator",
+    "Grammar",
+    "Output",
+    "QueueFull",
+    "TokenChoice",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -156,8 +156,11 @@ class EngineLoop:
         given = self._take_incoming()
         start_s = self._clock()
         step = self.scheduler.plan(start_s)
-        for request in step.dropped:
-            given.append((self._end(request), DeadlineError("The deadline has passed")))
+        given += [
+            (self._end(request), DeadlineError("The deadline has passed"))
+            for request in step.dropped
+            if request.finish_reason == "deadline"
+        ]
         if step.work:
             results = self.executor.execute(step.work)
             end_s = self._clock()
@@ -234,8 +237,6 @@ class EngineLoop:
         answer = ticket.answer
         assert answer is not None
         output = answer.take(result.tokens)
-        if not result.is_finite:
-            request.writes_cache = False
         if output.finish_reason is None and (result.error is not None or not result.is_finite):
             output = dataclasses.replace(output, finish_reason="error")
         prompt = None

@@ -72,7 +72,7 @@ class Service:
 
     def retry_after_s(self) -> float:
         """Return a guess of the seconds until a request that comes now would be begun."""
-        return self._scheduler.retry_after_s()
+        return self._scheduler.expected_wait_s()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Output]:
         """Yield the outputs of an answer as they come. Closing the iterator cancels it.
