@@ -19,16 +19,6 @@ if TYPE_CHECKING:
 MAX_GRAMMARS = 64
 """Compiled grammars that are kept for the next request of the same form."""
 _OBJECT = '{"type": "object"}'
-_LIMITS = {
-    "max_items_in_row": 1000,
-    "initial_lexer_fuel": 500_000,
-    "step_lexer_fuel": 100_000,
-    "step_max_items": 20_000,
-    "max_lexer_states": 20_000,
-    "max_grammar_size": 200_000,
-}
-"""Of llguidance's parser: what is past them is refused when it is compiled, and ends the answer
-when it happens on the way."""
 
 
 class Grammars:
@@ -53,7 +43,15 @@ class Grammars:
         self._tokenizer = llguidance.LLTokenizer(
             tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(tokenizer.eos_token_ids)
         )
-        self._limits = llguidance.LLParserLimits(**_LIMITS)
+        # Past these a grammar is refused when it is compiled, or the answer ends on the way.
+        self._limits = llguidance.LLParserLimits(
+            max_items_in_row=1000,
+            initial_lexer_fuel=500_000,
+            step_lexer_fuel=100_000,
+            step_max_items=20_000,
+            max_lexer_states=20_000,
+            max_grammar_size=200_000,
+        )
         self._compiled: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
