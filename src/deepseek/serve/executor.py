@@ -15,8 +15,10 @@ from deepseek.serve.generation import GenerationRequest, TokenChoice
 class Matcher(Protocol):
     """Where an answer stands in its grammar."""
 
-    is_complete: bool
-    """True where nothing but the end may come."""
+    @property
+    def is_complete(self) -> bool:
+        """True where nothing but the end may come."""
+        ...
 
     def mask(self, logits: np.ndarray) -> None:
         """Set the logits [V] of tokens that may not come next to minus infinity.

@@ -46,7 +46,7 @@ class GenerationRequest:
     min_tokens: int = 0
     """Before so many tokens the answer does not end of itself."""
     logprobs: int | None = None
-    """Most probable tokens shown beside each token of the answer; None for no logprobs at all."""
+    """Most probable tokens shown beside each token of the answer; None where nobody looks."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
     grammar: Grammar | None = None
@@ -64,10 +64,12 @@ class TokenChoice:
 
     token_id: int
     logprob: float | None = None
-    """Under the model, before temperature and filters; None where none was asked for, and for the
+    """Under the model, before temperature and filters; None where it is not known, as for the
     first token of a prompt."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most probable tokens with their logprobs, best first."""
+    """The most probable tokens with their logprobs, best first, as many as were asked for."""
+    entropy: float | None = None
+    """Of the model's distribution that it comes from, in nats."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

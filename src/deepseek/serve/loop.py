@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from deepseek.data import Tokenizer
 from deepseek.errors import DeepseekError
 from deepseek.serve.answer import Answer
+from deepseek.serve.audit import NUM_TOP, Auditor
 from deepseek.serve.core.request import FinishReason, Request, Step, Work
 from deepseek.serve.core.scheduler import Scheduler
 from deepseek.serve.executor import Executor, Matcher, Result
@@ -42,6 +43,8 @@ class Ticket:
     answer: Answer | None = None
     request: Request | None = None
     is_ended: bool = False
+    audited: list[TokenChoice] | None = None
+    """Its tokens so far, where it will be audited."""
 
 
 class EngineLoop:
@@ -57,6 +60,7 @@ class EngineLoop:
         clock: seconds, rising.
         on_step: called behind every step with it and the seconds it took.
         on_death: called once if an error ends the loop.
+        auditor: reads some answers again while nothing else is to be done.
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class EngineLoop:
         clock: Callable[[], float] = time.monotonic,
         on_step: Callable[[Step, float], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
+        self._auditor = auditor
         self.scheduler, self.executor = scheduler, executor
         self._deliver, self._tokenizer, self._clock = deliver, tokenizer, clock
         self._on_step, self._on_death = on_step, on_death
@@ -77,7 +83,7 @@ class EngineLoop:
         self._incoming: deque[tuple[str, Ticket]] = deque()
         self._wakes = threading.Condition()
         self._under_way: dict[str, Ticket] = {}
-        self._is_stopping = self._is_draining = False
+        self._is_stopping = self._is_draining = self._audits = False
         self.death: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -136,8 +142,10 @@ class EngineLoop:
                     return True
                 if self._is_draining:
                     return False
+                if self._audits:
+                    break
                 self._wakes.wait()
-        return False
+        return not self._is_stopping
 
     def _die(self, error: BaseException) -> None:
         with self._wakes:
@@ -152,8 +160,10 @@ class EngineLoop:
             self._on_death(error)
 
     def advance(self) -> None:
-        """Take what came in and run one step."""
+        """Take what came in and run one step; with nothing to do, a part of an audit."""
         given = self._take_incoming()
+        if self._auditor is not None and not self._under_way:
+            self._audits = self._auditor.advance()
         start_s = self._clock()
         step = self.scheduler.plan(start_s)
         given += [
@@ -200,6 +210,9 @@ class EngineLoop:
             reads_cache=wanted.prompt_logprobs is None,
         )
         self.scheduler.add(ticket.request, now_s)
+        if self._auditor is not None and self._auditor.wants_next():
+            ticket.audited = []
+            wanted = dataclasses.replace(wanted, logprobs=max(wanted.logprobs or 0, NUM_TOP))
         ticket.answer = Answer(wanted, self._tokenizer, self.executor.context, ticket.matcher)
         self.executor.open(ticket.id, wanted, ticket.matcher)
         self._under_way[ticket.id] = ticket
@@ -237,12 +250,25 @@ class EngineLoop:
         answer = ticket.answer
         assert answer is not None
         output = answer.take(result.tokens)
+        if ticket.audited is not None:
+            output = self._keep_for_audit(ticket, output)
         if output.finish_reason is None and (result.error is not None or not result.is_finite):
             output = dataclasses.replace(output, finish_reason="error")
-        prompt = None
+        prompt: tuple[TokenChoice, ...] | None = None
         if ticket.generation.prompt_logprobs is not None and work.is_choosing:
             first = TokenChoice(request.prompt[0])
             prompt = (first, *result.prompt) if request.num_chosen == 0 else None
         return dataclasses.replace(
             output, num_cached_tokens=request.num_cached, prompt_logprobs=prompt
         )
+
+    def _keep_for_audit(self, ticket: Ticket, output: Output) -> Output:
+        """Return an output as it was asked for, and keep it with all its logprobs."""
+        assert ticket.audited is not None and self._auditor is not None
+        ticket.audited += output.tokens
+        if output.finish_reason in ("stop", "length"):
+            self._auditor.take(ticket.generation.prompt, ticket.audited)
+            self._audits = True
+        num_top = ticket.generation.logprobs or 0
+        shown = (dataclasses.replace(each, top=each.top[:num_top]) for each in output.tokens)
+        return dataclasses.replace(output, tokens=tuple(shown))

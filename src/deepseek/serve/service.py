@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError
+from deepseek.serve.audit import Auditor
 from deepseek.serve.core.request import Step
 from deepseek.serve.core.scheduler import Scheduler
 from deepseek.serve.executor import Executor, Matcher
@@ -26,6 +27,7 @@ class Service:
         compile_grammar: gives what follows an answer of a form; called on a thread of its own.
         on_step: as of `EngineLoop`.
         on_death: called on the event loop if the engine dies.
+        auditor: as of `EngineLoop`.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Service:
         compile_grammar: Callable[[Grammar], Matcher] | None = None,
         on_step: Callable[[Step, float], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
+        auditor: Auditor | None = None,
     ) -> None:
         self.tokenizer, self.vocab_size, self.context = tokenizer, vocab_size, executor.context
         self._scheduler, self._compile = scheduler, compile_grammar
@@ -51,6 +54,7 @@ class Service:
             tokenizer=tokenizer,
             on_step=on_step,
             on_death=self._died,
+            auditor=auditor,
         )
         self._is_open = False
 

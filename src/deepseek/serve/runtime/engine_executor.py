@@ -80,12 +80,14 @@ class EngineExecutor:
         table = _page_table(work)
         positions = np.concatenate(places)
         logits = self._engine.step(self._pages, tokens, positions, rows, table, selected)
-        largest = kernels().largest(self._engine.instruction_set, logits) if len(logits) else []
+        isa = self._engine.instruction_set
+        largest = kernels().largest(isa, logits) if len(logits) else []
+        certainty = kernels().certainty(isa, logits) if len(logits) else []
         results, first = [], 0
-        for item, places in zip(work, plan, strict=True):
-            last = first + len(places)
-            results.append(self._result(item, logits[first:last], largest[first:last]))
-            first = last
+        for item, own in zip(work, plan, strict=True):
+            part = slice(first, first + len(own))
+            results.append(self._result(item, logits[part], largest[part], certainty[part]))
+            first = part.stop
         return results
 
     def _selected(self, item: Work) -> np.ndarray:
@@ -95,11 +97,17 @@ class EngineExecutor:
             return np.arange(count)
         return np.arange(count - item.num_drafts - 1 if item.is_choosing else count, count)
 
-    def _result(self, item: Work, logits: np.ndarray, largest: list[int]) -> Result:
+    def _result(
+        self,
+        item: Work,
+        logits: np.ndarray,
+        largest: Sequence[int],
+        certainty: Sequence[tuple[float, float]],
+    ) -> Result:
         request = self._open[item.request.id]
         prompt: tuple[TokenChoice, ...] = ()
         if request.reads_prompt:
-            _read_prompt(request, item, logits)
+            _read_prompt(request, item, logits, certainty)
             prompt = () if request.reads_prompt else tuple(request.prompt)
         if not item.is_choosing:
             return Result((), prompt)
@@ -108,7 +116,7 @@ class EngineExecutor:
         first = len(logits) - item.num_drafts - 1
         for place, draft in enumerate(drafts, first):
             try:
-                choice = request.sampler.choose(logits[place], largest[place])
+                choice = request.sampler.choose(logits[place], largest[place], certainty[place])
             except CapacityError as error:
                 return Result(tuple(chosen), prompt, error=str(error))
             if choice is None:
@@ -119,13 +127,15 @@ class EngineExecutor:
         return Result(tuple(chosen), prompt)
 
 
-def _read_prompt(request: _Open, item: Work, logits: np.ndarray) -> None:
+def _read_prompt(
+    request: _Open, item: Work, logits: np.ndarray, certainty: Sequence[tuple[float, float]]
+) -> None:
     """Add the tokens of the prompt that stand behind those whose logits are here; a request that
     was turned back reads some again."""
     prompt, num_top = request.generation.prompt, request.generation.prompt_logprobs or 0
-    for place, row in enumerate(logits, item.start + 1):
+    for place, (row, sure) in enumerate(zip(logits, certainty, strict=True), item.start + 1):
         if len(request.prompt) + 1 <= place < len(prompt):
-            request.prompt.append(describe_choice(row, prompt[place], num_top))
+            request.prompt.append(describe_choice(row, prompt[place], num_top, sure))
 
 
 def _page_table(work: Sequence[Work]) -> np.ndarray:

@@ -38,7 +38,7 @@ class Sampler:
     ) -> None:
         self._sampling, self._matcher = request.sampling, matcher
         self._isa = instruction_set
-        self._num_top = request.logprobs
+        self._num_top = request.logprobs or 0
         self._generator = row_generator(request.sampling.seed, 0)
         self._biased = np.fromiter(request.logit_bias, np.int64)
         self._bias = np.fromiter(request.logit_bias.values(), np.float32)
@@ -52,31 +52,32 @@ class Sampler:
             self._counts = np.zeros(vocab_size, np.float32)
 
     @property
-    def takes_largest(self) -> bool:
-        """Whether its next token is simply the one with the largest logit."""
-        changes = self._matcher is not None or self._bias.size or self._tokens_before_end > 0
-        return self._sampling.is_greedy and self._seen is None and not changes
+    def changes_logits(self) -> bool:
+        """Whether it chooses from other logits than the model's own."""
+        asked = self._matcher is not None or self._seen is not None or self._bias.size > 0
+        return asked or self._tokens_before_end > 0
 
-    def choose(self, logits: np.ndarray, largest: int | None = None) -> TokenChoice | None:
+    def choose(
+        self, logits: np.ndarray, largest: int, certainty: tuple[float, float]
+    ) -> TokenChoice | None:
         """Return the next token, or None where the logits are not finite.
 
         Args:
             logits: float32 [V]; changed.
-            largest: the place of its largest logit, where that is known.
+            largest: the place of its largest logit.
+            certainty: the logarithm of the sum of its exponentials, and the entropy.
 
         Raises:
             CapacityError: the grammar became too costly on the way.
         """
-        shown = logits if self._num_top is None else logits.copy()
-        token = largest if largest is not None and self.takes_largest else self._draw(logits)
-        if not math.isfinite(logits[token]):
+        changes = self.changes_logits
+        shown = logits.copy() if changes else logits
+        is_simple = self._sampling.is_greedy and not changes
+        token = largest if is_simple else self._draw(logits)
+        if not math.isfinite(logits[token]) or not math.isfinite(certainty[0]):
             return None
         self._take(token)
-        return (
-            TokenChoice(token)
-            if self._num_top is None
-            else describe_choice(shown, token, self._num_top)
-        )
+        return describe_choice(shown, token, self._num_top, certainty)
 
     def _draw(self, logits: np.ndarray) -> int:
         logits[self._biased] += self._bias
@@ -109,19 +110,21 @@ class Sampler:
             self._counts[token] += 1
 
 
-def describe_choice(logits: np.ndarray, token: int, num_top: int) -> TokenChoice:
+def describe_choice(
+    logits: np.ndarray, token: int, num_top: int, certainty: tuple[float, float]
+) -> TokenChoice:
     """Return a token with its logprob and those of the most probable ones.
 
     Args:
         logits: float32 [V], as the model gave them.
         token: the one that was chosen.
         num_top: how many of the most probable ones.
+        certainty: the logarithm of the sum of their exponentials, and the entropy.
     """
-    most = float(logits.max())
-    log_sum = most + math.log(float(np.exp(logits - most).sum(dtype=np.float64)))
+    log_sum, entropy = certainty
     top: tuple[tuple[int, float], ...] = ()
     if num_top:
         places = np.argpartition(-logits, num_top)[:num_top]
         places = places[np.lexsort((places, -logits[places]))]
         top = tuple((int(place), float(logits[place]) - log_sum) for place in places)
-    return TokenChoice(token, float(logits[token]) - log_sum, top)
+    return TokenChoice(token, float(logits[token]) - log_sum, top, entropy)
