@@ -24,6 +24,7 @@ IMPORT_NAMES = {
 NEEDS_EXTRA = {
     "deepseek.autoclasses.config": "transformers",
     "deepseek.autoclasses.model": "transformers",
+    "deepseek.serve.api": "fastapi",
 }
 """Modules that are useless without an optional package: module -> what it imports."""
 

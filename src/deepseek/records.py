@@ -206,3 +206,59 @@ class BundleCard:
         except (TypeError, AttributeError) as error:
             must = "the fields of a bundle card"
             raise FormatError(describe("content", "bundle.json", must, str(error))) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """One answer that a server has ended, well or not: what `monitor` learns from it.
+
+    `serve` emits one for each answer, also where a request wanted several.
+    """
+
+    request_id: str
+    """Made by the server; the client saw it as `x-request-id`."""
+    choice: int = 0
+    """Number of the answer among those of its request."""
+    tenant: str
+    model: str
+    route: str
+    """What was asked: `chat`, `completions`."""
+    started: float
+    """Unix time in seconds at which the request was admitted."""
+    first_token_s: float | None = None
+    """Seconds from then to the first token; None where none came."""
+    total_s: float
+    """Seconds from then to the end."""
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Of the prompt: tokens that did not have to be computed."""
+    num_tokens: int
+    """Tokens of the answer."""
+    finish_reason: str
+    """Why it ended: `stop`, `length`, `repetition`, `cancelled`, `deadline` or `error`."""
+    mean_logprob: float | None = None
+    """Mean over the answer's tokens in nats; None where logprobs were not computed."""
+    mean_entropy: float | None = None
+    """Mean entropy of the model's choice in nats; None where it was not computed."""
+    prompt: str | None = None
+    """Text of the prompt; None unless the operator asked for texts."""
+    text: str | None = None
+    """Text of the answer; None unless the operator asked for texts."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as JSON-ready values; a number that is not finite becomes None."""
+        return {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the event that `to_dict` wrote.
+
+        Raises:
+            FormatError: a field is missing or unknown.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            fields = [field.name for field in dataclasses.fields(cls)]
+            must = f"an object with the fields {', '.join(fields)}"
+            raise FormatError(describe("event", "a record file", must, dict(values))) from error

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextvars
 import datetime
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -20,20 +22,28 @@ MAX_CHARACTERS = 16 * 2**20
 """Longest text a template may produce, and longest value that one `+`, `*` or `**` may make."""
 MAX_STEPS = 200_000
 """Most loop rounds and macro calls of one rendering."""
+MAX_SECONDS = 2.0
+"""Longest time of one rendering, looked at in every loop round and macro call."""
+OPTIONS = frozenset({"enable_thinking"})
+"""Variables that a caller may set beside the conversation's own; others could change what a
+template takes for granted."""
 
 _steps_left: contextvars.ContextVar[list[int]] = contextvars.ContextVar(
     "steps left in this rendering"
+)
+_render_until: contextvars.ContextVar[float] = contextvars.ContextVar(
+    "time.monotonic() at which this rendering is given up"
 )
 
 
 class ChatTemplate:
     """One compiled chat template, following transformers' conventions.
 
-    The sandbox gives no access to Python objects or files. Three bounds keep a hostile or broken
-    template from hanging the process: on the length of the output, on the loop rounds and macro
-    calls, and on the size of what `+`, `*` and `**` make. Not bounded is the memory of other ways
-    to grow a text inside a template (`~`, `join`, the width in a format); a service that renders
-    templates of strangers needs a memory limit of its own.
+    The sandbox gives no access to Python objects or files. Four bounds keep a hostile or broken
+    template from hanging the process: on the length of the output, on the number and the time of
+    loop rounds and macro calls, and on the size of what `+`, `*` and `**` make. Not bounded is the
+    memory of other ways to grow a text inside a template (`~`, `join`, the width in a format); a
+    service that renders templates of strangers needs a memory limit of its own.
     """
 
     def __init__(self, source: str) -> None:
@@ -53,6 +63,7 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             tree = environment.parse(source)
+            self._variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
             _count_steps(tree, environment)
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(
@@ -66,12 +77,18 @@ class ChatTemplate:
                 describe("chat_template", "tokenizer", "valid jinja2", str(error), step)
             ) from error
 
+    def takes(self, variable: str) -> bool:
+        """Return whether the template looks at a variable, such as `tools`."""
+        return variable in self._variables
+
     def render(
         self,
         messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool,
         special_tokens: Mapping[str, str],
+        tools: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> str:
         """Return the prompt text of a conversation.
 
@@ -79,19 +96,27 @@ class ChatTemplate:
             messages: each with a `role` and plain JSON values.
             add_generation_prompt: end with the header that opens the assistant's answer.
             special_tokens: `bos_token`, `eos_token`, ... as the template's variables.
+            tools: functions that may be called, as JSON values in OpenAI's form.
+            options: further variables, of those in `OPTIONS`.
 
         Raises:
-            ConfigError: the messages are malformed, the template refuses them, or a bound is
-                passed.
+            ConfigError: the messages are malformed, an option is not one, the template refuses
+                them, or a bound is passed.
         """
+        unknown = sorted(set(options or {}) - OPTIONS)
+        if unknown:
+            must = f"some of {', '.join(sorted(OPTIONS))}"
+            raise ConfigError(describe("options", "apply_chat_template", must, unknown))
         variables = dict(
             special_tokens,
+            **(options or {}),
             messages=_plain_messages(messages),
-            tools=None,
+            tools=json.loads(json.dumps(list(tools))) if tools else None,
             documents=None,
             add_generation_prompt=add_generation_prompt,
         )
         token = _steps_left.set([MAX_STEPS])
+        until = _render_until.set(time.monotonic() + MAX_SECONDS)
         try:
             return _join_within(self._template.generate(variables), MAX_CHARACTERS)
         except (
@@ -106,6 +131,7 @@ class ChatTemplate:
             raise _render_error(error) from error
         finally:
             _steps_left.reset(token)
+            _render_until.reset(until)
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -162,6 +188,8 @@ def _pay_step() -> None:
     left[0] -= 1
     if left[0] < 0:
         raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+    if time.monotonic() > _render_until.get():
+        raise jinja2.exceptions.SecurityError(f"it takes more than {MAX_SECONDS} seconds")
 
 
 def _count_rounds(items: Iterable[Any]) -> Iterator[Any]:

@@ -239,7 +239,12 @@ class Tokenizer:
         return text
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, object]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> str:
         """Return the prompt text of a conversation, special tokens written out.
 
@@ -248,16 +253,29 @@ class Tokenizer:
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`.
             add_generation_prompt: end with the header that opens the assistant's answer.
+            tools: functions that may be called, in OpenAI's form; a template shows them if it
+                `chat_template_takes("tools")`.
+            options: further variables of the template: `enable_thinking`.
 
         Raises:
-            ConfigError: there is no template, the messages are malformed, or the template refuses
-                them.
+            ConfigError: there is no template, the messages are malformed, an option is not one, or
+                the template refuses them.
         """
         return self._compiled_template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             special_tokens=self.special_tokens,
+            tools=tools,
+            options=options,
         )
+
+    def chat_template_takes(self, variable: str) -> bool:
+        """Return whether the chat template looks at a variable, such as `tools`.
+
+        Raises:
+            ConfigError: there is no template.
+        """
+        return self._compiled_template.takes(variable)
 
     @functools.cached_property
     def _compiled_template(self) -> ChatTemplate:

@@ -1,0 +1,1 @@
+"""The bodies of requests and answers: every field bounded, names as OpenAI's."""
