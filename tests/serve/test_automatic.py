@@ -53,7 +53,7 @@ def test_pages_for_less_than_one_request_are_refused() -> None:
 @NEEDS_KERNELS
 def test_a_service_is_put_together_and_answers() -> None:
     async def body() -> list[int]:
-        service, _ = build_service(tiny_engine(), Asked(pages=16))
+        service, _ = build_service(tiny_engine(), Asked(pages=16), model="tiny")
         await service.start()
         wanted = GenerationRequest(prompt=(1, 2, 3), max_tokens=5, ignore_eos=True)
         found = [output async for output in service.generate(wanted)]

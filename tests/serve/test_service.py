@@ -259,7 +259,7 @@ def test_attack_31_a_dead_engine_tells_everybody() -> None:
     async def body() -> None:
         deaths: list[BaseException] = []
         async with running(dies=True) as server:
-            server.service._on_death = deaths.append
+            server.service.on_death = deaths.append
             server.executor.execute = lambda work: 1 / 0  # type: ignore[method-assign,assignment]
             with pytest.raises(EngineError):
                 await collect(server.service, request(TEXTS[0]))

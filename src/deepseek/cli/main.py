@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "show": "a bundle's card: what it is, what it was made from, what was measured",
     "chat": "talk to a model",
     "generate": "continue a text, or answer a question",
+    "serve": "serve a model over HTTP, as OpenAI's API",
     "train": "train a model in stages, exactly, and go on after any stop",
     "adapt": "adapt a model to a domain, to conversations or to preferences",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",

@@ -5,35 +5,43 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, describe
 from deepseek.generate import Engine
+from deepseek.serve.api.metrics import Metrics
+from deepseek.serve.audit import Auditor
 from deepseek.serve.automatic import Asked, Values, choose_values
 from deepseek.serve.core.drafting import PromptLookup
 from deepseek.serve.core.pages import PagePool
-from deepseek.serve.core.request import Step
 from deepseek.serve.core.scheduler import Scheduler, SchedulerConfig
 from deepseek.serve.executor import Matcher
 from deepseek.serve.generation import Grammar
 from deepseek.serve.runtime.engine_executor import EngineExecutor
 from deepseek.serve.runtime.grammar import Grammars
 from deepseek.serve.service import Service
+from deepseek.serve.telemetry import Telemetry
 
 
 def build_service(
     engine: Engine,
     asked: Asked,
     *,
+    model: str,
     guesses: bool = True,
-    on_step: Callable[[Step, float], None] | None = None,
-    on_death: Callable[[BaseException], None] | None = None,
+    audit_every: int | None = None,
+    reference: Engine | None = None,
+    price_per_hour: float | None = None,
 ) -> tuple[Service, Values]:
     """Return a service on an engine, not started, and the values that were chosen for it.
 
     Args:
         engine: with a tokenizer.
         asked: values that the user gave.
+        model: its name in the metrics.
         guesses: guess ahead by what the text said before, where that pays.
-        on_step, on_death: as of `Service`.
+        audit_every: read one answer in so many again; None for none.
+        reference: computes the audits; None for `engine`.
+        price_per_hour: of the machine.
 
     Raises:
         ConfigError: the model has no tokenizer.
@@ -53,22 +61,29 @@ def build_service(
     )
     pool = PagePool(executor.num_pages, executor.page_size)
     scheduler = Scheduler(config, pool, PromptLookup() if guesses else None)
-    vocab_size = engine.config.vocab_size
+    metrics = Metrics(model)
+    telemetry = Telemetry(metrics, scheduler, price_per_hour=price_per_hour)
+    auditor = None
+    if audit_every is not None:
+        auditor = Auditor(reference or engine, audit_every, telemetry.on_audit)
+    service = Service(
+        scheduler,
+        executor,
+        tokenizer=tokenizer,
+        vocab_size=engine.config.vocab_size,
+        compile_grammar=_compiler(tokenizer, engine.config.vocab_size),
+        metrics=metrics,
+        on_step=telemetry.on_step,
+        auditor=auditor,
+    )
+    return service, values
+
+
+def _compiler(tokenizer: Tokenizer, vocab_size: int) -> Callable[[Grammar], Matcher]:
+    """Return what compiles grammars; the vocabulary is read when the first one comes."""
 
     @functools.cache
     def grammars() -> Grammars:
         return Grammars(tokenizer, vocab_size)
 
-    def compile_grammar(grammar: Grammar) -> Matcher:
-        return grammars().matcher(grammar)
-
-    service = Service(
-        scheduler,
-        executor,
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        compile_grammar=compile_grammar,
-        on_step=on_step,
-        on_death=on_death,
-    )
-    return service, values
+    return lambda grammar: grammars().matcher(grammar)

@@ -94,15 +94,26 @@ class EngineLoop:
     def stop(self, *, drains: bool, timeout_s: float | None = None) -> None:
         """End the thread: behind the last answer, or at once, when what is under way gets an
         `EngineError`."""
+        if self._thread.ident is None:
+            return
         with self._wakes:
-            self._is_draining, self._is_stopping = True, not drains
+            self._is_draining, self._is_stopping = True, self._is_stopping or not drains
             self._wakes.notify()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
-            with self._wakes:
-                self._is_stopping = True
-                self._wakes.notify()
+            self.abort()
             self._thread.join()
+
+    def abort(self) -> None:
+        """End the thread behind the step that runs; what is under way gets an `EngineError`."""
+        with self._wakes:
+            self._is_draining = self._is_stopping = True
+            self._wakes.notify()
+
+    @property
+    def cause_of_death(self) -> BaseException | None:
+        """The error that ended the engine; None while it runs, and where it was told to end."""
+        return None if isinstance(self.death, EngineError) else self.death
 
     def submit(self, generation: GenerationRequest, matcher: Matcher | None = None) -> Ticket:
         """Hand in a request; what becomes of it comes by `deliver`.

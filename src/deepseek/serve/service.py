@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError
+from deepseek.serve.api.metrics import Metrics
 from deepseek.serve.audit import Auditor
 from deepseek.serve.core.request import Step
 from deepseek.serve.core.scheduler import Scheduler
@@ -25,6 +26,7 @@ class Service:
         tokenizer: of the model.
         vocab_size: of its logits.
         compile_grammar: gives what follows an answer of a form; called on a thread of its own.
+        metrics: what the API and the engine count in; None for the API's own.
         on_step: as of `EngineLoop`.
         on_death: called on the event loop if the engine dies.
         auditor: as of `EngineLoop`.
@@ -38,15 +40,17 @@ class Service:
         tokenizer: Tokenizer,
         vocab_size: int,
         compile_grammar: Callable[[Grammar], Matcher] | None = None,
+        metrics: Metrics | None = None,
         on_step: Callable[[Step, float], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
         auditor: Auditor | None = None,
     ) -> None:
         self.tokenizer, self.vocab_size, self.context = tokenizer, vocab_size, executor.context
+        self.metrics = metrics
         self._scheduler, self._compile = scheduler, compile_grammar
         self._streams: dict[Ticket, asyncio.Queue[Output | Exception]] = {}
         self._events: asyncio.AbstractEventLoop | None = None
-        self._on_death = on_death
+        self.on_death = on_death
         self.engine = EngineLoop(
             scheduler,
             executor,
@@ -63,6 +67,10 @@ class Service:
         self._events = asyncio.get_running_loop()
         self.engine.start()
         self._is_open = True
+
+    def refuse(self) -> None:
+        """Say that it is not ready any more; what is under way goes on."""
+        self._is_open = False
 
     async def stop(self, *, drains: bool = True, timeout_s: float | None = None) -> None:
         """Take no more requests, and end the engine: behind the last answer where it `drains`, but
@@ -118,8 +126,8 @@ class Service:
                 stream.put_nowait(output)
 
     def _died(self, error: BaseException) -> None:
-        if self._on_death is not None:
-            self._call(self._on_death, error)
+        if self.on_death is not None:
+            self._call(self.on_death, error)
 
     def _call(self, function: Callable[..., None], *args: object) -> None:
         assert self._events is not None

@@ -18,6 +18,8 @@ _FIRST_TOKEN_S = (*_FIRST_TOKEN, 10, 20, 40, 80, 160, 640, 2560)
 _TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40)
 _REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+_KL = (1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+_COST = tuple(10.0**power for power in range(-9, 1))
 _CHOICES = (1, 2, 5, 10, 20)
 _NATS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 1.5, 2, 3, 4, 6, 8)
 
@@ -88,6 +90,23 @@ SERIES: Mapping[str, Series] = {
     "vllm:admission_rejections": Series("counter", "Requests turned away.", "reason"),
     "vllm:corrupted_requests": Series(
         "counter", "Answers that a fault of numbers or engine ended."
+    ),
+    "deepseek:kv_waste": Series(
+        "gauge", "Share of the reserved places of pages that hold nothing, 0 to 1."
+    ),
+    "deepseek:request_compute_seconds": Series(
+        "histogram", "A request's share of the engine's time, by tokens.", buckets=_REQUEST_S
+    ),
+    "deepseek:request_cost": Series(
+        "histogram", "The same at the price of the machine.", buckets=_COST
+    ),
+    "deepseek:energy_joules": Series("counter", "Energy of the processor, whoever used it."),
+    "deepseek:audit_kl": Series(
+        "histogram", "Divergence of a served answer from its second reading.", buckets=_KL
+    ),
+    "deepseek:audit_tokens": Series("counter", "Tokens of answers that were read again."),
+    "deepseek:audit_tokens_agreeing": Series(
+        "counter", "Those of them where both readings have the same likeliest one."
     ),
     "deepseek:http_responses": Series("counter", "HTTP answers.", "status"),
     "deepseek:token_logprob": Series(

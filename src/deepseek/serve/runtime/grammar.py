@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,8 @@ if TYPE_CHECKING:
 
 MAX_GRAMMARS = 64
 """Compiled grammars that are kept for the next request of the same form."""
+# Where any white space may stand, a small model writes nothing else.
+_JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _OBJECT = '{"type": "object"}'
 
 
@@ -75,7 +76,7 @@ class Grammars:
 
         try:
             text = _as_llguidance(grammar)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _refused(grammar, str(error)) from error
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         if matcher.is_error():
@@ -91,8 +92,7 @@ def _as_llguidance(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return LLMatcher.grammar_from_lark(grammar.text)
     schema = _OBJECT if grammar.kind == "json_object" else grammar.text
-    json.loads(schema)
-    return LLMatcher.grammar_from_json_schema(schema)
+    return LLMatcher.grammar_from_json_schema(schema, defaults=_JSON_FORM)
 
 
 def _refused(grammar: Grammar, why: str) -> ConfigError:

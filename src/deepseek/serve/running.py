@@ -1,0 +1,98 @@
+"""A server from its start to its end: signals, draining, and an engine that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable
+
+import uvicorn
+
+from deepseek.errors import BackendError
+from deepseek.serve.service import Service
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self):  # type: ignore[override]
+        yield
+
+
+async def run_server(
+    config: uvicorn.Config,
+    service: Service,
+    *,
+    drain_s: float,
+    on_start: Callable[[int], None],
+    on_drain: Callable[[str], None],
+) -> signal.Signals:
+    """Serve until SIGINT or SIGTERM comes, then finish what is under way; return the signal.
+
+    From the signal on, nothing new is taken. What has not ended after `drain_s`, or when a second
+    signal comes, gets an error.
+
+    Args:
+        config: of uvicorn, with the application.
+        service: not started.
+        drain_s: seconds for what is under way.
+        on_start: called with the port, once requests are taken.
+        on_drain: called with a word for the user when draining begins.
+
+    Raises:
+        OSError: the port cannot be listened on.
+        BackendError: the engine died; what was under way has got an error.
+    """
+    server = _Server(config)
+    config.timeout_graceful_shutdown = None
+    events = asyncio.get_running_loop()
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        if len(received) == 1:
+            on_drain(f"{number.name}: finishing what is under way, at most {drain_s:g} s")
+            service.refuse()
+            server.should_exit = True
+            events.call_later(drain_s, service.engine.abort)
+        else:
+            service.engine.abort()
+            server.force_exit = True
+
+    def died(error: BaseException) -> None:
+        server.should_exit = True
+
+    service.on_death = died
+    for number in (signal.SIGINT, signal.SIGTERM):
+        events.add_signal_handler(number, stop, number)
+    try:
+        with _socket(config) as sock:
+            await service.start()
+            serving = asyncio.create_task(server.serve([sock]))
+            while not server.started and not serving.done():
+                await asyncio.sleep(0.01)
+            if server.started:
+                on_start(sock.getsockname()[1])
+            await serving
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            events.remove_signal_handler(number)
+        await service.stop(drains=False)
+    death = service.engine.cause_of_death
+    if death is not None:
+        raise BackendError(f"The engine died: {type(death).__name__}: {death}") from death
+    return received[0] if received else signal.SIGTERM
+
+
+@contextlib.contextmanager
+def _socket(config: uvicorn.Config):
+    """Listen, so that an error is ours to tell and the port is known."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((config.host, config.port))
+        yield sock
