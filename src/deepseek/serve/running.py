@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from deepseek.errors import BackendError
 from deepseek.serve.service import Service
 
 
@@ -17,7 +17,7 @@ class _Server(uvicorn.Server):
     """uvicorn without its own handling of signals."""
 
     @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
         yield
 
 
@@ -43,7 +43,7 @@ async def run_server(
 
     Raises:
         OSError: the port cannot be listened on.
-        BackendError: the engine died; what was under way has got an error.
+        RuntimeError: the engine died; what was under way has got an error.
     """
     server = _Server(config)
     config.timeout_graceful_shutdown = None
@@ -82,15 +82,13 @@ async def run_server(
         await service.stop(drains=False)
     death = service.engine.cause_of_death
     if death is not None:
-        raise BackendError(f"The engine died: {type(death).__name__}: {death}") from death
+        raise RuntimeError(f"the engine died: {type(death).__name__}: {death}") from death
     return received[0] if received else signal.SIGTERM
 
 
 @contextlib.contextmanager
-def _socket(config: uvicorn.Config):
-    """Listen, so that an error is ours to tell and the port is known."""
-    import socket
-
+def _socket(config: uvicorn.Config) -> Iterator[socket.socket]:
+    """Yield a socket, so that an error is ours to tell and the port is known."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
