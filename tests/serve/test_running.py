@@ -158,7 +158,7 @@ def test_attack_31_an_engine_that_dies_ends_the_process_with_an_error(bundle: Pa
         assert answer.wait()[-1]["error"]["code"] == "engine_error"  # type: ignore[index]
         code, rest = server.end()
         assert code == 70
-        assert rest.strip().splitlines()[-1].startswith("error: RuntimeError: the engine died")
+        assert rest.strip().splitlines()[-1].startswith("deepseek: RuntimeError: the engine")
 
 
 def test_a_port_in_use_and_a_host_without_keys_are_told_in_one_line(bundle: Path) -> None:
