@@ -25,6 +25,9 @@ NEEDS_EXTRA = {
     "deepseek.autoclasses.config": "transformers",
     "deepseek.autoclasses.model": "transformers",
     "deepseek.serve.api": "fastapi",
+    "deepseek.serve.assembly": "fastapi",
+    "deepseek.serve.running": "uvicorn",
+    "deepseek.serve.telemetry": "fastapi",
 }
 """Modules that are useless without an optional package: module -> what it imports."""
 

@@ -18,12 +18,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 
-import deepseek
-from deepseek.models import Decoder
-from tests.generate.conftest import TINY, byte_tokenizer
 from tests.ops.native import NEEDS_KERNELS
+from tests.serve.bundles import tiny_bundle
 
 pytestmark = NEEDS_KERNELS
 
@@ -42,13 +39,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny model as a folder; its answers are long."""
-    torch.manual_seed(1)
-    model = Decoder(dataclasses.replace(TINY, max_positions=8192)).eval()
-    model.tokenizer = byte_tokenizer(bos_token="<begin>", eos_token="<end>")
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    deepseek.save(model, folder)
-    return folder
+    """Return a tiny model as a folder; its answers may be long."""
+    return tiny_bundle(tmp_path_factory.mktemp("models"), context=8192)
 
 
 @dataclasses.dataclass

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import TYPE_CHECKING
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError
-from deepseek.serve.api.metrics import Metrics
 from deepseek.serve.audit import Auditor
 from deepseek.serve.core.request import Step
 from deepseek.serve.core.scheduler import Scheduler
 from deepseek.serve.executor import Executor, Matcher
 from deepseek.serve.generation import GenerationRequest, Grammar, Output
 from deepseek.serve.loop import Delivery, EngineLoop, Ticket
+
+if TYPE_CHECKING:
+    from deepseek.serve.api.metrics import Metrics
 
 
 class Service:
