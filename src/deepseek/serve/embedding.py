@@ -26,6 +26,14 @@ class Embedder(Protocol):
     max_tokens: int
     """Of a text; what is behind them is not read."""
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids of its tokenizer.
+
+        Raises:
+            ConfigError: an id that it does not have.
+        """
+        ...
+
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """Return a vector for each text."""
         ...

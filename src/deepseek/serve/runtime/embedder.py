@@ -43,6 +43,17 @@ class EncoderEmbedder:
         self.max_tokens = model.config.max_embed_tokens or model.config.max_positions
         self._thread = ThreadPoolExecutor(1, "embeddings")
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids of its tokenizer.
+
+        Raises:
+            ConfigError: an id that it does not have.
+        """
+        vocab_size = self._tokenizer.vocab_size
+        if max(ids) >= vocab_size:
+            raise ConfigError(describe("input", "embeddings", f"ids below {vocab_size}", max(ids)))
+        return self._tokenizer.decode(ids)
+
     async def embed(self, texts: Sequence[str]) -> Embeddings:
         """Return a vector for each text; longer ones than `max_tokens` are cut."""
         return await asyncio.wrap_future(self._thread.submit(self._embed, list(texts)))
