@@ -175,9 +175,8 @@ class DraftControl:
     def observe(self, request: Request, num_drafts: int, num_accepted: int) -> None:
         """Learn how the guesses of a step fared; there was at least one."""
         record = self._records.setdefault(request.id, _Record())
-        num_checked = min(
-            num_accepted + 1, num_drafts
-        )  # those behind the first wrong one do not say
+        # guesses behind the first wrong one say nothing
+        num_checked = min(num_accepted + 1, num_drafts)
         record.accepted = 0.8 * record.accepted + num_accepted
         record.checked = 0.8 * record.checked + num_checked
         record.steps_idle = 0

@@ -163,8 +163,10 @@ class Scheduler:
         return True
 
     def distrust(self, request_id: str) -> None:
-        """Make what a request computed, or computed upon, unfindable by others from now on; `commit`
-        does it for ends by `error` and `repetition`."""
+        """Make what a request computed, or computed upon, unfindable by others from now on.
+
+        `commit` and `cancel` do it for ends by `error` and `repetition`.
+        """
         entry = self._entries.get(request_id)
         if entry is not None:
             self._roster.distrust(entry)
