@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -164,7 +165,7 @@ def test_probes_are_single_and_become_seldom_and_success_brings_guesses_back() -
         if allowed:
             asked_at.append(step)
             control.observe(request, 1, 0)
-    gaps = [after - before for before, after in zip(asked_at, asked_at[1:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(asked_at)]
     assert gaps == sorted(gaps)
     assert gaps[-1] == 256
     steps = 0

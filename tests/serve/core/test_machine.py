@@ -186,8 +186,8 @@ def test_any_order_of_events_for_long() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=2000,
-            stateful_step_count=80,
+            max_examples=1000,
+            stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),

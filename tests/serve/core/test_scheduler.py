@@ -40,7 +40,7 @@ def test_decoding_prompts_and_newcomers_share_one_step() -> None:
 def test_without_shortage_steps_are_those_of_a_plain_reference(
     prompts: list[int], budget: int
 ) -> None:
-    """One tenant, room for all: first a token for each that lacks one, then prompts as they came."""
+    """One tenant, room for all: a token for each that lacks one, then prompts as they came."""
     sim = Simulation(num_pages=100, max_step_tokens=budget, max_running=4)
     for place, length in enumerate(prompts):
         sim.add(text(1000 * place, length), 5, id=str(place))
