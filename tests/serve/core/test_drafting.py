@@ -196,7 +196,13 @@ def seconds_of(sim: Simulation, num_users: int, prompt_of: int) -> float:
     return sim.clock.now_s
 
 
-LARGE = {"num_pages": 800, "context": 120, "max_running": 16, "max_step_tokens": 64}
+LARGE = {
+    "num_pages": 800,
+    "context": 120,
+    "max_running": 16,
+    "max_step_tokens": 64,
+    "is_checked": False,
+}
 
 
 def test_copying_for_one_user_gains() -> None:

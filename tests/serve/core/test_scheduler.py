@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import CapacityError, ConfigError, VerifyError
@@ -406,6 +406,7 @@ def test_step_without_work_needs_no_commit() -> None:
     assert sim.scheduler.plan(0.0).work == ()
 
 
+@settings(max_examples=40)
 @given(
     length=st.integers(1, 15), max_tokens=st.integers(1, 30), page_size=st.sampled_from([1, 2, 4])
 )

@@ -126,21 +126,28 @@ class StepPlan:
     def _admit(self, entry: Entry, held: list[Entry]) -> bool:
         """Let a waiting request run if it may; return whether others may be asked after it."""
         roster, request = self._roster, entry.request
+        is_full = len(roster.running) + len(held) >= self._max_running
+        if is_full and not self._can_turn_back_for(entry):
+            return False
         found = self._pool.match(entry.chain, request.tokens) if request.reads_cache else []
         if request.reads_cache and roster.computing.is_awaited_by(entry, len(found)):
-            if len(roster.running) + len(held) >= self._max_running:
+            if is_full:
                 return False
             roster.waiting.remove(entry)
             held.append(entry)
             return True
         while not self._has_room(entry, found, len(held)):
-            worst = roster.running[-1] if roster.running else None
-            if worst is None or worst.request.priority <= request.priority:
+            if not self._can_turn_back_for(entry):
                 return False
-            self._preempt(worst)
+            self._preempt(roster.running[-1])
         roster.admit(entry, found, self._now_s)
         self._give(entry)
         return True
+
+    def _can_turn_back_for(self, entry: Entry) -> bool:
+        """Return whether somebody of a strictly worse priority runs."""
+        running = self._roster.running
+        return bool(running) and running[-1].request.priority > entry.request.priority
 
     def _has_room(self, entry: Entry, found: list[int], num_held: int) -> bool:
         """Return whether a request can run, and those that run already still get what they lack.
