@@ -123,6 +123,18 @@ def test_batch_work_in_the_queue_does_not_shut_people_out() -> None:
     sim.add(text(0, 4), priority=0)
 
 
+def test_one_tenant_cannot_fill_the_queue_for_others() -> None:
+    sim = Simulation(max_waiting=8)
+    for place in range(8):
+        sim.add(text(100 * place, 4), tenant="flood")
+    with pytest.raises(QueueFull):
+        sim.add(text(0, 4), tenant="flood")
+    for place in range(4):
+        sim.add(text(100 * place, 4), tenant="small")
+    with pytest.raises(QueueFull):
+        sim.add(text(0, 4), tenant="small")
+
+
 def test_wait_is_nothing_while_there_are_places() -> None:
     sim = Simulation(max_running=2)
     assert sim.scheduler.expected_wait_s() == 0

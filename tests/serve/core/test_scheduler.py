@@ -234,6 +234,23 @@ def test_flooding_tenant_does_not_hold_up_a_small_one() -> None:
     assert sum(request.phase is Phase.FINISHED for request in flood) < 30
 
 
+def test_small_tenant_gets_on_though_a_flood_leaves_no_pages() -> None:
+    """The latest to come is turned back first, but by those that ran before it only."""
+    sim = Simulation(num_pages=20, max_running=8, max_waiting=300, context=40)
+    for place in range(60):
+        sim.add(text(100 * place, 8), 24, tenant="flood")
+    for _ in range(30):
+        sim.step()
+    assert sim.scheduler.counters.preemptions > 0
+    small = sim.add(text(90_000, 8), 24, tenant="small")
+    num_steps = 0
+    while small.phase is not Phase.FINISHED:
+        sim.step()
+        num_steps += 1
+    assert num_steps <= 3 * 24
+    sim.assert_answered(small)
+
+
 def test_two_busy_tenants_get_equal_tokens() -> None:
     """However long the requests of each, and however many of them."""
     sim = Simulation(num_pages=200, max_running=4, max_waiting=300, is_checked=False)

@@ -30,7 +30,8 @@ class SchedulerConfig(Config):
     max_step_tokens: int = 512
     """Most tokens in one step; at least `max_running`."""
     max_waiting: int = 256
-    """Most requests of the same or a better priority that wait while another one is taken in."""
+    """Most requests of the same or a better priority that wait while another one is taken in. A
+    tenant that holds less than an equal share of these places is taken in all the same."""
     max_drafts: int = 16
     """Most guesses for one request in one step."""
 
@@ -137,7 +138,7 @@ class Scheduler:
             DeadlineError: by what steps have cost so far, its deadline cannot be met.
         """
         self._check(request)
-        if self._roster.waiting.num_ahead(request.priority) >= self.config.max_waiting:
+        if self._roster.waiting.is_full_for(request, self.config.max_waiting):
             must = f"at most {self.config.max_waiting}"
             message = describe("requests that wait", "the queue", must, self.num_waiting + 1)
             raise QueueFull(message, self.expected_wait_s(request.priority))
