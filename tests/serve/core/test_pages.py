@@ -70,6 +70,8 @@ def test_nobody_finds_pages_of_another_root(other: Root) -> None:
     leave(pool, ANN, text(0, 9))
     assert found(pool, other, text(0, 9)) == []
     assert len(found(pool, ANN, text(0, 9))) == 2
+    pages = leave(pool, other, text(0, 9))
+    assert found(pool, other, text(0, 9)) == pages[:2]
 
 
 def test_pages_are_shared_while_in_use_and_counted() -> None:

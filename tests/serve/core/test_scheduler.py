@@ -204,10 +204,13 @@ def test_people_are_not_blocked_by_batch_work() -> None:
 
 def test_long_prompts_of_batch_work_do_not_hold_up_people() -> None:
     sim = Simulation(num_pages=40, max_step_tokens=8)
-    sim.add(text(0, 30), priority=10, id="batch")
+    sim.add(text(500, 35), 1, tenant="busy")
+    sim.run()
+    sim.add(text(600, 1), 30, tenant="busy", id="long")
+    sim.add(text(0, 30), priority=10, tenant="quiet", id="batch")
     sim.step()
-    sim.add(text(100, 8), id="person")
-    assert counts(sim.step()) == {"person": 8}
+    sim.add(text(100, 7), tenant="busy", id="person")
+    assert counts(sim.step()) == {"long": 1, "person": 7}
 
 
 def test_equal_priority_turns_nobody_back_for_a_place() -> None:
@@ -251,17 +254,20 @@ def test_small_tenant_gets_on_though_a_flood_leaves_no_pages() -> None:
     sim.assert_answered(small)
 
 
-def test_two_busy_tenants_get_equal_tokens() -> None:
-    """However long the requests of each, and however many of them."""
+@pytest.mark.parametrize(("long", "short"), [((20, 16), (4, 3)), ((30, 1), (3, 1))])
+def test_two_busy_tenants_get_equal_tokens(long: tuple[int, int], short: tuple[int, int]) -> None:
+    """However long the prompts and answers of each."""
     sim = Simulation(num_pages=200, max_running=4, max_waiting=300, is_checked=False)
-    for place in range(100):
-        sim.add(text(100 * place, 20), 16, tenant="long")
-    for place in range(100):
-        sim.add(text(20_000 + 100 * place, 4), 3, tenant="short")
+    requests = []
+    for place in range(150):
+        requests.append(sim.add(text(100 * place, long[0]), long[1], tenant="long"))
+        requests.append(sim.add(text(50_000 + 100 * place, short[0]), short[1], tenant="short"))
+    while sum(request.tenant == "short" for request in sim.scheduler.waiting) > 20:
+        sim.step()
     served = {"long": 0, "short": 0}
-    while min(sum(r.tenant == name for r in sim.scheduler.waiting) for name in served) > 20:
-        for work in sim.step().work:
-            served[work.request.tenant] += len(work.tokens)
+    for request in requests:
+        if request.phase is Phase.FINISHED:
+            served[request.tenant] += len(request.tokens)
     assert 0.8 < served["long"] / served["short"] < 1.25
 
 
