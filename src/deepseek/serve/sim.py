@@ -58,8 +58,9 @@ class SimExecutor:
         page_size: int,
         max_step_tokens: int,
         context: int,
-        language: Language,
+        vocab_size: int,
         spend: Callable[[float], None],
+        language: Language | None = None,
         base_s: float = 0.004,
         token_s: float = 0.001,
     ) -> None:
@@ -70,8 +71,9 @@ class SimExecutor:
             page_size: tokens that a page holds.
             max_step_tokens: most tokens of a step.
             context: most tokens of a text.
-            language: says which token follows a text, as `hashed_language` does.
+            vocab_size: tokens there are.
             spend: lets time pass.
+            language: says which token follows a text; without one, `hashed_language` does.
             base_s: seconds of a step besides those of its tokens.
             token_s: seconds of each token.
 
@@ -79,7 +81,8 @@ class SimExecutor:
             ConfigError: a number is too small.
         """
         counts = {"num_pages": num_pages, "page_size": page_size, "context": context}
-        for name, value in {**counts, "max_step_tokens": max_step_tokens}.items():
+        counts |= {"max_step_tokens": max_step_tokens, "vocab_size": vocab_size}
+        for name, value in counts.items():
             if value < 1:
                 raise ConfigError(describe(name, "SimExecutor", "at least 1", value))
         self.num_pages = num_pages
@@ -87,7 +90,8 @@ class SimExecutor:
         self.max_step_tokens = max_step_tokens
         self.context = context
         self.num_tokens_computed = 0
-        self._language = language
+        self.vocab_size = vocab_size
+        self._language = language or hashed_language(vocab_size)
         self._spend = spend
         self._base_s = base_s
         self._token_s = token_s
@@ -185,7 +189,7 @@ class SimExecutor:
         if generation.logprobs is None:
             return TokenChoice(token)
         top = tuple(
-            (token + place, TOP_LOGPROBS[min(place, 2)] - max(place - 2, 0))
+            ((token + place) % self.vocab_size, TOP_LOGPROBS[min(place, 2)] - max(place - 2, 0))
             for place in range(generation.logprobs)
         )
         return TokenChoice(token, TOP_LOGPROBS[0], top)

@@ -35,7 +35,7 @@ class CostModel:
         return self._num_observed >= MIN_OBSERVATIONS and len(self._medians) > 1
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a step. A time that is not positive, as of a clock set back, is passed over."""
+        """Learn from a step; a time that is not positive, as of a clock set back, is left out."""
         if num_tokens < 1 or not (math.isfinite(seconds) and seconds > 0):
             return
         size = num_tokens.bit_length()

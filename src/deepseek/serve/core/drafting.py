@@ -111,7 +111,7 @@ PROBE_LIMIT = 0.8
 
 FIRST_ACCEPTANCE = 0.6
 FIRST_PRICE = 0.4
-MIN_PROBE_STEPS, MAX_PROBE_STEPS = 4, 256
+MIN_PROBE_STEPS, MAX_PROBE_STEPS = 8, 256
 
 
 @dataclasses.dataclass(slots=True)
@@ -170,14 +170,13 @@ class DraftControl:
         record = self._records.get(request.id)
         if record is None:
             return usual
-        return (record.accepted + usual) / (record.checked + 1)
+        return (record.accepted + 2 * usual) / (record.checked + 2)
 
     def observe(self, request: Request, num_drafts: int, num_accepted: int) -> None:
         """Learn how the guesses of a step fared; there was at least one."""
         record = self._records.setdefault(request.id, _Record())
-        num_checked = min(
-            num_accepted + 1, num_drafts
-        )  # those behind the first wrong one do not say
+        # guesses behind the first wrong one say nothing
+        num_checked = min(num_accepted + 1, num_drafts)
         record.accepted = 0.8 * record.accepted + num_accepted
         record.checked = 0.8 * record.checked + num_checked
         record.steps_idle = 0

@@ -101,9 +101,7 @@ def _check_published(pool: PagePool) -> None:
         if pool.cached(entry.page) is not entry or not entry.is_published:
             raise VerifyError(f"page {entry.page} is published as what it does not hold")
         if len(entry.tokens) != pool.page_size:
-            raise VerifyError(
-                f"page {entry.page} is published and holds {len(entry.tokens)} tokens"
-            )
+            raise VerifyError(f"page {entry.page} is published and is not full")
         if entry.digest != pool.expected_digest(entry):
             raise VerifyError(f"page {entry.page} is published under a wrong digest")
         parent = entry.parent
@@ -116,9 +114,7 @@ def _check_published(pool: PagePool) -> None:
 def _check_running(scheduler: Scheduler, request: Request) -> None:
     pool, size = scheduler.pool, scheduler.pool.page_size
     if not 0 <= request.num_computed < len(request.tokens):
-        raise VerifyError(
-            f"request {request.id} has {len(request.tokens)} tokens, {request.num_computed} computed"
-        )
+        raise VerifyError(f"request {request.id} has computed all or more than its tokens")
     if len(request.pages) * size < request.num_computed:
         raise VerifyError(f"request {request.id} has computed more than its pages hold")
     if len(set(request.pages)) != len(request.pages):

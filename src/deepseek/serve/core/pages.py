@@ -154,7 +154,7 @@ class PagePool:
         for page in pages:
             entry = self._by_page.get(page)
             if entry is not None:
-                self._tainted.update(self._unpublish(entry))
+                self._unpublish(entry)
 
     def blank_pages(self) -> list[int]:
         """Return the free pages that hold nothing."""
@@ -204,11 +204,11 @@ class PagePool:
     def _tokens_of(self, index: int, tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
 
-    def _unpublish(self, entry: CachedPage) -> list[int]:
-        """Make a page and those behind it unfindable; return them."""
+    def _unpublish(self, entry: CachedPage) -> None:
+        """Make a page and those behind it unfindable."""
         if entry.parent is not None:
             entry.parent.children.discard(entry)
-        pages, rest = [], [entry]
+        rest = [entry]
         while rest:
             entry = rest.pop()
             rest.extend(entry.children)
@@ -219,8 +219,6 @@ class PagePool:
             if self._refs[entry.page] == 0:
                 self._evictable.remove(entry.root.tenant, entry.page)
                 self._blank.append(entry.page)
-            pages.append(entry.page)
-        return pages
 
     def _put_back(self, page: int) -> None:
         entry = self._by_page.get(page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from deepseek.serve.core.drafting import DraftControl, Drafter
 from deepseek.serve.core.policy import Entry, turn
 from deepseek.serve.core.request import Work
@@ -14,7 +16,8 @@ class StepPlan:
     Filled in this order: a token for each request that decodes; chunks of prompts, of running
     requests and of waiting ones that are admitted, by turn; guesses, from what is left over.
     A request that is short of pages takes them from the worst ranked running one, never from a
-    better one; where there is none to take from, it keeps what it has and waits a step.
+    better one; where there is none to take from, it keeps what it has and waits a step. In a step
+    that turned a request back there are no guesses, and only a better priority is admitted.
     """
 
     def __init__(self, roster: Roster, budget: int, max_running: int, now_s: float) -> None:
@@ -24,7 +27,7 @@ class StepPlan:
         self._max_running = max_running
         self._now_s = now_s
         self._counts: dict[Entry, int] = {}
-        self._num_held = 0
+        self._closed_from = math.inf
         self.budget = budget
         """Tokens that may still be handed out."""
 
@@ -43,11 +46,13 @@ class StepPlan:
         while self.budget > 0:
             runner = min(behind, key=lambda entry: turn(entry, share), default=None)
             newcomer = waiting.first() if is_open else None
+            if newcomer is not None and newcomer.request.priority >= self._closed_from:
+                newcomer = None
             if runner is not None and (
                 newcomer is None or turn(runner, share) < turn(newcomer, share)
             ):
                 behind.remove(runner)
-                if runner.is_running:
+                if runner.is_running and runner not in self._counts:
                     self._give(runner)
             elif newcomer is not None:
                 is_open = self._admit(newcomer, held)
@@ -58,6 +63,8 @@ class StepPlan:
 
     def add_drafts(self, drafter: Drafter, control: DraftControl, context: int) -> None:
         """Give guesses to requests that decode, out of free pages and unused tokens only."""
+        if self._closed_from < math.inf:
+            return
         num_tokens = sum(self._counts.values())
         for entry in self._roster.running:
             if self.budget < 1:
@@ -113,26 +120,34 @@ class StepPlan:
 
     def _preempt(self, entry: Entry) -> None:
         self.budget += self._counts.pop(entry, 0)
+        self._closed_from = min(self._closed_from, entry.request.priority)
         self._roster.preempt(entry)
 
     def _admit(self, entry: Entry, held: list[Entry]) -> bool:
         """Let a waiting request run if it may; return whether others may be asked after it."""
         roster, request = self._roster, entry.request
+        is_full = len(roster.running) + len(held) >= self._max_running
+        if is_full and not self._can_turn_back_for(entry):
+            return False
         found = self._pool.match(entry.chain, request.tokens) if request.reads_cache else []
         if request.reads_cache and roster.computing.is_awaited_by(entry, len(found)):
-            if len(roster.running) + len(held) >= self._max_running:
+            if is_full:
                 return False
             roster.waiting.remove(entry)
             held.append(entry)
             return True
         while not self._has_room(entry, found, len(held)):
-            worst = roster.running[-1] if roster.running else None
-            if worst is None or worst.request.priority <= request.priority:
+            if not self._can_turn_back_for(entry):
                 return False
-            self._preempt(worst)
+            self._preempt(roster.running[-1])
         roster.admit(entry, found, self._now_s)
         self._give(entry)
         return True
+
+    def _can_turn_back_for(self, entry: Entry) -> bool:
+        """Return whether somebody of a strictly worse priority runs."""
+        running = self._roster.running
+        return bool(running) and running[-1].request.priority > entry.request.priority
 
     def _has_room(self, entry: Entry, found: list[int], num_held: int) -> bool:
         """Return whether a request can run, and those that run already still get what they lack.

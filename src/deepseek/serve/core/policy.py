@@ -121,6 +121,17 @@ class WaitingQueue:
         """Return how many requests of this or a better priority wait."""
         return sum(count for level, count in self._counts.items() if level <= priority)
 
+    def is_full_for(self, request: Request, limit: int) -> bool:
+        """Return whether a request finds `limit` others of its own or a better priority here, and
+        its tenant holds its equal share of these places or more, so that nobody can shut others
+        out."""
+        if self.num_ahead(request.priority) < limit:
+            return False
+        levels = [tenants for level, tenants in self._levels.items() if level <= request.priority]
+        num_tenants = len({request.tenant}.union(*levels))
+        num_own = sum(len(tenants.get(request.tenant, ())) for tenants in levels)
+        return num_own >= limit // num_tenants
+
     def push(self, entry: Entry) -> None:
         """Take in a request."""
         level = entry.request.priority

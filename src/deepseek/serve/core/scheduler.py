@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from deepseek.config import Config
 from deepseek.errors import CapacityError, ConfigError, VerifyError, describe
-from deepseek.serve.core.cost import Average, CostModel
+from deepseek.serve.core.cost import CostModel
 from deepseek.serve.core.drafting import DraftControl, Drafter
 from deepseek.serve.core.errors import DeadlineError, QueueFull
+from deepseek.serve.core.forecast import Forecast
 from deepseek.serve.core.pages import PagePool
 from deepseek.serve.core.planning import StepPlan
 from deepseek.serve.core.policy import Entry
@@ -29,7 +30,8 @@ class SchedulerConfig(Config):
     max_step_tokens: int = 512
     """Most tokens in one step; at least `max_running`."""
     max_waiting: int = 256
-    """Most requests of the same or a better priority that wait while another one is taken in."""
+    """Most requests of the same or a better priority that wait while another one is taken in. A
+    tenant that holds less than an equal share of these places is taken in all the same."""
     max_drafts: int = 16
     """Most guesses for one request in one step."""
 
@@ -76,8 +78,8 @@ class Scheduler:
             step = "Take more pages or a shorter context"
             raise ConfigError(describe("context", "SchedulerConfig", must, config.context, step))
         self.config = config
-        self.cost = CostModel()
         self._roster = Roster(pool)
+        self._forecast = Forecast(self._roster, config.max_running, config.max_step_tokens)
         self._entries: dict[str, Entry] = {}
         self._drafter = drafter
         self._control = DraftControl(self.cost, config.max_drafts)
@@ -85,13 +87,16 @@ class Scheduler:
         self._dropped: list[Request] = []
         self._num_arrivals = 0
         self._next_deadline_s = math.inf
-        self._answer_tokens = Average(0.1)
-        self._service_s = Average(0.1)
 
     @property
     def pool(self) -> PagePool:
         """The pages."""
         return self._roster.pool
+
+    @property
+    def cost(self) -> CostModel:
+        """What steps cost, as far as they have shown it."""
+        return self._forecast.cost
 
     @property
     def counters(self) -> Counters:
@@ -133,7 +138,7 @@ class Scheduler:
             DeadlineError: by what steps have cost so far, its deadline cannot be met.
         """
         self._check(request)
-        if self._roster.waiting.num_ahead(request.priority) >= self.config.max_waiting:
+        if self._roster.waiting.is_full_for(request, self.config.max_waiting):
             must = f"at most {self.config.max_waiting}"
             message = describe("requests that wait", "the queue", must, self.num_waiting + 1)
             raise QueueFull(message, self.expected_wait_s(request.priority))
@@ -163,8 +168,10 @@ class Scheduler:
         return True
 
     def distrust(self, request_id: str) -> None:
-        """Make what a request computed, or computed upon, unfindable by others from now on; `commit`
-        does it for ends by `error` and `repetition`."""
+        """Make what a request computed, or computed upon, unfindable by others from now on.
+
+        `commit` and `cancel` do it for ends by `error` and `repetition`.
+        """
         entry = self._entries.get(request_id)
         if entry is not None:
             self._roster.distrust(entry)
@@ -229,20 +236,14 @@ class Scheduler:
             self._advance(entry, work, tokens)
             reason = reason or self._length_reason(entry.request)
             if reason is not None:
-                self._measure(entry.request, reason, now_s)
+                self._forecast.learn(entry.request, reason, now_s)
                 self._leave(entry, reason)
                 finished.append(entry.request)
         return tuple(finished)
 
     def expected_wait_s(self, priority: int = 0) -> float:
         """Return a guess of the seconds until a request that comes now would be begun."""
-        places = self.config.max_running
-        ahead = self._roster.waiting.num_ahead(priority)
-        busy = sum(entry.request.priority <= priority for entry in self._roster.running)
-        if ahead == 0 and busy < places:
-            return 0.0
-        num_ends = max(ahead + busy + 1 - places, 1)
-        return num_ends / places * (self._service_s.value or 1.0)
+        return self._forecast.wait_s(priority)
 
     def _check(self, request: Request) -> None:
         if not request.prompt:
@@ -259,26 +260,11 @@ class Scheduler:
 
     def _check_deadline(self, entry: Entry, deadline_s: float, now_s: float) -> None:
         left_s = deadline_s - now_s
-        needed_s = self._expected_s(entry) if self.cost.is_ready else 0.0
+        needed_s = self._forecast.answer_s(entry)
         if left_s <= needed_s:
             must = f"more than the {needed_s:.3f} s that it is expected to take"
             step = "Allow more time, ask for fewer tokens, or come back later"
             raise DeadlineError(describe("time left", "Request", must, round(left_s, 3), step))
-
-    def _expected_s(self, entry: Entry) -> float:
-        """Return the seconds that a new request is expected to take, its wait included.
-
-        Answers are taken to be as long as answers usually are; before the first one has ended, one
-        token long, so that nothing is refused on a guess.
-        """
-        request, config = entry.request, self.config
-        found = self.pool.match(entry.chain, request.prompt) if request.reads_cache else []
-        num_new = len(request.prompt) - len(found) * self.pool.page_size
-        prompt_s = self.cost.seconds(num_new, math.ceil(num_new / config.max_step_tokens))
-        num_steps = min(self._answer_tokens.value or 1.0, request.max_tokens) - 1
-        num_rows = min(self.num_running + 1, config.max_running)
-        answer_s = num_steps * self.cost.seconds(num_rows)
-        return self.expected_wait_s(request.priority) + prompt_s + answer_s
 
     def _drop_late(self, now_s: float) -> None:
         if now_s < self._next_deadline_s:
@@ -289,7 +275,7 @@ class Scheduler:
             if deadline_s is None:
                 continue
             if deadline_s <= now_s:
-                self._measure(entry.request, "deadline", now_s)
+                self._forecast.learn(entry.request, "deadline", now_s)
                 self._leave(entry, "deadline")
                 self._dropped.append(entry.request)
             else:
@@ -318,13 +304,6 @@ class Scheduler:
     def _length_reason(self, request: Request) -> FinishReason | None:
         is_full = len(request.tokens) >= self.config.context
         return "length" if is_full or request.num_chosen >= request.max_tokens else None
-
-    def _measure(self, request: Request, reason: FinishReason, now_s: float) -> None:
-        """Learn how long answers are, and for how long a request keeps its place."""
-        if reason in ("stop", "length", "deadline") and request.num_chosen:
-            self._answer_tokens.observe(request.num_chosen)
-        if request.first_run_s is not None:
-            self._service_s.observe(now_s - request.first_run_s)
 
     def _leave(self, entry: Entry, reason: FinishReason) -> None:
         self._roster.leave(entry, reason)
