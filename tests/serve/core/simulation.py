@@ -85,7 +85,8 @@ class Simulation:
         """Execute a planned step, and say how its requests end."""
         if not step.work:
             return ()
-        chosen = [[choice.token_id for choice in row] for row in self.executor.execute(step.work)]
+        results = self.executor.execute(step.work)
+        chosen = [[choice.token_id for choice in result.tokens] for result in results]
         reasons = [
             end(work.request, tokens) if end else None
             for work, tokens in zip(step.work, chosen, strict=True)

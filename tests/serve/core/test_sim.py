@@ -7,7 +7,7 @@ import pytest
 from deepseek.errors import ConfigError, VerifyError
 from deepseek.serve.core.request import Request, Work
 from deepseek.serve.executor import Executor
-from deepseek.serve.generation import GenerationRequest
+from deepseek.serve.generation import GenerationRequest, TokenChoice
 from deepseek.serve.sim import SimExecutor, VirtualClock, hashed_language
 
 
@@ -31,6 +31,12 @@ def work_of(request: Request, start: int, count: int, pages: tuple[int, ...]) ->
     return Work(request, start, tokens, len(request.drafts), pages)
 
 
+def run(executor: SimExecutor, work: Work) -> tuple[TokenChoice, ...]:
+    """Return the tokens that one work gives."""
+    (result,) = executor.execute([work])
+    return result.tokens
+
+
 def test_it_is_an_executor() -> None:
     executor: Executor = executor_of()
     assert (executor.page_size, executor.num_pages) == (4, 8)
@@ -39,9 +45,9 @@ def test_it_is_an_executor() -> None:
 def test_next_token_depends_on_the_whole_text_and_not_on_the_chunks() -> None:
     whole, parts = executor_of(), executor_of()
     request = request_of(*range(10))
-    (at_once,) = whole.execute([work_of(request, 0, 10, (0, 1, 2))])
-    assert parts.execute([work_of(request, 0, 6, (5, 3))]) == [[]]
-    (in_two,) = parts.execute([work_of(request, 6, 4, (5, 3, 7))])
+    at_once = run(whole, work_of(request, 0, 10, (0, 1, 2)))
+    assert run(parts, work_of(request, 0, 6, (5, 3))) == ()
+    in_two = run(parts, work_of(request, 6, 4, (5, 3, 7)))
     assert at_once == in_two
     assert at_once[0].token_id == hashed_language(50)(range(10))
 
@@ -60,30 +66,30 @@ def test_guesses_are_checked_up_to_the_first_wrong_one() -> None:
     for num_right in range(4):
         request = request_of(1, 2, 3)
         request.drafts = text[3 : 3 + num_right] + [49 - text[3 + num_right]] * (3 - num_right)
-        (chosen,) = executor_of().execute([work_of(request, 0, 3, (4, 2))])
+        chosen = run(executor_of(), work_of(request, 0, 3, (4, 2)))
         assert [choice.token_id for choice in chosen] == text[3 : 4 + num_right]
 
 
 def test_wrong_guesses_are_written_over() -> None:
     executor, request = executor_of(), request_of(1, 2, 3)
     request.drafts = [99, 99]
-    ((choice,),) = executor.execute([work_of(request, 0, 3, (0, 1))])
+    (choice,) = run(executor, work_of(request, 0, 3, (0, 1)))
     request.tokens.append(choice.token_id)
     request.drafts = []
-    ((after,),) = executor.execute([work_of(request, 3, 1, (0,))])
+    (after,) = run(executor, work_of(request, 3, 1, (0,)))
     assert after.token_id == hashed_language(50)(request.tokens)
 
 
 def test_logprobs_are_given_where_asked_for() -> None:
     executor = executor_of()
     executor.open("r", GenerationRequest(prompt=(1,), max_tokens=4, logprobs=4))
-    ((choice,),) = executor.execute([work_of(request_of(1), 0, 1, (0,))])
+    (choice,) = run(executor, work_of(request_of(1), 0, 1, (0,)))
     assert choice.top[0] == (choice.token_id, choice.logprob)
     values = [value for _, value in choice.top]
     assert len(choice.top) == 4 and values == sorted(values, reverse=True)
     assert all(0 <= token < 50 for token, _ in choice.top)
     executor.open("r", GenerationRequest(prompt=(1,), max_tokens=4, logprobs=0))
-    ((choice,),) = executor.execute([work_of(request_of(1), 0, 1, (0,))])
+    (choice,) = run(executor, work_of(request_of(1), 0, 1, (0,)))
     assert choice.top == () and choice.logprob is not None
 
 
