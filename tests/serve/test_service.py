@@ -7,13 +7,14 @@ import dataclasses
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, Literal
 
 import pytest
 
 from deepseek.errors import ConfigError
 from deepseek.generate import generate
 from deepseek.ops.sampling import Sampling
-from deepseek.serve.core.drafting import PromptLookup
+from deepseek.serve.core.drafting import Drafter, PromptLookup
 from deepseek.serve.core.ledger import check
 from deepseek.serve.core.pages import PagePool
 from deepseek.serve.core.scheduler import Scheduler, SchedulerConfig
@@ -21,6 +22,7 @@ from deepseek.serve.executor import Result
 from deepseek.serve.generation import DeadlineError, EngineError, GenerationRequest, Grammar, Output
 from deepseek.serve.runtime.engine_executor import EngineExecutor
 from deepseek.serve.runtime.grammar import Grammars
+from deepseek.serve.runtime.model_drafter import ModelDrafter
 from deepseek.serve.service import Service
 from tests.ops.native import NEEDS_KERNELS
 from tests.serve.engines import tiny_engine
@@ -51,7 +53,7 @@ async def running(
     pages: int = 64,
     max_running: int = 8,
     step_tokens: int = 64,
-    drafts: bool = False,
+    drafts: Literal["none", "text", "model"] = "none",
     dies: bool = False,
 ) -> AsyncIterator[Running]:
     """Run a service on the tiny engine; at the end no page may be missing."""
@@ -61,7 +63,14 @@ async def running(
         context=executor.context, max_running=max_running, max_step_tokens=step_tokens
     )
     pool = PagePool(pages, executor.page_size)
-    scheduler = Scheduler(config, pool, PromptLookup() if drafts else None)
+    vocab_size = engine.config.vocab_size
+    drafters: dict[str, Callable[[], Drafter]] = {
+        "text": PromptLookup,
+        "model": lambda: ModelDrafter(tiny_engine(), executor.context, vocab_size),
+    }
+    scheduler = Scheduler(config, pool, drafters[drafts]() if drafts != "none" else None)
+    # how many guesses pay depends on the time that steps take; here some are always made
+    scheduler._control.most = lambda *_: 3  # type: ignore[method-assign]
     assert engine.tokenizer is not None
     service = Service(
         scheduler,
@@ -112,9 +121,9 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(body(), 60))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("drafts", ["none", "text", "model"])
 @pytest.mark.parametrize("pages", [64, 13])
-def test_answers_are_those_of_generate_whatever_runs_beside(pages: int, drafts: bool) -> None:
+def test_answers_are_those_of_generate_whatever_runs_beside(pages: int, drafts: Any) -> None:
     """Greedy and drawn, in chunks, with the cache, with guesses, and with so few pages that
     requests are turned back."""
     wanted = [
@@ -136,7 +145,7 @@ def test_answers_are_those_of_generate_whatever_runs_beside(pages: int, drafts: 
                     assert outputs[-1].finish_reason == reason
             assert server.scheduler.pool.num_free == server.scheduler.pool.num_pages
             assert server.scheduler.counters.cached_tokens > 0
-            if drafts:
+            if drafts != "none":
                 assert server.scheduler.counters.accepted_tokens > 0
 
     run(body)
@@ -182,7 +191,7 @@ def test_a_prompt_of_one_token_has_prompt_logprobs_too() -> None:
 
 def test_a_grammar_is_followed_beside_answers_without_one() -> None:
     async def body() -> None:
-        async with running(drafts=True) as server:
+        async with running(drafts="text") as server:
             form = Grammar(kind="regex", text="(yes|no)+, [0-9]{3}")
             free, bound = await asyncio.gather(
                 collect(server.service, request(TEXTS[0])),

@@ -11,13 +11,14 @@ from deepseek.generate import Engine
 from deepseek.serve.api.metrics import Metrics
 from deepseek.serve.audit import Auditor
 from deepseek.serve.automatic import Asked, Values, choose_values
-from deepseek.serve.core.drafting import PromptLookup
+from deepseek.serve.core.drafting import Drafter, PromptLookup
 from deepseek.serve.core.pages import PagePool
 from deepseek.serve.core.scheduler import Scheduler, SchedulerConfig
 from deepseek.serve.executor import Matcher
 from deepseek.serve.generation import Grammar
 from deepseek.serve.runtime.engine_executor import EngineExecutor
 from deepseek.serve.runtime.grammar import Grammars
+from deepseek.serve.runtime.model_drafter import ModelDrafter
 from deepseek.serve.service import Service
 from deepseek.serve.telemetry import Telemetry
 
@@ -28,6 +29,7 @@ def build_service(
     *,
     model: str,
     guesses: bool = True,
+    draft: Engine | None = None,
     audit_every: int | None = None,
     reference: Engine | None = None,
     price_per_hour: float | None = None,
@@ -38,7 +40,8 @@ def build_service(
         engine: with a tokenizer.
         asked: values that the user gave.
         model: its name in the metrics.
-        guesses: guess ahead by what the text said before, where that pays.
+        guesses: guess ahead where that pays.
+        draft: a small model that guesses; None for what the text said before.
         audit_every: read one answer in so many again; None for none.
         reference: computes the audits; None for `engine`.
         price_per_hour: of the machine.
@@ -60,7 +63,10 @@ def build_service(
         max_waiting=values.max_waiting.value,
     )
     pool = PagePool(executor.num_pages, executor.page_size)
-    scheduler = Scheduler(config, pool, PromptLookup() if guesses else None)
+    drafter: Drafter = PromptLookup()
+    if draft is not None:
+        drafter = ModelDrafter(draft, config.context, engine.config.vocab_size)
+    scheduler = Scheduler(config, pool, drafter if guesses else None)
     metrics = Metrics(model)
     telemetry = Telemetry(metrics, scheduler, price_per_hour=price_per_hour)
     auditor = None

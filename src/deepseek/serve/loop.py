@@ -183,9 +183,10 @@ class EngineLoop:
             if request.finish_reason == "deadline"
         ]
         if step.work:
+            planned_s = self._clock()
             results = self.executor.execute(step.work)
             end_s = self._clock()
-            given += self._commit(step, results, end_s)
+            given += self._commit(step, results, end_s, end_s - planned_s)
             if self._on_step is not None:
                 self._on_step(step, end_s - start_s)
         if given:
@@ -240,7 +241,9 @@ class EngineLoop:
         self.executor.close(request.id)
         return ticket
 
-    def _commit(self, step: Step, results: Sequence[Result], now_s: float) -> list[Delivery]:
+    def _commit(
+        self, step: Step, results: Sequence[Result], now_s: float, computed_s: float
+    ) -> list[Delivery]:
         given: list[Delivery] = []
         chosen: list[list[int]] = []
         reasons: list[FinishReason | None] = []
@@ -250,7 +253,7 @@ class EngineLoop:
             reasons.append(output.finish_reason)
             if output.tokens or output.finish_reason or output.prompt_logprobs:
                 given.append((self._under_way[work.request.id], output))
-        self.scheduler.commit(step, chosen, reasons, now_s)
+        self.scheduler.commit(step, chosen, reasons, now_s, computed_s)
         for work, reason in zip(step.work, reasons, strict=True):
             if reason is not None:
                 self._end(work.request)

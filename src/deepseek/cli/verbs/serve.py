@@ -64,6 +64,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--step-tokens", type=positive, help="most tokens of a step")
     group.add_argument("--no-guesses", action="store_true", help="do not guess tokens ahead")
     group.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a small model of the same tokenizer that guesses ahead (what the text said before)",
+    )
+    group.add_argument(
         "--audit", type=positive, metavar="N", help="read one answer in N again, and compare"
     )
     group.add_argument(
@@ -84,7 +89,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     except ImportError as error:
         raise missing_extra("fastapi", "serve", "to serve over HTTP") from error
     _check_host(args)
-    engine = _engine(args, out, args.scheme)
+    engine = _engine(args, out, args.model, args.scheme)
     service, values = _service(args, engine, out)
     if args.explain:
         return _explain(values, out)
@@ -99,10 +104,10 @@ def _check_host(args: argparse.Namespace) -> None:
         raise ConfigError(describe("--host", "deepseek serve", must, args.host, step))
 
 
-def _engine(args: argparse.Namespace, out: Output, scheme: str | None) -> Engine:
+def _engine(args: argparse.Namespace, out: Output, model: str, scheme: str | None) -> Engine:
     from deepseek.face import load_engine
 
-    name = ready(args.model, out)
+    name = ready(model, out)
     with out.progress() as progress:
         engine = load_engine(
             name,
@@ -114,8 +119,8 @@ def _engine(args: argparse.Namespace, out: Output, scheme: str | None) -> Engine
         )
     if engine is None:
         must = "one that the engine runs"
-        step = f"See why not: deepseek explain {args.model}"
-        raise ConfigError(describe("MODEL", "deepseek serve", must, args.model, step))
+        step = f"See why not: deepseek explain {model}"
+        raise ConfigError(describe("MODEL", "deepseek serve", must, model, step))
     return engine
 
 
@@ -129,14 +134,17 @@ def _service(args: argparse.Namespace, engine: Engine, out: Output) -> tuple[Ser
         step_tokens=args.step_tokens,
         max_waiting=args.max_waiting,
     )
-    reference = None
+    reference = draft = None
     if args.audit and args.audit_scheme and not args.explain:
-        reference = _engine(args, out, args.audit_scheme)
+        reference = _engine(args, out, args.model, args.audit_scheme)
+    if args.draft is not None and not args.explain:
+        draft = _engine(args, out, args.draft, args.scheme)
     return build_service(
         engine,
         asked,
         model=args.name or args.model,
         guesses=not args.no_guesses,
+        draft=draft,
         audit_every=args.audit,
         reference=reference,
         price_per_hour=args.price_per_hour,

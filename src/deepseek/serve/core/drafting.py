@@ -15,6 +15,11 @@ from deepseek.serve.core.request import Request
 class Drafter(Protocol):
     """Guesses how a text goes on."""
 
+    @property
+    def guess_s(self) -> float:
+        """Seconds that one guess costs before it is checked."""
+        ...
+
     def draft(self, request: Request, most: int) -> Sequence[int]:
         """Return at most `most` guesses of the tokens behind `request.tokens`, or none."""
         ...
@@ -51,6 +56,9 @@ class PromptLookup:
         self.max_ngram = max_ngram
         self.min_ngram = min_ngram
         self._texts: dict[str, _Index] = {}
+
+    guess_s = 0.0
+    """A look-up costs nothing beside a step."""
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -129,9 +137,9 @@ class DraftControl:
 
     The i-th guess is of use if it and all before it are right: with probability p**i, where p is
     the measured share of guesses that were. It is worth its cost while the tokens per second of the
-    step grow by it: p**i / token_s > num_tokens / step_s. So a step that is memory-bound, with one
-    row, takes many, and a full one takes none. Where p is too low, a single guess is tried from
-    time to time, ever more seldom while these fail.
+    step grow by it: p**i / (token_s + guess_s) > num_tokens / step_s. So a step that is
+    memory-bound, with one row, takes many, and a full one takes none. Where p is too low, a single
+    guess is tried from time to time, ever more seldom while these fail.
     """
 
     def __init__(self, cost: CostModel, max_drafts: int) -> None:
@@ -144,12 +152,18 @@ class DraftControl:
     def __len__(self) -> int:
         return len(self._records)
 
-    def most(self, request: Request, num_tokens: int) -> int:
-        """Return how many guesses a request may have in a step of so many tokens otherwise."""
+    def most(self, request: Request, num_tokens: int, guess_s: float = 0.0) -> int:
+        """Return how many guesses a request may have in a step of so many tokens otherwise.
+
+        Args:
+            request: that would have them.
+            num_tokens: of the step without them.
+            guess_s: seconds that making one costs.
+        """
         if self._max_drafts < 1:
             return 0
         record = self._records.setdefault(request.id, _Record())
-        price = self.price(num_tokens)
+        price = self.price(num_tokens, guess_s)
         acceptance = self.acceptance(request)
         if acceptance > price:
             return min(self._max_drafts, _longest(acceptance, price))
@@ -157,12 +171,13 @@ class DraftControl:
         is_probe = price < PROBE_LIMIT and record.steps_idle >= record.probe_steps
         return 1 if is_probe else 0
 
-    def price(self, num_tokens: int) -> float:
+    def price(self, num_tokens: int, guess_s: float = 0.0) -> float:
         """Return the least probability of being right at which one more guess pays in a step of so
         many tokens. While the costs are unknown, only a request that is alone may try."""
         if not self._cost.is_ready:
             return FIRST_PRICE if num_tokens == 1 else 1.0
-        return MARGIN * self._cost.token_s * num_tokens / self._cost.seconds(num_tokens)
+        guess_s += self._cost.token_s
+        return MARGIN * guess_s * num_tokens / self._cost.seconds(num_tokens)
 
     def acceptance(self, request: Request) -> float:
         """Return the probability that a guess for a request is right, if those before it are."""

@@ -74,7 +74,7 @@ class StepPlan:
                 continue
             room = (len(request.pages) + self._pool.num_free) * self._pool.page_size
             most = min(
-                control.most(request, num_tokens),
+                control.most(request, num_tokens, drafter.guess_s),
                 self.budget,
                 request.max_tokens - request.num_chosen - 1,
                 context - len(request.tokens) - 1,

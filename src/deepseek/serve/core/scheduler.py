@@ -204,6 +204,7 @@ class Scheduler:
         chosen: Sequence[Sequence[int]],
         finish: Sequence[FinishReason | None],
         now_s: float,
+        computed_s: float | None = None,
     ) -> tuple[Request, ...]:
         """Take what a step gave; return the requests that it finished.
 
@@ -214,6 +215,7 @@ class Scheduler:
             finish: for each work why its request ends with these tokens, or None. That as many
                 tokens were chosen as were asked for, or the context is full, is found here.
             now_s: time at which the step was done.
+            computed_s: seconds that computing it took; None for all since it was planned.
 
         Raises:
             VerifyError: it is another step, or `chosen` cannot belong to it.
@@ -225,7 +227,8 @@ class Scheduler:
             return ()
         _check_chosen(step, chosen, finish)
         self._planned = None
-        self.cost.observe(step.num_tokens, now_s - planned.start_s)
+        took_s = now_s - planned.start_s if computed_s is None else computed_s
+        self.cost.observe(step.num_tokens, took_s)
         finished: list[Request] = []
         for entry, work, tokens, reason in zip(
             planned.entries, step.work, chosen, finish, strict=True

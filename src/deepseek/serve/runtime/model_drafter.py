@@ -32,12 +32,16 @@ class ModelDrafter:
     Args:
         engine: of the small model.
         context: most tokens of a text.
+        vocab_size: of the large model.
 
     Raises:
-        ConfigError: the small model's context is shorter.
+        ConfigError: the small model's context is shorter, or it has other token ids.
     """
 
-    def __init__(self, engine: Engine, context: int) -> None:
+    def __init__(self, engine: Engine, context: int, vocab_size: int) -> None:
+        if engine.config.vocab_size != vocab_size:
+            must = f"one of the same {vocab_size} token ids"
+            raise ConfigError(describe("--draft", "deepseek serve", must, engine.config.vocab_size))
         if engine.config.max_positions < context:
             must = f"one of at least {context} tokens of context"
             got = f"{engine.config.max_positions} tokens"
