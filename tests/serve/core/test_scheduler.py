@@ -204,13 +204,13 @@ def test_people_are_not_blocked_by_batch_work() -> None:
 
 def test_long_prompts_of_batch_work_do_not_hold_up_people() -> None:
     sim = Simulation(num_pages=40, max_step_tokens=8)
-    sim.add(text(500, 35), 1, tenant="busy")
-    sim.run()
-    sim.add(text(600, 1), 30, tenant="busy", id="long")
-    sim.add(text(0, 30), priority=10, tenant="quiet", id="batch")
+    sim.add(text(0, 30), priority=10, tenant="served little")
     sim.step()
-    sim.add(text(100, 7), tenant="busy", id="person")
-    assert counts(sim.step()) == {"long": 1, "person": 7}
+    before = sim.add(text(500, 39), 1, tenant="served much")
+    while before.phase is not Phase.FINISHED:
+        sim.step()
+    person = sim.add(text(100, 8), tenant="served much")
+    assert counts(sim.step()) == {person.id: 8}
 
 
 def test_equal_priority_turns_nobody_back_for_a_place() -> None:
@@ -344,6 +344,14 @@ def test_pages_of_a_bad_request_are_not_found(reason: str) -> None:
     again = sim.add(text(0, 16), 1)
     sim.run()
     assert again.num_cached == 0
+
+
+def test_distrust_while_waiting() -> None:
+    sim = Simulation()
+    bad = sim.add(text(0, 12), 9)
+    sim.scheduler.distrust(bad.id)
+    sim.run()
+    assert sim.pool.num_cached == 0
 
 
 def test_distrust_while_running() -> None:
