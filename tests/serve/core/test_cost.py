@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.serve.core.cost import Average, CostModel
@@ -69,6 +69,7 @@ def test_impossible_times_are_left_out(seconds: float) -> None:
     assert (cost.base_s, cost.token_s) == pytest.approx((0.005, 0.0005))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-6, 1e3)), min_size=1, max_size=40))
 def test_costs_are_never_negative(seen: list[tuple[int, float]]) -> None:
     cost = CostModel()

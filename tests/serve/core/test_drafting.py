@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError
@@ -61,6 +61,7 @@ def test_text_goes_on_as_it_did_before(tokens: list[int], guesses: list[int]) ->
     assert PromptLookup().draft(request_of(tokens), 3) == guesses
 
 
+@settings(deadline=None)
 @given(
     tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
     cut=st.integers(1, 60),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import CapacityError, ConfigError, VerifyError
@@ -254,6 +254,7 @@ def test_misses_cost_one_digest_a_page_and_no_comparison() -> None:
         assert num_digests == 20 * (place + 1)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5)), max_size=60))
 def test_eviction_takes_the_oldest_of_the_largest(uses: list[tuple[str, int]]) -> None:
     """Compared with a plain list, oldest first, that is searched in full."""

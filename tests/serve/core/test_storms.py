@@ -109,6 +109,8 @@ class Users:
         assert len(roster.computing) == 0
         assert len(self.sim.scheduler._control) == 0
         assert sum(1 for _ in roster.waiting) == 0
+        assert not roster.share._num_requests
+        assert not roster.share._served
         assert not self.sim.scheduler._entries
 
 

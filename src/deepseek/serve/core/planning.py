@@ -52,7 +52,7 @@ class StepPlan:
                 newcomer is None or turn(runner, share) < turn(newcomer, share)
             ):
                 behind.remove(runner)
-                if runner.is_running and runner not in self._counts:
+                if runner.is_running:
                     self._give(runner)
             elif newcomer is not None:
                 is_open = self._admit(newcomer, held)
