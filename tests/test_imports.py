@@ -35,6 +35,7 @@ NEEDS_EXTRA = {
             "files",
             "keys",
             "migrations.versions.0001_first_tables",
+            "responses",
             "tables",
             "usage",
         )

@@ -13,6 +13,7 @@ along is in `batch_work`.
 from __future__ import annotations
 
 import dataclasses
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
@@ -20,14 +21,15 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from deepseek.errors import ConfigError, describe
+from deepseek.errors import describe
 from deepseek.serve.state.batch_lines import MOST_LINES
-from deepseek.serve.state.errors import NotFoundError, QuotaError
+from deepseek.serve.state.errors import NotFoundError, QuotaError, RequestError
 from deepseek.serve.state.files import DAY_S, UNFINISHED, FileStore, check_ttl
 from deepseek.serve.state.tables import BatchRow
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 WINDOW = "24h"
+_ID = re.compile(r"batch_[0-9a-f]{32}")
 _TIMES = (
     "in_progress_at",
     "finalizing_at",
@@ -81,24 +83,20 @@ class BatchStore:
             output_ttl_s: when its output files go; by default as other files.
 
         Raises:
-            ConfigError: a value is not one that can be used.
+            RequestError: a value is not one that can be used.
             NotFoundError: the tenant has no such file.
             QuotaError: too many of the tenant's batches are not finished.
         """
         if endpoint not in ENDPOINTS:
-            raise ConfigError(
-                describe("endpoint", "a batch", f"one of {', '.join(ENDPOINTS)}", endpoint)
-            )
+            raise RequestError("endpoint", "a batch", f"one of {', '.join(ENDPOINTS)}", endpoint)
         if completion_window != WINDOW:
-            raise ConfigError(
-                describe("completion_window", "a batch", f"'{WINDOW}'", completion_window)
-            )
+            raise RequestError("completion_window", "a batch", f"'{WINDOW}'", completion_window)
         check_ttl(output_ttl_s)
         note = check_metadata(metadata)
         file = self.files.get(tenant, input_file_id)
         if file.purpose != "batch":
             must = "a file with the purpose 'batch'"
-            raise ConfigError(describe("input_file_id", "a batch", must, file.purpose))
+            raise RequestError("input_file_id", "a batch", must, file.purpose)
         now = int(self.clock())
         row = BatchRow(
             id=f"batch_{secrets.token_hex(16)}",
@@ -148,7 +146,7 @@ class BatchStore:
 
         Raises:
             NotFoundError: the tenant has no such batch.
-            ConfigError: it is finished, or being finished.
+            RequestError: it is finished, or being finished.
         """
         with self.database.write() as session:
             row = _owned(session, tenant, batch_id)
@@ -156,7 +154,7 @@ class BatchStore:
                 row.status, row.cancelling_at = "cancelling", int(self.clock())
             elif row.status not in ("cancelling", "cancelled"):
                 must = "'validating' or 'in_progress' to be cancelled"
-                raise ConfigError(describe("status", f"batch {batch_id}", must, row.status))
+                raise RequestError("status", f"batch {batch_id}", must, row.status)
             return batch_object(row)
 
     def _refuse_too_many(self, session: Session, tenant: str) -> None:
@@ -164,23 +162,24 @@ class BatchStore:
         query = query.where(BatchRow.tenant == tenant, BatchRow.status.in_(UNFINISHED))
         if (count := session.scalar(query) or 0) >= self.limits.unfinished:
             must, step = f"at most {self.limits.unfinished}", "Wait until one is finished"
-            raise QuotaError(describe("number", "your unfinished batches", must, count + 1, step))
+            message = describe("number", "your unfinished batches", must, count + 1, step)
+            raise QuotaError(message, is_passing=True)
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> dict[str, str] | None:
     """Return metadata that keep OpenAI's bounds.
 
     Raises:
-        ConfigError: more than 16 pairs, a key over 64 or a value over 512 characters.
+        RequestError: more than 16 pairs, a key over 64 or a value over 512 characters.
     """
     if metadata is None:
         return None
     if len(metadata) > 16:
-        raise ConfigError(describe("metadata", "the request", "at most 16 pairs", len(metadata)))
+        raise RequestError("metadata", "the request", "at most 16 pairs", len(metadata))
     for key, value in metadata.items():
         if not 1 <= len(key) <= 64 or len(value) > 512:
             must = "keys of 1 to 64 and values of at most 512 characters"
-            raise ConfigError(describe("metadata", "the request", must, {key: value}))
+            raise RequestError("metadata", "the request", must, {key: value})
     return dict(metadata)
 
 
@@ -206,8 +205,10 @@ def batch_object(row: BatchRow) -> dict[str, Any]:
 
 
 def _owned(session: Session, tenant: str, batch_id: str) -> BatchRow:
-    query = select(BatchRow).where(BatchRow.id == batch_id[:64], BatchRow.tenant == tenant)
-    row = session.scalar(query)
-    if row is None or row.id != batch_id:
+    row = None
+    if _ID.fullmatch(batch_id):
+        query = select(BatchRow).where(BatchRow.id == batch_id, BatchRow.tenant == tenant)
+        row = session.scalar(query)
+    if row is None:
         raise NotFoundError("batch", batch_id)
     return row

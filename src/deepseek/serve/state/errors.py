@@ -1,8 +1,19 @@
-"""What the stores refuse, beside a setting that cannot be used (ConfigError)."""
+"""What the stores refuse because of what a client asks; other errors are the server's trouble."""
 
 from __future__ import annotations
 
-from deepseek.errors import CapacityError, ConfigError
+from typing import Any
+
+from deepseek.errors import CapacityError, ConfigError, describe
+
+
+class RequestError(ConfigError):
+    """A value in a request is not one that can be used."""
+
+    def __init__(self, param: str, owner: str, must: str, got: Any, next_step: str = "") -> None:
+        """Say what is wrong as `deepseek.errors.describe` does; `param` is the field."""
+        super().__init__(describe(param, owner, must, got, next_step))
+        self.param = param
 
 
 class NotFoundError(ConfigError):
@@ -15,3 +26,8 @@ class NotFoundError(ConfigError):
 
 class QuotaError(CapacityError):
     """A tenant, or all of them together, would hold more than they may."""
+
+    def __init__(self, message: str, *, is_passing: bool = False) -> None:
+        """Say what is full, and whether waiting helps."""
+        super().__init__(message)
+        self.is_passing = is_passing

@@ -17,10 +17,10 @@ from typing import Any, Literal
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from deepseek.errors import ConfigError, describe
+from deepseek.errors import describe
 from deepseek.serve.state.contents import ContentFolder, Staged
 from deepseek.serve.state.database import Database
-from deepseek.serve.state.errors import NotFoundError, QuotaError
+from deepseek.serve.state.errors import NotFoundError, QuotaError, RequestError
 from deepseek.serve.state.tables import BatchRow, FileRow
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
@@ -116,13 +116,11 @@ class FileStore:
             ttl_s: when it goes, from 1 hour to 30 days from now; by default as the limits say.
 
         Raises:
-            ConfigError: the purpose or the time is not one that can be used.
+            RequestError: the purpose or the time is not one that can be used.
             QuotaError: it is too large, or the tenant or the server has no room for it.
         """
         if purpose not in PURPOSES:
-            raise ConfigError(
-                describe("purpose", "a file", f"one of {', '.join(PURPOSES)}", purpose)
-            )
+            raise RequestError("purpose", "a file", f"one of {', '.join(PURPOSES)}", purpose)
         check_ttl(ttl_s)
         self.sweep()
         bounded = self._bounded(tenant, content)
@@ -298,11 +296,11 @@ def check_ttl(ttl_s: int | None) -> None:
     """Refuse a time to live that OpenAI does not allow.
 
     Raises:
-        ConfigError: it is not from 1 hour to 30 days.
+        RequestError: it is not from 1 hour to 30 days.
     """
     if ttl_s is not None and not SHORTEST_TTL_S <= ttl_s <= LONGEST_TTL_S:
         must = f"from {SHORTEST_TTL_S} to {LONGEST_TTL_S}"
-        raise ConfigError(describe("expires_after.seconds", "a file", must, ttl_s))
+        raise RequestError("expires_after.seconds", "a file", must, ttl_s)
 
 
 def _shown_name(filename: str) -> str:
