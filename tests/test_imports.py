@@ -40,6 +40,14 @@ NEEDS_EXTRA = {
             "usage",
         )
     },
+    **{
+        f"deepseek.serve.responses.{name}": "pydantic"
+        for name in ("answer", "chat", "events", "items", "request")
+    },
+    **{
+        f"deepseek.serve.api.{name}": "fastapi"
+        for name in ("errors", "routes_batches", "routes_files", "routes_responses", "uploads")
+    },
     "deepseek.serve.state.database": "alembic",
     "deepseek.serve.state.migrations.env": "alembic",
 }

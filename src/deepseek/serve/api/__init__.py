@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's routes over the engine and the stores."""
