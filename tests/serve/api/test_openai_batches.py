@@ -50,7 +50,7 @@ def address(store: BatchStore) -> Iterator[str]:
 def client(address: str, request: pytest.FixtureRequest) -> Iterator[OpenAI]:
     """A client that is a tenant of its own."""
     with OpenAI(
-        base_url=f"{address}/v1", api_key=request.node.name[:100], max_retries=0, timeout=10
+        base_url=f"{address}/v1", api_key=request.node.name[:100], max_retries=0, timeout=30
     ) as made:
         yield made
 
@@ -92,7 +92,7 @@ def strictly(value: Any, kind: Any) -> Any:
 
 
 def ended(client: OpenAI, batch_id: str) -> Batch:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:
         batch = strictly(client.batches.retrieve(batch_id), Batch)
         if batch.status in ("completed", "failed", "cancelled", "expired"):
@@ -145,7 +145,7 @@ def test_too_large_a_file_is_refused(client: OpenAI, store: BatchStore) -> None:
 
 
 def test_an_endless_upload_is_cut_off(address: str) -> None:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", "/v1/files")
     connection.putheader("authorization", "Bearer endless")
     connection.putheader("content-type", "multipart/form-data; boundary=b")
@@ -175,7 +175,7 @@ def test_an_endless_upload_is_cut_off(address: str) -> None:
     ],
 )
 def test_bad_forms_are_told_in_openais_form(address: str, body: bytes, kind: str) -> None:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     connection.request(
         "POST", "/v1/files", body, {"authorization": "Bearer x", "content-type": kind}
     )
@@ -186,7 +186,7 @@ def test_bad_forms_are_told_in_openais_form(address: str, body: bytes, kind: str
 
 
 def test_nobody_uploads_without_a_key(address: str) -> None:
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=10)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", "/v1/files")
     connection.putheader("content-type", "multipart/form-data; boundary=b")
     connection.putheader("content-length", "50000")

@@ -13,6 +13,7 @@ from deepseek.serve.state.batches import BatchLimits, BatchStore, check_metadata
 from deepseek.serve.state.database import Database
 from deepseek.serve.state.errors import NotFoundError, QuotaError
 from deepseek.serve.state.files import DAY_S, FileLimits, FileStore
+from deepseek.serve.state.tables import LineRow
 from tests.serve.state.batches import CHAT, put_batch, results
 from tests.serve.state.clock import Clock
 
@@ -69,6 +70,10 @@ def test_a_batch_from_beginning_to_end(store: BatchStore, work: BatchWork, clock
     file = store.files.get("a", done["output_file_id"])
     assert file.purpose == "batch_output" and file.filename == f"{batch_id}_output.jsonl"
     assert work.active() == []
+    with store.database.read() as session:
+        assert session.query(LineRow).count() == 0
+        held = sum(one.size_bytes for one in store.files.list("a")[0])
+        assert store.files.total_bytes(session) == held, "nothing is counted twice"
 
 
 def test_a_line_has_one_result(store: BatchStore, work: BatchWork) -> None:
@@ -109,6 +114,7 @@ def test_a_kill_between_file_and_status_leaves_the_batch_to_be_finished(
             work.settle(batch_id)
     assert store.get("a", batch_id)["status"] == "finalizing"
     assert len(store.files.list("a")[0]) == 1
+    assert len(list(store.files.contents.path("").iterdir())) == 1
     work.settle(batch_id)
     assert list(results(store, "a", batch_id, "output")) == ["one"]
 

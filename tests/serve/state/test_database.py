@@ -136,6 +136,17 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
         open_database(path)
 
 
+def test_damage_that_nobody_has_met_yet_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    open_database(path).close()
+    with path.open("r+b") as file:
+        # The number of free pages, of which there are none.
+        file.seek(36)
+        file.write((5).to_bytes(4, "big"))
+    with pytest.raises(FormatError, match=r"an undamaged database; got .*freelist"):
+        open_database(path)
+
+
 def test_a_locked_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     open_database(path).close()
