@@ -185,13 +185,17 @@ def test_bad_forms_are_told_in_openais_form(address: str, body: bytes, kind: str
     connection.close()
 
 
-def test_nobody_uploads_without_a_key(address: str) -> None:
+@pytest.mark.parametrize(("key", "size", "status"), [("wrong", 50_000, 401), ("x", 10**12, 413)])
+def test_uploads_are_refused_before_they_are_sent(
+    address: str, key: str, size: int, status: int
+) -> None:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
     connection.putrequest("POST", "/v1/files")
-    connection.putheader("content-type", "multipart/form-data; boundary=b")
-    connection.putheader("content-length", "50000")
+    connection.putheader("authorization", f"Bearer {key}")
+    connection.putheader("content-type", FORM)
+    connection.putheader("content-length", f"{size}")
     connection.endheaders()
-    assert connection.getresponse().status == 401, "before anything of the body was sent"
+    assert connection.getresponse().status == status
     connection.close()
 
 

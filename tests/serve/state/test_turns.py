@@ -40,6 +40,7 @@ def test_refusals_double_the_wait_and_success_ends_it() -> None:
         assert turns.order(["a", "b"], now + wait_s - 0.01) == ["b"]
         assert set(turns.order(["a", "b"], now + wait_s)) == {"a", "b"}
     turns.accept("a")
+    assert turns.order(["a"], 40) == ["a"]
     turns.refuse("a", 100)
     assert turns.order(["a"], 101) == ["a"]
 

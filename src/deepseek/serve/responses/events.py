@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from deepseek.serve.responses.answer import (
@@ -28,7 +28,7 @@ async def response_events(
     response: Mapping[str, Any],
     chunks: AsyncGenerator[Mapping[str, Any]],
     save: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event]:
     """Yield the events of a response, numbered from 0.
 
     Args:
