@@ -15,7 +15,10 @@ import pytest
 REQUIRE_MODELS = "DEEPSEEK_REQUIRE_MODELS"
 """Continuous integration sets it: there a model that cannot be fetched is a failure, not a skip."""
 
-KEPT_SETTINGS = frozenset({"DEEPSEEK_HOME", REQUIRE_MODELS})
+TEST_POSTGRES = "DEEPSEEK_TEST_POSTGRES"
+"""URL of an empty PostgreSQL database for the tests, where Debian's server is not installed."""
+
+KEPT_SETTINGS = frozenset({"DEEPSEEK_HOME", REQUIRE_MODELS, TEST_POSTGRES})
 """The store is the user's own, so that models are not fetched again for every run."""
 
 

@@ -15,6 +15,8 @@ from tests.house import PACKAGE, REPO, SOURCE
 IMPORT_NAMES = {
     "lm-eval": "lm_eval",
     "mlflow-skinny": "mlflow",
+    "psycopg[binary]": "psycopg",
+    "python-multipart": "python_multipart",
     "huggingface-hub": "huggingface_hub",
     "pyyaml": "yaml",
     "pre-commit": "pre_commit",
@@ -28,6 +30,26 @@ NEEDS_EXTRA = {
     "deepseek.serve.assembly": "fastapi",
     "deepseek.serve.running": "uvicorn",
     "deepseek.serve.telemetry": "fastapi",
+    **{
+        f"deepseek.serve.state.{name}": "sqlalchemy"
+        for name in (
+            "batch_runner",
+            "batch_work",
+            "batches",
+            "files",
+            "keys",
+            "migrations.versions.0001_first_tables",
+            "responses",
+            "tables",
+            "usage",
+        )
+    },
+    **{
+        f"deepseek.serve.responses.{name}": "pydantic"
+        for name in ("answer", "chat", "events", "items", "request")
+    },
+    "deepseek.serve.state.database": "alembic",
+    "deepseek.serve.state.migrations.env": "alembic",
 }
 """Modules that are useless without an optional package: module -> what it imports."""
 

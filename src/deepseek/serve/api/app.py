@@ -100,8 +100,7 @@ def create_app(
         responses=ERROR_RESPONSES,
         middleware=_guards(settings, keys, quotas, metrics, clock),
     )
-    app.add_exception_handler(HTTPException, _answer_error)
-    app.add_exception_handler(RequestValidationError, _answer_error)
+    add_error_handlers(app)
     for make in (*_ROUTERS, *routers):
         app.include_router(make(service))
     if keys.has_admin:
@@ -132,6 +131,12 @@ def _guards(
         Middleware(Authentication, keys=keys, public_paths=settings.public_paths),
         Middleware(QuotaGuard, quotas=quotas),
     ]
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Let an app answer every error in OpenAI's form."""
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_error)
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

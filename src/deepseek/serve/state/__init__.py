@@ -1,0 +1,1 @@
+"""What outlives the server: keys, usage, files, batches and responses, in SQLite or PostgreSQL."""
