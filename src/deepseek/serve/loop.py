@@ -198,7 +198,11 @@ class EngineLoop:
         )
         self.scheduler.add(ticket.request, now_s)
         ticket.answer = Answer(wanted, self._tokenizer, self.executor.context, ticket.matcher)
-        self.executor.open(ticket.id, wanted, ticket.matcher)
+        try:
+            self.executor.open(ticket.id, wanted, ticket.matcher)
+        except DeepseekError:
+            self.scheduler.cancel(ticket.id)
+            raise
         self._under_way[ticket.id] = ticket
 
     def _drop(self, ticket: Ticket) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from deepseek.data import Tokenizer
@@ -24,6 +25,7 @@ class Service:
         tokenizer: of the model.
         vocab_size: of its logits.
         compile_grammar: gives what follows an answer of a form; called on a thread of its own.
+        resolve_adapter: gives the id of the adapter of a name, as `AdapterRegistry.resolve`.
         on_step: as of `EngineLoop`.
         on_death: called on the event loop if the engine dies.
     """
@@ -36,11 +38,13 @@ class Service:
         tokenizer: Tokenizer,
         vocab_size: int,
         compile_grammar: Callable[[Grammar], Matcher] | None = None,
+        resolve_adapter: Callable[[str], str] | None = None,
         on_step: Callable[[Step, float], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.tokenizer, self.vocab_size, self.context = tokenizer, vocab_size, executor.context
         self._scheduler, self._compile = scheduler, compile_grammar
+        self._resolve_adapter = resolve_adapter
         self._streams: dict[Ticket, asyncio.Queue[Output | Exception]] = {}
         self._events: asyncio.AbstractEventLoop | None = None
         self._on_death = on_death
@@ -78,7 +82,7 @@ class Service:
         """Yield the outputs of an answer as they come. Closing the iterator cancels it.
 
         Raises:
-            ConfigError: the grammar cannot be compiled.
+            ConfigError: the grammar cannot be compiled, or the adapter is not loaded.
             QueueFull: before the first output.
             DeadlineError: before the first output or between two.
             EngineError: at any time.
@@ -88,6 +92,10 @@ class Service:
             if self._compile is None:
                 raise ConfigError("This server gives no answers of a given form")
             matcher = await asyncio.to_thread(self._compile, request.grammar)
+        if request.adapter is not None:
+            if self._resolve_adapter is None:
+                raise ConfigError("This server has no adapters")
+            request = dataclasses.replace(request, adapter=self._resolve_adapter(request.adapter))
         stream: asyncio.Queue[Output | Exception] = asyncio.Queue()
         ticket = self.engine.submit(request, matcher)
         self._streams[ticket] = stream
