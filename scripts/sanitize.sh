@@ -22,8 +22,8 @@ PYTHONPATH=$PWD ASAN_OPTIONS=detect_leaks=0:log_path="$report" \
   UBSAN_OPTIONS=print_stacktrace=1:log_path="$report" \
   LD_PRELOAD=$(g++ -print-file-name=libasan.so):$(g++ -print-file-name=libubsan.so) \
   "$python" -m pytest -p tests.sanitized --numprocesses=2 --durations=3 -q \
-  tests/ops/test_packed_linear.py tests/ops/test_paged_attention.py tests/ops/test_native_sampling.py \
-  tests/ops/test_routed_attention.py tests/ops/test_gated_attention.py tests/generate/test_flat.py \
+  tests/ops/test_packed_linear.py tests/ops/test_low_rank.py tests/ops/test_paged_attention.py \
+  tests/ops/test_native_sampling.py tests/ops/test_routed_attention.py tests/ops/test_gated_attention.py tests/generate/test_flat.py \
   tests/generate/test_gated_engine.py "$@" || status=$?
 for file in "$report".*; do
   test -e "$file" || continue

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from deepseek.errors import BackendError, CapacityError, ConfigError, describe
+from deepseek.generate.adapters import EngineAdapter, pack_adapter
 from deepseek.generate.flat import decoder_program, why_not_flat
 from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
 from deepseek.ops.head_count import HeadCount
+from deepseek.ops.low_rank import LowRankUpdate
 from deepseek.ops.routing import Routing
 from deepseek.ops.scheme import Scheme, Storage
 
@@ -78,6 +80,8 @@ class Engine:
     """Whether its weights were packed before, and only read."""
     routing: Routing | None = None
     """Which blocks attention sees; None for all."""
+    adapters: dict[str, EngineAdapter] = dataclasses.field(default_factory=dict, init=False)
+    """Those that are loaded, by name."""
 
     @property
     def threads(self) -> int:
@@ -88,6 +92,12 @@ class Engine:
     def weight_bytes(self) -> int:
         """Bytes of the packed weights."""
         return self.native.weight_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of all adapters in memory: those that are loaded, and those that were dropped and
+        that somebody still holds."""
+        return self.native.adapter_bytes
 
     @property
     def head_count(self) -> HeadCount:
@@ -125,11 +135,12 @@ class Engine:
         rows: Sequence[int] | np.ndarray,
         page_table: np.ndarray,
         selected: Sequence[int] | np.ndarray,
+        adapters: Sequence[int] | np.ndarray | None = None,
     ) -> np.ndarray:
         """Append tokens to their rows' pages and return logits float32 [selected, vocab].
 
         One step takes tokens of any number of rows: whole prompts, chunks of them and single tokens
-        together. A token's result depends on its own row only, bit by bit.
+        together, of any adapters. A token's result depends on its own row only, bit by bit.
 
         Args:
             pages: of `new_pages`.
@@ -138,6 +149,8 @@ class Engine:
             rows: row of `page_table` of each token.
             page_table: int32 [rows, pages per row].
             selected: places in `tokens` whose logits are wanted.
+            adapters: the number of each token's adapter, `NO_ADAPTER` for none; None for none at
+                all. What a row's pages hold depends on it.
 
         Raises:
             ConfigError: numbers that do not fit together; nothing was computed.
@@ -147,10 +160,39 @@ class Engine:
         table = np.ascontiguousarray(page_table, np.int32)
         arrays = (_int32(tokens), _int32(positions), _int32(rows), table, places)
         try:
-            self.native.run(pages, *arrays, logits)
+            numbers = None if adapters is None else _int32(adapters)
+            self.native.run(pages, *arrays, logits, numbers)
         except ValueError as error:
             raise ConfigError(describe("step", "Engine", "consistent", str(error))) from error
         return logits
+
+    def add_adapter(self, name: str, updates: Mapping[str, LowRankUpdate]) -> EngineAdapter:
+        """Load an adapter under a name, from any thread, while steps run.
+
+        Args:
+            name: one that no loaded adapter has.
+            updates: what each adapted weight's product gains, by the decoder's own names.
+
+        Raises:
+            ConfigError: the name is taken, a weight is not there or takes no adapter (the
+                embedding, the head, routed experts), or a shape does not fit.
+            CapacityError: there is not enough memory.
+        """
+        adapter = pack_adapter(self.native, self.program, name, updates)
+        if self.adapters.setdefault(name, adapter) is not adapter:
+            step = "Drop that one first"
+            raise ConfigError(describe("adapter", "Engine", "loaded under a new name", name, step))
+        return adapter
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget the adapter of a name. Who holds it may use it further; then its memory is given
+        back.
+
+        Raises:
+            ConfigError: there is none of this name.
+        """
+        if self.adapters.pop(name, None) is None:
+            raise ConfigError(describe("adapter", "Engine", "one that is loaded", name))
 
     def turn_back(self, pages: Any, numbers: Sequence[int] | np.ndarray, positions: int) -> None:
         """Move full pages to positions that lie `positions` earlier.

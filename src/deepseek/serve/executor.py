@@ -60,7 +60,11 @@ class Executor(Protocol):
     def open(
         self, request_id: str, generation: GenerationRequest, matcher: Matcher | None = None
     ) -> None:
-        """Make ready for a request."""
+        """Make ready for a request.
+
+        Raises:
+            ConfigError: its adapter is not loaded.
+        """
         ...
 
     def execute(self, work: Sequence[Work]) -> list[Result]:

@@ -51,6 +51,8 @@ class GenerationRequest:
     """The same for the tokens of the prompt."""
     grammar: Grammar | None = None
     adapter: str | None = None
+    """The name of a loaded adapter; the service puts its id in place of it, by which the engine and
+    the cache know it."""
     tenant: str = ""
     priority: int = 0
     """The lower the sooner."""

@@ -226,7 +226,11 @@ class EngineLoop:
             ticket.audited = []
             wanted = dataclasses.replace(wanted, logprobs=max(wanted.logprobs or 0, NUM_TOP))
         ticket.answer = Answer(wanted, self._tokenizer, self.executor.context, ticket.matcher)
-        self.executor.open(ticket.id, wanted, ticket.matcher)
+        try:
+            self.executor.open(ticket.id, wanted, ticket.matcher)
+        except DeepseekError:
+            self.scheduler.cancel(ticket.id)
+            raise
         self._under_way[ticket.id] = ticket
 
     def _drop(self, ticket: Ticket) -> None:

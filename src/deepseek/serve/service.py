@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ class Service:
         vocab_size: of its logits.
         compile_grammar: gives what follows an answer of a form; called on a thread of its own.
         metrics: what the API and the engine count in; None for the API's own.
+        resolve_adapter: gives the id of the adapter of a name, as `AdapterRegistry.resolve`.
         on_step: as of `EngineLoop`.
         on_death: called on the event loop if the engine dies.
         auditor: as of `EngineLoop`.
@@ -44,6 +46,7 @@ class Service:
         vocab_size: int,
         compile_grammar: Callable[[Grammar], Matcher] | None = None,
         metrics: Metrics | None = None,
+        resolve_adapter: Callable[[str], str] | None = None,
         on_step: Callable[[Step, float], None] | None = None,
         on_death: Callable[[BaseException], None] | None = None,
         auditor: Auditor | None = None,
@@ -51,6 +54,7 @@ class Service:
         self.tokenizer, self.vocab_size, self.context = tokenizer, vocab_size, executor.context
         self.metrics = metrics
         self._scheduler, self._compile = scheduler, compile_grammar
+        self._resolve_adapter = resolve_adapter
         self._streams: dict[Ticket, asyncio.Queue[Output | Exception]] = {}
         self._events: asyncio.AbstractEventLoop | None = None
         self.on_death = on_death
@@ -93,7 +97,7 @@ class Service:
         """Yield the outputs of an answer as they come. Closing the iterator cancels it.
 
         Raises:
-            ConfigError: the grammar cannot be compiled.
+            ConfigError: the grammar cannot be compiled, or the adapter is not loaded.
             QueueFull: before the first output.
             DeadlineError: before the first output or between two.
             EngineError: at any time.
@@ -103,6 +107,10 @@ class Service:
             if self._compile is None:
                 raise ConfigError("This server gives no answers of a given form")
             matcher = await asyncio.to_thread(self._compile, request.grammar)
+        if request.adapter is not None:
+            if self._resolve_adapter is None:
+                raise ConfigError("This server has no adapters")
+            request = dataclasses.replace(request, adapter=self._resolve_adapter(request.adapter))
         stream: asyncio.Queue[Output | Exception] = asyncio.Queue()
         ticket = self.engine.submit(request, matcher)
         self._streams[ticket] = stream

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
@@ -117,7 +118,9 @@ std::pair<uintptr_t, size_t> packed(const Program& program, size_t index) {
 
 void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
          Array<const int32_t> positions, Array<const int32_t> rows, Array<const int32_t> table,
-         Array<const int32_t> selected, Array<float> logits) {
+         Array<const int32_t> selected, Array<float> logits, std::optional<Array<const int32_t>> adapters) {
+  if (adapters && adapters->size() != tokens.size())
+    throw std::invalid_argument("tokens and adapters must have one length");
   if (positions.size() != tokens.size() || rows.size() != tokens.size() || table.ndim() != 2)
     throw std::invalid_argument("tokens, positions and rows must have one length");
   if (logits.size() < selected.size() * size_t(program.shape().vocab))
@@ -130,8 +133,30 @@ void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
     if (rows.data()[i] >= int(table.shape(0))) throw std::invalid_argument("row outside the page table");
   step.selected = selected.data(), step.num_selected = int(selected.size());
   step.logits = logits.data();
+  step.adapters = adapters ? adapters->data() : nullptr;
   nb::gil_scoped_release release;
   program.run(step, pages);
+}
+
+std::pair<int, int> weight_shape(const Program& program, size_t index) {
+  const Weight& w = program.weights().at(index);
+  return {w.n, w.k};
+}
+
+// Of each weight that is adapted: its number, down [rank, k], up [n, rank], scale.
+using GivenMatrix = std::tuple<int, Array<const float>, Array<const float>, float>;
+
+int add_adapter(Program& program, const std::vector<GivenMatrix>& matrices) {
+  std::vector<GivenLowRank> given;
+  for (const auto& [weight, down, up, scale] : matrices) {
+    const Weight& w = program.weights().at(size_t(weight));
+    if (down.ndim() != 2 || up.ndim() != 2 || down.shape(0) != up.shape(1) || int(down.shape(1)) != w.k ||
+        int(up.shape(0)) != w.n)
+      throw std::invalid_argument("an adapter's matrices must be [rank, k] and [n, rank] beside a weight [n, k]");
+    given.push_back({weight, int(down.shape(0)), scale, down.data(), up.data()});
+  }
+  nb::gil_scoped_release release;
+  return program.add_adapter(given);
 }
 
 void turn_back(Program& program, KvPages& pages, Array<const int32_t> numbers, int positions) {
@@ -200,10 +225,15 @@ NB_MODULE(_cpu, m) {
       .def("add_room", &add_room, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"), nb::arg("n"),
            nb::arg("k"), nb::arg("bias").none())
       .def("packed", &packed)
+      .def("weight_shape", &weight_shape)
       .def("add_vector",
            [](Program& p, Array<const float> v) { return p.add_vector(v.data(), int(v.size())); })
       .def("start", &Program::start)
-      .def("run", &run)
+      .def("run", &run, nb::arg("pages"), nb::arg("tokens"), nb::arg("positions"), nb::arg("rows"), nb::arg("table"),
+           nb::arg("selected"), nb::arg("logits"), nb::arg("adapters") = nb::none())
+      .def("add_adapter", &add_adapter, nb::arg("matrices"))
+      .def("drop_adapter", &Program::drop_adapter, nb::arg("number"))
+      .def_prop_ro("adapter_bytes", &Program::adapter_bytes)
       .def("turn_back", &turn_back)
       .def_rw("is_timed", &Program::is_timed)
       .def_ro("seconds", &Program::seconds)

@@ -4,6 +4,7 @@
 #include "peak.h"
 #include "../attention/cpu/pages.h"
 #include "../attention/cpu/choice.h"
+#include "../linear/cpu/low_rank.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
 #include "../sampling/cpu/masses.h"
@@ -28,6 +29,8 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .prepare = prepare,
     .linear = DEEPSEEK_LINEAR,
     .silu_mul = silu_mul,
+    .low_rank_down = low_rank_down,
+    .low_rank_up = low_rank_up,
     .store_kv = store_kv,
     .rope = ::rope,
     .load_queries = load_queries,

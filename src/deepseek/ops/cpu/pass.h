@@ -2,6 +2,8 @@
 #pragma once
 
 #include <array>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "program.h"
@@ -9,9 +11,13 @@
 namespace deepseek {
 
 constexpr int kQueryBlock = 48;       // queries of an attention block
+constexpr int kFewTokens = 2;         // each thread prepares its own inputs: cheaper than to meet
 constexpr int kCounters = 4;          // of an instruction: the phases whose units are shared out
 
-inline size_t aligned(size_t bytes, size_t to = 64) { return (bytes + to - 1) / to * to; }
+// Part `index` of `count` things in `parts` parts of nearly one size.
+inline std::pair<int, int> share(int count, int parts, int index) {
+  return {int(int64_t(count) * index / parts), int(int64_t(count) * (index + 1) / parts)};
+}
 
 struct Program::Pass {
   const Step& step;
@@ -26,6 +32,12 @@ struct Program::Pass {
   std::vector<int> full_pages;  // whose last slots are written, of longer runs
   int last_position = 0;
   size_t score_stride = 0;  // floats of a query's scores of pages
+  // adapters of the step's tokens, with the rows of each: of all tokens, and of those that were picked
+  struct Adapted { std::shared_ptr<const Adapter> adapter; std::vector<int> rows; };
+  std::vector<Adapted> adapted, adapted_picked;
+  const std::vector<Adapted>& adapted_of(const Instruction& in) const {
+    return in.rows == RowSet::all ? adapted : adapted_picked;
+  }
 };
 
 // The thread's memory for attention: softmax states, queries, and what the kernel needs.

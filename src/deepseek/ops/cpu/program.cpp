@@ -1,7 +1,5 @@
 #include "pass.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -19,36 +17,8 @@ constexpr size_t kArenaBytes = 0;     // every weight on its own, so that a read
 constexpr size_t kArenaBytes = size_t(64) << 20;
 #endif
 constexpr int kRowBlock = 32;         // rows of a swiglu tile
-constexpr int kFewTokens = 2;         // each thread prepares its own inputs: cheaper than to meet
-
-// Part `index` of `count` things in `parts` parts of nearly one size.
-std::pair<int, int> share(int count, int parts, int index) {
-  return {int(int64_t(count) * index / parts), int(int64_t(count) * (index + 1) / parts)};
-}
 
 }  // namespace
-
-#if defined(__SANITIZE_ADDRESS__)
-Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64))) {
-  data_ = (uint8_t*)std::aligned_alloc(64, bytes_);
-  std::memset(data_, 0, bytes_);
-}
-
-Memory::~Memory() { std::free(data_); }
-#else
-Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), 4096)) {
-  void* got = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (got == MAP_FAILED) throw std::bad_alloc();
-  data_ = (uint8_t*)got;
-#if defined(MADV_HUGEPAGE)
-  if (bytes_ >= (size_t(8) << 20)) madvise(data_, bytes_, MADV_HUGEPAGE);
-#endif
-}
-
-Memory::~Memory() {
-  if (data_) munmap(data_, bytes_);
-}
-#endif
 
 KvPages::KvPages(Kind kind, const Shape& shape, int pages)
     : num_pages(pages), layers_(shape.layers), most_chosen_(shape.route.most()), has_means_(shape.route.has_means),
@@ -233,6 +203,7 @@ void Program::check(const Step& s, const KvPages& pages) const {
 void Program::run(const Step& step, KvPages& pages) {
   check(step, pages);
   Pass pass{step, pages};
+  if (step.adapters) plan_adapters(pass);
   for (int i = 0; i < step.count;) {
     int stop = i + 1;
     while (stop < step.count && step.rows[stop] == step.rows[i]) ++stop;
@@ -400,11 +371,16 @@ int Program::rows_of(const Pass& pass, const Instruction& in) const {
   return in.rows == RowSet::all ? pass.step.count : pass.step.num_selected;
 }
 
+// The row of the input of a row of an instruction.
+int Program::source_of(const Pass& pass, const Instruction& in, int row) const {
+  return in.rows == RowSet::pick ? pass.step.selected[row] : row;
+}
+
 void Program::copy(Pass& pass, const Instruction& in, int thread) {
   auto [start, stop] = share(rows_of(pass, in), pool_.size(), thread);
   int width = buffers_[in.out].width;
   for (int r = start; r < stop; ++r) {
-    int source = in.rows == RowSet::pick ? pass.step.selected[r] : r;
+    int source = source_of(pass, in, r);
     std::memcpy(buffer(in.out) + size_t(r) * width, buffer(in.in) + size_t(source) * width,
                 width * sizeof(float));
   }
@@ -428,15 +404,21 @@ float* Program::product_scratch(int thread) const {
   return (float*)(thread_scratch(thread) + inputs);
 }
 
-// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel; `out` is row `start`.
-void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop,
-                           int panel, float* tiles, float* out, ptrdiff_t stride) const {
+// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel; `out` is row `start`. With
+// `adapted`, gate and up are those of `in`, and gain what the adapters of the step add.
+void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
+                           float* tiles, float* out, ptrdiff_t stride, const Pass* adapted,
+                           const Instruction& in) const {
   int width = gate.width(panel), columns = std::min(gate.n - panel * kPanel, width);
   float* ups = tiles + kRowBlock * kPanel;
   for (int r = start; r < stop; r += kRowBlock) {
     int end = std::min(stop, r + kRowBlock);
     kernels_.linear(gate, x, r, end, panel, tiles, kPanel, Store::set);
     kernels_.linear(up, x, r, end, panel, ups, kPanel, Store::set);
+    if (adapted) {
+      project_up(*adapted, in, 0, panel, r, end, tiles, kPanel);
+      project_up(*adapted, in, 1, panel, r, end, ups, kPanel);
+    }
     for (int i = r; i < end; ++i) {
       float* values = tiles + (i - r) * kPanel;
       kernels_.silu_mul(values, ups + (i - r) * kPanel, values, width);
@@ -449,7 +431,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   const Weight& w = weights_[in.weights[0]];
   int rows = rows_of(pass, in);
   if (rows == 0) return;
-  bool is_alone = rows <= kFewTokens;
+  bool is_alone = rows <= kFewTokens, has_adapters = is_adapted(pass, in);
   Inputs x = inputs_for(w, is_alone ? 1 + thread : 0);
   float* scratch = product_scratch(thread);
   float* tiles = scratch + aligned(w.k_padded + 64, 16);
@@ -457,10 +439,15 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   int in_width = buffers_[in.in].width;
   auto [first, last] = is_alone ? std::pair{0, rows} : share(rows, pool_.size(), thread);
   for (int r = first; r < last; ++r) {
-    int source = in.rows == RowSet::pick ? pass.step.selected[r] : r;
+    int source = source_of(pass, in, r);
     kernels_.prepare(w, buffer(in.in) + size_t(source) * in_width, norm, shape_.norm_eps, x, r, scratch);
   }
+  if (has_adapters) prepare_adapted(pass, in, thread);
   if (!is_alone) pool_.barrier().wait();
+  if (has_adapters) {
+    project_down(pass, in, thread);
+    pool_.barrier().wait();
+  }
   float* out = in.out < 0 ? pass.step.logits : buffer(in.out);
   ptrdiff_t stride = in.out < 0 ? shape_.vocab : buffers_[in.out].width;
   Store store = in.adds ? Store::add : Store::set;
@@ -471,10 +458,11 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   auto unit = [&](int p) {
     if (in.op == Op::linear) {
       float* target = out;
-      for (int index : in.weights) {
-        const Weight& part = weights_[index];
+      for (int place = 0; place < int(in.weights.size()); ++place) {
+        const Weight& part = weights_[in.weights[place]];
         if (p < part.panels()) {
           kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
+          if (has_adapters) project_up(pass, in, place, p, 0, rows, target + p * kPanel, stride);
           if (in.closes_below >= 0) become_gates(in, rows, p * kPanel, std::min(part.n, (p + 1) * kPanel));
           return;
         }
@@ -482,7 +470,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
       }
       return;
     }
-    swiglu_panel(w, weights_[in.weights[1]], x, 0, rows, p, tiles, out, stride);
+    swiglu_panel(w, weights_[in.weights[1]], x, 0, rows, p, tiles, out, stride, has_adapters ? &pass : nullptr, in);
   };
   if (rows < 16) {
     auto [start, stop] = share(panels, pool_.size(), thread);
@@ -723,7 +711,7 @@ void Program::experts(Pass& pass, const Instruction& in, int index, int thread) 
   };
   each_panel(gate.panels(), counters_[kCounters * index], [&](int expert, int panel, int start, int stop) {
     swiglu_panel(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop,
-                 panel, tiles, hidden + size_t(start) * down.k, down.k);
+                 panel, tiles, hidden + size_t(start) * down.k, down.k, nullptr, in);
   });
   pool_.barrier().wait();
 

@@ -9,27 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "adapters.h"
+#include "memory.h"
 #include "pool.h"
 #include "types.h"
 
 namespace deepseek {
-
-// Memory of one allocation, aligned for vectors and huge pages where the system gives them.
-class Memory {
- public:
-  Memory() = default;
-  explicit Memory(size_t bytes);
-  ~Memory();
-  Memory(Memory&& other) noexcept { swap(other); }
-  Memory& operator=(Memory&& other) noexcept { swap(other); return *this; }
-  uint8_t* data() const { return data_; }
-  size_t bytes() const { return bytes_; }
-
- private:
-  void swap(Memory& other) { std::swap(data_, other.data_); std::swap(bytes_, other.bytes_); }
-  uint8_t* data_ = nullptr;
-  size_t bytes_ = 0;
-};
 
 enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4, copy = 5 };
 
@@ -94,6 +79,7 @@ struct Step {
   const int32_t* selected = nullptr;     // tokens whose logits are wanted
   int num_selected = 0;
   float* logits = nullptr;               // [num_selected][vocab]
+  const int32_t* adapters = nullptr;     // number of each token's adapter, -1 for none; null: none has one
 };
 
 class KvPages {
@@ -156,6 +142,11 @@ class Program {
   int add_vector(const float* values, int count);
   void start();  // after the last weight
 
+  // Adapters come and go at any time, from any thread: a step that has begun keeps those of its tokens.
+  int add_adapter(const std::vector<GivenLowRank>& matrices);
+  void drop_adapter(int number) { adapters_.drop(number); }
+  size_t adapter_bytes() const { return adapters_.bytes(); }
+
   void run(const Step& step, KvPages& pages);
   // Moves full pages to positions that lie `positions` earlier.
   void turn_back(KvPages& pages, const int32_t* numbers, int count, int positions);
@@ -200,6 +191,7 @@ class Program {
   struct AttendMemory;
 
   int rows_of(const Pass& pass, const Instruction& in) const;
+  int source_of(const Pass& pass, const Instruction& in, int row) const;
   float* buffer(int index) const { return (float*)states_.data() + buffers_[index].offset * max_tokens_; }
   void check(const Step& step, const KvPages& pages) const;
   void work(Pass& pass, int thread);
@@ -211,7 +203,7 @@ class Program {
   float gate_of(const Instruction& in, int token, int head) const;
   bool is_closed(const Instruction& in, int token, int head) const { return gate_of(in, token, head) == 0; }
   void swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
-                    float* tiles, float* out, ptrdiff_t stride) const;
+                    float* tiles, float* out, ptrdiff_t stride, const Pass* adapted, const Instruction& in) const;
   void experts(Pass& pass, const Instruction& in, int index, int thread);
   void attend(Pass& pass, const Instruction& in, int index, int thread);
   void attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,
@@ -222,6 +214,16 @@ class Program {
   void write_out(const Instruction& in, int token, int head, const float* sums, float total) const;
   Attend attend_of(const Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
   void plan_blocks(Pass& pass) const;
+  // adapters.cpp: what adapters add to products
+  bool can_adapt(int weight) const;
+  void plan_adapters(Pass& pass);
+  bool is_adapted(const Pass& pass, const Instruction& in) const;
+  float* adapted_input(const Pass& pass, const Instruction& in, int row, int thread) const;
+  float* low_rank_of(int row, int place) const;
+  void prepare_adapted(const Pass& pass, const Instruction& in, int thread) const;
+  void project_down(const Pass& pass, const Instruction& in, int thread) const;
+  void project_up(const Pass& pass, const Instruction& in, int place, int panel, int start, int stop, float* out,
+                  ptrdiff_t stride) const;
   // route.cpp: attention of single tokens, and to chosen pages
   void attend_tokens(Pass& pass, const Instruction& in, int index, int thread);
   void attend_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int part, int thread);
@@ -280,6 +282,9 @@ class Program {
   int max_groups_ = 0, input_rows_ = 0;
   Routing routing_;
   Memory expert_states_;  // hidden, then output, of each place of the routing
+  AdapterTable adapters_;
+  Memory adapted_inputs_, low_rank_;  // of the rows of a step: normed inputs; down x of each weight
+  size_t adapted_width_ = 0, low_rank_width_ = 0, low_rank_places_ = 0;
   std::vector<float> cosines_, sines_;  // [max_tokens][head_dim / 2]
   std::unique_ptr<std::atomic<int>[]> counters_;
   std::atomic<int64_t> gates_{0}, closed_{0};

@@ -23,6 +23,9 @@ constexpr int kMaxQueries = 1024;
 constexpr int kRotation = 64;
 // Channels of a scale, at most.
 constexpr int kMaxGroup = 192;
+// Ranks of an adapter that are computed together, and at most.
+constexpr int kRankBlock = 4;
+constexpr int kMaxRank = 256;
 // Raised whenever the bytes of a packed weight change: files of them are kept between runs.
 constexpr int kLayout = 1;
 
@@ -71,6 +74,18 @@ struct Inputs {
 };
 
 enum class Store : int { set = 0, add = 1 };
+
+// What an adapter adds to the product of a weight [n, k]: scale * up (down x), in float32.
+// Source: Hu et al., "LoRA" (2106.09685), section 4.1; up and down are their B and A.
+struct LowRank {
+  int rank = 0;                 // 0: nothing
+  int k_padded = 0;             // to whole vectors, with zeros
+  float scale = 1.0f;
+  const float* down = nullptr;  // [rank_padded][k_padded]
+  const float* up = nullptr;    // panel after panel [rank][kPanel]
+
+  int rank_padded() const { return (rank + kRankBlock - 1) / kRankBlock * kRankBlock; }
+};
 
 // Keys and values of one KV head in one page, by the type they are stored in:
 //   f32   keys float  [dim][64],           values float  [64][dim]
@@ -130,6 +145,11 @@ struct Kernels {
   void (*linear)(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
                  float* out, ptrdiff_t stride, Store store);
   void (*silu_mul)(const float* gate, const float* up, float* out, int count);
+  // hidden[i] = scale * down x[i] of `count` rows, in kRankBlock ranks from `rank` on.
+  void (*low_rank_down)(const LowRank& a, const float* const* x, float* const* hidden, int count, int rank);
+  // out[i] += up hidden[i] of `count` rows, in the first `columns` columns of a panel.
+  void (*low_rank_up)(const LowRank& a, const float* const* hidden, float* const* out, int count, int panel,
+                      int columns);
   // Attention ---------------------------------------------------------------------------------
   void (*store_kv)(const PageLayout& layout, uint8_t* page, int kv_head, int slot,
                    const float* key, const float* value);

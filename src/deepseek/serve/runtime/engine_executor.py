@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deepseek.errors import CapacityError
+from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.generate import Engine
+from deepseek.generate.adapters import NO_ADAPTER, EngineAdapter
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import kernels
 from deepseek.serve.core.request import Work
@@ -23,6 +24,8 @@ class _Open:
 
     generation: GenerationRequest
     sampler: Sampler
+    adapter: EngineAdapter | None
+    """Held until the request is closed, so that it may be dropped meanwhile."""
     prompt: list[TokenChoice] = dataclasses.field(default_factory=list)
     """The tokens of the prompt behind the first, as far as they have been read."""
 
@@ -58,11 +61,25 @@ class EngineExecutor:
     def open(
         self, request_id: str, generation: GenerationRequest, matcher: Matcher | None = None
     ) -> None:
-        """Make ready for a request."""
+        """Make ready for a request.
+
+        Raises:
+            ConfigError: its adapter is not loaded, or was dropped since it was resolved.
+        """
+        adapter = self._adapter(generation.adapter)
         ends = {*self._end_token_ids, *generation.stop_token_ids}
         vocab_size, isa = self._engine.config.vocab_size, self._engine.instruction_set
         sampler = Sampler(generation, vocab_size, ends, matcher, instruction_set=isa)
-        self._open[request_id] = _Open(generation, sampler)
+        self._open[request_id] = _Open(generation, sampler, adapter)
+
+    def _adapter(self, name: str | None) -> EngineAdapter | None:
+        if name is None:
+            return None
+        adapter = self._engine.adapters.get(name)
+        if adapter is None:
+            step = "It may have been dropped: ask for the list of models"
+            raise ConfigError(describe("adapter", "the request", "one that is loaded", name, step))
+        return adapter
 
     def close(self, request_id: str) -> None:
         """Forget a request; its pages are the scheduler's."""
@@ -79,7 +96,8 @@ class EngineExecutor:
         selected = np.concatenate([start + own for start, own in zip(starts, plan, strict=True)])
         table = _page_table(work)
         positions = np.concatenate(places)
-        logits = self._engine.step(self._pages, tokens, positions, rows, table, selected)
+        adapters = self._adapters(work, counts)
+        logits = self._engine.step(self._pages, tokens, positions, rows, table, selected, adapters)
         isa = self._engine.instruction_set
         largest = kernels().largest(isa, logits) if len(logits) else []
         certainty = kernels().certainty(isa, logits) if len(logits) else []
@@ -89,6 +107,14 @@ class EngineExecutor:
             results.append(self._result(item, logits[part], largest[part], certainty[part]))
             first = part.stop
         return results
+
+    def _adapters(self, work: Sequence[Work], counts: Sequence[int]) -> np.ndarray | None:
+        """Return the number of each token's adapter, None where none has one."""
+        held = [self._open[item.request.id].adapter for item in work]
+        if not any(held):
+            return None
+        numbers = [NO_ADAPTER if each is None else each.number for each in held]
+        return np.repeat(numbers, counts)
 
     def _selected(self, item: Work) -> np.ndarray:
         """Return the places in the work's tokens whose logits are wanted."""
