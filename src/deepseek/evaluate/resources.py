@@ -44,7 +44,7 @@ def track(powercap: Path = POWERCAP) -> Iterator[Usage]:
         powercap: folder of the counters.
     """
     usage = Usage()
-    counters = _EnergyCounters(powercap)
+    counters = EnergyCounters(powercap)
     with _peak_memory(usage):
         energy, wall, cpu = counters.read(), time.perf_counter(), time.process_time()
         try:
@@ -73,10 +73,14 @@ def peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class _EnergyCounters:
-    """RAPL counters of the whole packages (`intel-rapl:N`, used by AMD processors as well)."""
+class EnergyCounters:
+    """RAPL counters of the whole packages (`intel-rapl:N`, used by AMD processors as well).
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the counters; those that cannot be read are left out.
+    """
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
         self.ranges: dict[Path, int] = {}
         for zone in sorted(folder.glob("intel-rapl:*")):
             if zone.name.count(":") != 1:
@@ -86,10 +90,12 @@ class _EnergyCounters:
                 self.ranges[zone] = int((zone / "max_energy_range_uj").read_text())
 
     def read(self) -> dict[Path, int]:
+        """Return the counters in microjoules."""
         return {zone: int((zone / "energy_uj").read_text()) for zone in self.ranges}
 
     def since(self, before: dict[Path, int]) -> float | None:
-        """Return joules since an earlier reading; a counter may have wrapped around once."""
+        """Return joules since an earlier reading, None without counters; each may have wrapped
+        around once."""
         if not before:
             return None
         after = self.read()
