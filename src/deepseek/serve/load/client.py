@@ -1,7 +1,7 @@
 """A user of an OpenAI-compatible server: sends a request, reads the stream, takes the times.
 
-On aiohttp, whose parser is compiled: the generator shares its cores with the server it measures, and
-httpx takes two and a half times the processor time for a piece of an answer (see docs/log.md).
+On aiohttp, whose parser is compiled: the generator shares its cores with the server it measures,
+and httpx takes two and a half times the processor time for a piece of an answer (see docs/log.md).
 Each request has a connection of its own, as separate users have.
 """
 
