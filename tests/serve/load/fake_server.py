@@ -171,9 +171,9 @@ class FakeServer:
 
 
 @contextlib.contextmanager
-def serving(reply: Reply = plain) -> Iterator[FakeServer]:
+def serving(reply: Reply = plain, kind: type[FakeServer] = FakeServer) -> Iterator[FakeServer]:
     """Yield a server that runs in a thread of its own."""
-    server = FakeServer(reply)
+    server = kind(reply)
     started, loop = threading.Event(), asyncio.new_event_loop()
     stop = asyncio.Event()
 
