@@ -110,6 +110,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "--vary": {"choices": VARIES, "help": "how lengths lie about --prompt-tokens, --new-tokens"},
     "--prefix-tokens": {"type": positive, "help": "shared by all prompts of shared-prefix (512)"},
     "--turns": {"type": positive, "help": "of a dialogue (2)"},
+    "--follow-tokens": {"type": positive, "help": "of a dialogue's later turns' prompts (32)"},
     "--hang-up": {"type": share, "metavar": "SHARE", "help": "users who leave amid an answer (0)"},
     "--natural-end": {
         "action": "store_true",
@@ -141,6 +142,7 @@ DEFAULTS: dict[str, Any] = {
     "vary": "fixed",
     "prefix_tokens": 512,
     "turns": 2,
+    "follow_tokens": 32,
     "hang_up": 0.0,
     "natural_end": False,
     "timeout": 600.0,
@@ -282,6 +284,7 @@ def _workload(options: argparse.Namespace) -> Workload:
         vary=options.vary,
         prefix_tokens=options.prefix_tokens,
         turns=options.turns,
+        follow_tokens=options.follow_tokens,
         hang_up_share=options.hang_up,
         seed=options.seed,
         text=read_corpus(Path(files[0])).text if files else "",

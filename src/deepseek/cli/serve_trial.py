@@ -134,6 +134,7 @@ class Trial:
             about["prefix_tokens"] = workload.prefix_tokens
         if workload.kind == "dialogue":
             about["turns"] = workload.turns
+            about["follow_tokens"] = workload.follow_tokens
         if workload.hang_up_share:
             about["hang_up_share"] = workload.hang_up_share
         return about

@@ -27,6 +27,7 @@ workloads = st.builds(
     vary=st.sampled_from(VARIES),
     prefix_tokens=st.integers(1, 30),
     turns=st.integers(1, 4),
+    follow_tokens=st.integers(1, 20),
     hang_up_share=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 5),
 )
@@ -74,6 +75,13 @@ def test_no_prompt_helps_another(kind: str) -> None:
     assert len(systems) == (3 if kind == "shared-prefix" else 1)
     other = list(plan_dialogues(Workload(kind=kind, seed=1)))  # type: ignore[arg-type]
     assert {each.turns[0].text for each in other}.isdisjoint(texts)
+
+
+def test_later_turns_are_as_short_as_is_said() -> None:
+    workload = Workload(kind="dialogue", turns=3, prompt_tokens=100, follow_tokens=5)
+    for each in plan_dialogues(workload):
+        assert [len(turn.text.split()) for turn in each.turns] == [100, 5, 5]
+    assert workload.longest_tokens == 100 + 2 * 5 + 3 * 64
 
 
 def test_what_is_copied_stands_in_the_prompt_twice() -> None:

@@ -53,7 +53,7 @@ class Workload:
     kind: Kind = "random"
     num_dialogues: int = 64
     prompt_tokens: int = 128
-    """Mean tokens of what a user says in a turn."""
+    """Mean tokens of what a user says, in the first turn of a dialogue."""
     new_tokens: int = 64
     """Mean tokens of an answer."""
     vary: Vary = "fixed"
@@ -61,6 +61,8 @@ class Workload:
     """Tokens of the system prompt of `shared-prefix`."""
     turns: int = 2
     """Turns of a `dialogue`."""
+    follow_tokens: int = 32
+    """Mean tokens of what a user says in the later turns of a `dialogue`."""
     hang_up_share: float = 0.0
     """Share of the dialogues whose user is gone before the last answer ends."""
     seed: int = 0
@@ -73,7 +75,8 @@ class Workload:
             if getattr(self, name) not in values:
                 must = f"one of {', '.join(values)}"
                 raise ConfigError(describe(name, "Workload", must, getattr(self, name)))
-        for name in ("num_dialogues", "prompt_tokens", "new_tokens", "prefix_tokens", "turns"):
+        counts = ("num_dialogues", "prompt_tokens", "new_tokens", "prefix_tokens", "turns")
+        for name in (*counts, "follow_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(describe(name, "Workload", "at least 1", getattr(self, name)))
         if not 0 <= self.hang_up_share <= 1:
@@ -88,9 +91,10 @@ class Workload:
         """Most tokens that a prompt and its answer have together, by our count."""
         prompt = Lengths(self.prompt_tokens, self.vary).longest
         answer = Lengths(self.new_tokens, self.vary).longest
-        turns = self.turns if self.kind == "dialogue" else 1
         prefix = self.prefix_tokens if self.kind == "shared-prefix" else 0
-        return prefix + turns * (prompt + answer)
+        later = self.turns - 1 if self.kind == "dialogue" else 0
+        follow = Lengths(self.follow_tokens, self.vary).longest
+        return prefix + prompt + answer + later * (follow + answer)
 
 
 def plan_dialogues(workload: Workload, part: int = 0) -> Iterator[Dialogue]:
@@ -104,18 +108,19 @@ def plan_dialogues(workload: Workload, part: int = 0) -> Iterator[Dialogue]:
     prefix = ""
     if workload.kind == "shared-prefix":
         prefix = _words(_generator(workload, part, "prefix"), workload.prefix_tokens)
-    prompts = Lengths(workload.prompt_tokens, workload.vary)
+    said = [Lengths(workload.prompt_tokens, workload.vary)]
+    if workload.kind == "dialogue":
+        said += [Lengths(workload.follow_tokens, workload.vary)] * (workload.turns - 1)
     answers = Lengths(workload.new_tokens, workload.vary)
-    num_turns = workload.turns if workload.kind == "dialogue" else 1
     given = workload.text.split()
     for number in range(workload.num_dialogues):
         generator = _generator(workload, part, number)
         turns = [
             Turn(
-                text=_prompt(workload.kind, prompts.draw(generator), generator, given),
+                text=_prompt(workload.kind, lengths.draw(generator), generator, given),
                 max_tokens=answers.draw(generator),
             )
-            for _ in range(num_turns)
+            for lengths in said
         ]
         if generator.random() < workload.hang_up_share:
             pieces = generator.randint(0, turns[-1].max_tokens // 2)
