@@ -12,9 +12,9 @@ import torch
 from deepseek import hub
 from deepseek.cli import attention_quality
 from deepseek.cli.attention_contenders import read, routing_of
-from deepseek.cli.attention_kept import Kept
 from deepseek.cli.attention_quality import documents
 from deepseek.cli.attention_speed import exponents
+from deepseek.cli.kept import Kept
 from deepseek.cli.main import main
 from deepseek.errors import ConfigError, FormatError
 from deepseek.evaluate import default_corpus

@@ -44,10 +44,15 @@ OPTIONS: dict[str, dict[str, object]] = {
     "--keep": {
         "type": Path,
         "metavar": "FILE",
-        "help": "for --quality: write what is measured as it is measured, and go on from there",
+        "help": "for --quality, and for serve: write what is measured as it is measured, and go on "
+        "from there",
     },
     "--longest-dense": {"type": positive, "help": "tokens that dense attention reads (16384)"},
-    "--plot": {"type": Path, "metavar": "FILE", "help": "draw seconds over tokens (.svg, .png)"},
+    "--plot": {
+        "type": Path,
+        "metavar": "FILE",
+        "help": "draw seconds over tokens, or over the load of serve (.svg, .png)",
+    },
 }
 """Options of `bench attention` alone; `--repeats` and `--threads` are shared."""
 DEFAULTS: dict[str, object] = {
@@ -97,9 +102,9 @@ def bench_attention(args: argparse.Namespace, out: Output) -> int:
     import torch
 
     from deepseek.cli.attention_contenders import Trial, routing_of
-    from deepseek.cli.attention_kept import Kept
     from deepseek.cli.attention_quality import attention_quality, joined
     from deepseek.cli.attention_speed import attention_speed, draw_speed
+    from deepseek.cli.kept import Kept
     from deepseek.evaluate import default_corpus, read_corpus
 
     corpora = [read_corpus(file) for file in options.text] or [default_corpus()]

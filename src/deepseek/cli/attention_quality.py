@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepseek.cli.attention_contenders import Trial, new_engine, read, routing_of
-from deepseek.cli.attention_kept import Kept
+from deepseek.cli.kept import Kept
 from deepseek.cli.output import Progress
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import copy_accuracy, needle, variable_tracking

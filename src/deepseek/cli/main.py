@@ -34,7 +34,7 @@ VERBS: dict[str, str] = {
     "train": "train a model in stages, exactly, and go on after any stop",
     "adapt": "adapt a model to a domain, to conversations or to preferences",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
-    "bench": "measure speed and memory beside transformers, or what attention costs",
+    "bench": "measure speed and memory beside transformers, what attention costs, or a server",
     "explain": "which kernel runs each operation of a model, and what a step costs",
     "doctor": "what this machine has, and which execution each operation uses",
 }

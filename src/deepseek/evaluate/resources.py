@@ -74,10 +74,13 @@ def peak_rss_bytes() -> int:
 
 
 class EnergyCounters:
-    """RAPL counters of the whole packages (`intel-rapl:N`, used by AMD processors as well)."""
+    """RAPL counters of the whole packages (`intel-rapl:N`, used by AMD processors as well).
 
-    def __init__(self, folder: Path) -> None:
-        """Find the counters in a folder that this process may read; there may be none."""
+    Args:
+        folder: of the counters; those that cannot be read are left out.
+    """
+
+    def __init__(self, folder: Path = POWERCAP) -> None:
         self.ranges: dict[Path, int] = {}
         for zone in sorted(folder.glob("intel-rapl:*")):
             if zone.name.count(":") != 1:
@@ -87,11 +90,12 @@ class EnergyCounters:
                 self.ranges[zone] = int((zone / "max_energy_range_uj").read_text())
 
     def read(self) -> dict[Path, int]:
-        """Return what each counter says now, in microjoules."""
+        """Return the counters in microjoules."""
         return {zone: int((zone / "energy_uj").read_text()) for zone in self.ranges}
 
     def since(self, before: dict[Path, int]) -> float | None:
-        """Return joules since an earlier reading; a counter may have wrapped around once."""
+        """Return joules since an earlier reading, None without counters; each may have wrapped
+        around once."""
         if not before:
             return None
         after = self.read()

@@ -1,6 +1,7 @@
 """Measure speed and memory beside transformers: same weights, dtype, threads and prompt.
 
-With the word attention in the place of MODEL: what routed attention saves, or loses.
+With the word attention in the place of MODEL: what routed attention saves, or loses. With the word
+serve: what users of a server see, ours or any other that speaks OpenAI's API.
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from deepseek.cli.attention_bench import (
 )
 from deepseek.cli.models import add_model_arguments, bundle_of, load_decoder, positive
 from deepseek.cli.output import Output, number
+from deepseek.cli.serve_bench import (
+    WORD as SERVE_WORD,
+)
+from deepseek.cli.serve_bench import (
+    add_serve_options,
+    bench_serve,
+    refuse_serve_options,
+)
 from deepseek.errors import missing_extra
 
 EXAMPLE = "deepseek bench smollm2-135m --dtype bfloat16 --prompt-tokens 512 --new-tokens 64"
@@ -24,8 +33,11 @@ EXAMPLE = "deepseek bench smollm2-135m --dtype bfloat16 --prompt-tokens 512 --ne
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `deepseek bench`."""
     add_model_arguments(parser)
-    attended = "with attention as MODEL: the model whose attention is measured (smollm2-135m)"
-    parser.add_argument("attended", metavar="MODEL", nargs="?", help=attended)
+    attended = (
+        "with attention as MODEL: the model whose attention is measured (smollm2-135m); with "
+        "serve: the address of the server"
+    )
+    parser.add_argument("attended", metavar="MODEL|URL", nargs="?", help=attended)
     parser.add_argument(
         "--prompt-tokens", type=positive, default=128, help="length of the prompt (128)"
     )
@@ -33,11 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=5, help="timed rounds (5)")
     parser.add_argument("--save", action="store_true", help="add the figures to the bundle's card")
     add_attention_options(parser)
+    add_serve_options(parser)
     parser.set_defaults(verb="bench")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
-    """Show both engines' figures and the ratios of the rounds; or what attention costs."""
+    """Show both engines' figures and the ratios of the rounds; or what attention costs, or what a
+    server's users see."""
+    if args.model == SERVE_WORD:
+        return bench_serve(args, out)
+    refuse_serve_options(args)
     if args.model == WORD:
         return bench_attention(args, out)
     refuse_attention_options(args)

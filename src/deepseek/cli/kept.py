@@ -19,12 +19,15 @@ class Kept:
     Args:
         path: the file; it is made, or gone on from. None keeps nothing.
         about: what every figure in it depends on, JSON-ready.
+        owner: the benchmark, as its user calls it.
 
     Raises:
         ConfigError: the file is of another measurement, or of none.
     """
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | None, about: Mapping[str, Any], owner: str = "bench attention"
+    ) -> None:
         self._path = path
         self._found: dict[str, Any] = {}
         if path is None:
@@ -33,12 +36,12 @@ class Kept:
         if lines and not lines[-1].endswith(b"\n"):
             del lines[-1]
         if lines:
-            header, *rest = (_read(line, path) for line in lines)
+            header, *rest = (_read(line, path, owner) for line in lines)
             if header != about:
                 names = [name for name in about if header.get(name) != about[name]]
                 must = f"of the same measurement ({', '.join(names)} differ)"
                 step = "Give another file, or the same options"
-                raise ConfigError(describe("keep", "bench attention", must, str(path), step))
+                raise ConfigError(describe("keep", owner, must, str(path), step))
             self._found = {json.dumps(each["step"]): each["found"] for each in rest}
         path.write_bytes(b"".join(lines))
         if not lines:
@@ -66,13 +69,13 @@ class Kept:
             os.fsync(file.fileno())
 
 
-def _read(line: bytes, path: Path) -> dict[str, Any]:
+def _read(line: bytes, path: Path, owner: str) -> dict[str, Any]:
     try:
         found = json.loads(line)
     except ValueError as error:
         must = "a file that this benchmark wrote"
-        raise FormatError(describe("keep", "bench attention", must, str(path))) from error
+        raise FormatError(describe("keep", owner, must, str(path))) from error
     if not isinstance(found, dict):
         must = "a file that this benchmark wrote"
-        raise FormatError(describe("keep", "bench attention", must, str(path)))
+        raise FormatError(describe("keep", owner, must, str(path)))
     return found
