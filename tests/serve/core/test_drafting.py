@@ -208,9 +208,11 @@ LARGE = {
 
 def test_copying_for_one_user_gains() -> None:
     plain = seconds_of(Simulation(language=copying, **LARGE), 1, 100)
-    drafting = Simulation(language=copying, drafter=PromptLookup(), **LARGE)
+    lookup = PromptLookup()
+    drafting = Simulation(language=copying, drafter=lookup, **LARGE)
     assert plain / seconds_of(drafting, 1, 100) > 1.5
     drafting.assert_nothing_held()
+    assert len(lookup) == 0
     counters = drafting.scheduler.counters
     assert 0 < counters.accepted_tokens <= counters.drafted_tokens
 
@@ -226,6 +228,16 @@ def test_never_a_loss(num_users: int) -> None:
         plain = seconds_of(Simulation(language=language, **LARGE), num_users, 100)
         sim = Simulation(language=language, drafter=PromptLookup(), **LARGE)
         assert plain / seconds_of(sim, num_users, 100) > 0.97
+
+
+def test_guesses_are_given_up_before_anybody_is_turned_back() -> None:
+    """The simulation checks each step; here some have guesses and some turn a request back."""
+    sim = Simulation(language=copying, drafter=PromptLookup(), num_pages=10, max_running=2)
+    for user in range(2):
+        sim.add(range(100 * user, 100 * user + 12), 28)
+    sim.run()
+    assert sim.scheduler.counters.preemptions
+    assert sim.scheduler.counters.drafted_tokens
 
 
 def test_answers_are_the_same_with_guesses() -> None:
