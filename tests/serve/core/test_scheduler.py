@@ -172,7 +172,10 @@ def test_latest_arrival_is_turned_back_when_pages_are_short() -> None:
 def test_nobody_is_admitted_in_place_of_a_better_one_that_was_turned_back() -> None:
     sim = Simulation(num_pages=12, page_size=4)
     first = sim.add(text(0, 14), 20)
-    second = sim.add(text(100, 14), 20)
+    sim.add(text(900, 10), 1, tenant="served more")
+    sim.step()
+    sim.step()
+    second = sim.add(text(100, 14), 20, tenant="served more")
     while sim.pool.num_free or first.num_computed < 4 * len(first.pages):
         sim.step()
     other = sim.add([1], 1, tenant="other")
