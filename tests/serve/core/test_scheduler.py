@@ -169,6 +169,37 @@ def test_latest_arrival_is_turned_back_when_pages_are_short() -> None:
     assert sim.scheduler.counters.preemptions == second.num_preempted
 
 
+def test_nobody_is_admitted_in_place_of_a_better_one_that_was_turned_back() -> None:
+    sim = Simulation(num_pages=12, page_size=4)
+    first = sim.add(text(0, 14), 20)
+    sim.add(text(900, 10), 1, tenant="served more")
+    sim.step()
+    sim.step()
+    second = sim.add(text(100, 14), 20, tenant="served more")
+    while sim.pool.num_free or first.num_computed < 4 * len(first.pages):
+        sim.step()
+    other = sim.add([1], 1, tenant="other")
+    sim.step()
+    assert second.num_preempted == 1
+    assert other.phase is Phase.WAITING
+    sim.step()
+    assert other.phase is Phase.FINISHED
+
+
+def test_cached_pages_that_come_back_into_use_are_not_free() -> None:
+    sim = Simulation(num_pages=6, page_size=4, context=24)
+    sim.add(text(0, 20), 1)
+    sim.run()
+    assert sim.pool.num_cached == 5
+    sim.add([50], 2)
+    sim.step()
+    again = sim.add(text(0, 21), 1)
+    sim.step()
+    assert again.phase is Phase.WAITING
+    sim.step()
+    assert again.num_cached == 20
+
+
 def test_coming_back_is_mostly_a_hit() -> None:
     sim = Simulation(num_pages=12, page_size=2, context=24, max_running=2)
     batch = sim.add(text(0, 9), 10, priority=5)

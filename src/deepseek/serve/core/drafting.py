@@ -196,9 +196,9 @@ class DraftControl:
         record.checked = 0.8 * record.checked + num_checked
         record.steps_idle = 0
         if num_accepted:
-            record.probe_steps = 1
+            record.probe_steps = MIN_PROBE_STEPS
         else:
-            record.probe_steps = min(max(2 * record.probe_steps, MIN_PROBE_STEPS), MAX_PROBE_STEPS)
+            record.probe_steps = min(2 * record.probe_steps, MAX_PROBE_STEPS)
         self._usual.observe(num_accepted / num_checked)
 
     def close(self, request: Request) -> None:

@@ -100,8 +100,7 @@ class StepPlan:
         request = entry.request
         start = request.num_computed
         tokens = (*request.tokens[start : start + count], *request.drafts)
-        pages = request.pages[: self._pool.pages_for(start + len(tokens))]
-        return Work(request, start, tokens, len(request.drafts), tuple(pages))
+        return Work(request, start, tokens, len(request.drafts), tuple(request.pages))
 
     def _give(self, entry: Entry) -> None:
         """Let a running request advance as far as tokens and pages reach."""
