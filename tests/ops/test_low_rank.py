@@ -145,6 +145,17 @@ def test_every_rank(rank: int, isa: str) -> None:
     np.testing.assert_allclose(gained, product.gain(tokens, matrices), rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("op", ["linear", "swiglu"])
+def test_a_step_of_as_many_tokens_as_there_is_room_for(op: str, isa: str) -> None:
+    """The last columns of the last row are the end of the memory."""
+    product = Product(op, [33] if op == "linear" else [33, 33], isa)
+    number = product.program.add_adapter(product.matrices(1, {0: 3}))
+    tokens = [place % TOKENS for place in range(product.program.max_tokens)]
+    found = product.run(tokens, [number] * len(tokens))
+    assert np.array_equal(found[-TOKENS:], product.run(tokens[-TOKENS:], [number] * TOKENS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_rows_of_a_mixed_step_are_as_alone(isa: str, kind: str) -> None:

@@ -212,10 +212,10 @@ def test_limits_of_number_and_bytes(
     tight.load("y")
     tight.drop("y")
     # the file fits by its values alone, not with what the engine needs around them
-    for max_bytes in (held + first.num_bytes - 1, held + first.num_bytes):
-        tight = AdapterRegistry(engine, max_bytes=max_bytes)
+    for spare, words in ((first.num_bytes - 1, "values of"), (first.num_bytes, "all adapters")):
+        tight = AdapterRegistry(engine, max_bytes=held + spare)
         tight.register("y", tmp_path / "two")
-        with pytest.raises(CapacityError):
+        with pytest.raises(CapacityError, match=words):
             tight.load("y")
         assert engine.adapter_bytes == held and tight.loaded() == []
     executor.close("r")
