@@ -323,6 +323,7 @@ def test_what_is_asked_is_what_openai_says() -> None:
 
     body, headers = asyncio.run(run(api_key="secret"))
     assert body.pop("path") == "/v1/completions" and headers["authorization"] == "bearer secret"
+    assert headers["connection"] == "close"  # each user has a connection of its own
     assert body == {
         "model": "fake",
         "prompt": "hello",

@@ -138,3 +138,16 @@ def test_what_is_no_command_is_told(wrong: str) -> None:
 def test_a_program_that_is_not_there_is_told() -> None:
     with pytest.raises(BackendError, match="can be started; got '/no/such/program: No such file"):
         ServerProcess("/no/such/program {port}").__enter__()
+
+
+def test_processor_time_is_of_all_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """User's and system's, of its own and of children that have ended; other sessions' is not."""
+    with ServerProcess(FAKE) as server:
+        assert server._process is not None
+        for place, session in enumerate((server._process.pid, server._process.pid, 1)):
+            folder = tmp_path / str(place)
+            folder.mkdir()
+            rest = f"S 1 1 {session} 0 0 0 0 0 0 0 1 20 300 4000 0 0"
+            (folder / "stat").write_text(f"{place} (a (b) c) {rest}\n")
+        monkeypatch.setattr("deepseek.serve.load.server_process._PROC", tmp_path)
+        assert server.cpu_s() == pytest.approx(2 * 4321 / os.sysconf("SC_CLK_TCK"))

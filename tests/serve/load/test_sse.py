@@ -51,8 +51,10 @@ def test_events_do_not_depend_on_how_they_come(
     assert read(stream[0], cuts) == stream[1]
 
 
-def test_every_byte_alone() -> None:
-    stream = 'data: {"a": "é"}\r\n\r\ndata: one\r\ndata: two\r\n\r\n: x\n'.encode()
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_byte_alone(end: str) -> None:
+    text = 'data: {"a": "é"}||data: one|data: two||: x||'.replace("|", end)
+    stream = f"{text}: the end\n".encode()
     assert read(stream, list(range(len(stream)))) == ['{"a": "é"}', "one\ntwo"]
 
 

@@ -175,6 +175,9 @@ def test_bounds_are_kept_or_not() -> None:
     for name, value in {"ttft": 0.5, "stall": 0.4, "tpot": 0.2, "e2e": 1.1, "itl": 0.37}.items():
         assert meets(one, {name: value + 1e-9}) and not meets(one, {name: value - 1e-3}), name
     assert meets(one, {}) and not meets(failed(0, "x"), {})
+    assert meets(one, {"ttft": 0.5})  # a bound itself is within
+    uneven = answer(0, 0.1, 0.4, 0.1, 0.1)
+    assert not meets(uneven, {"itl": 0.36}) and meets(uneven, {"itl": 0.38})
     assert not meets(one, {"ttft": 1.0, "stall": 0.1})
     assert meets(answer(0, 0.1), {"itl": 0.001, "tpot": 0.001, "stall": 0.001})
 
