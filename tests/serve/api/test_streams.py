@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from deepseek.serve.api import Metrics
 from deepseek.serve.generation import DeadlineError, EngineError, QueueFull
 from tests.serve.api.support import HELLO, Caller, chat, error_of, events, make_app, post, run
 from tests.serve.fakes import FakeGenerator
@@ -50,9 +51,11 @@ def test_attack_24_a_client_that_goes_away_ends_its_answers(stream: bool, at: in
 
 
 def test_attack_24_a_storm_of_disconnects_leaves_nothing() -> None:
-    async def work() -> tuple[FakeGenerator, Any]:
+    metrics = Metrics("tiny")
+
+    async def work() -> FakeGenerator:
         generator = FakeGenerator()
-        app = make_app(generator, limits=None)
+        app = make_app(generator, metrics=metrics)
         callers = [Caller(app, ASK | {"stream": number % 2 == 0, "n": 2}) for number in range(60)]
         tasks = [asyncio.create_task(caller()) for caller in callers]
         for number, caller in enumerate(callers):
@@ -61,10 +64,11 @@ def test_attack_24_a_storm_of_disconnects_leaves_nothing() -> None:
             caller.disconnect()
         await asyncio.gather(*tasks)
         assert len(asyncio.all_tasks()) <= 2  # this one, and sse-starlette's watcher
-        return generator, await asyncio.to_thread(lambda: None)
+        return generator
 
-    generator, _ = run(work())
-    assert generator.running == 0
+    generator = run(work())
+    assert generator.running == 0 and len(generator.requests) > 60
+    assert b'vllm:num_requests_running{model_name="tiny"} 0.0' in metrics.text()
 
 
 def test_attack_18_a_slow_reader_is_dropped() -> None:
