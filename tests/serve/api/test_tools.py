@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from typing import Any
@@ -41,7 +42,7 @@ def pieces(text: str, cuts: list[int], **options: Any) -> tuple[str, list[tuple[
     parser = ToolCallParser(NAMES, **options)
     found = []
     places = [0, *sorted(cuts), len(text)]
-    for start, end in zip(places[:-1], places[1:], strict=True):
+    for start, end in itertools.pairwise(places):
         found += parser.push(text[start:end])
     found += parser.flush()
     content = "".join(piece for piece in found if isinstance(piece, str))

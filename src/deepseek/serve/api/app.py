@@ -12,12 +12,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.types import Scope
 
 from deepseek.records import Event
 from deepseek.serve.api.auth import ADMIN_PREFIX, Authentication, KeyStore, MemoryKeyStore
 from deepseek.serve.api.errors import ERROR_RESPONSES, ApiError, api_error, validation_error
-from deepseek.serve.api.guards import HostGuard, RequestLog, SizeGuard
+from deepseek.serve.api.guards import SLOW_READER, HostGuard, RequestLog, SizeGuard
 from deepseek.serve.api.jobs import Runner
 from deepseek.serve.api.limits import Clock, QuotaGuard, Quotas
 from deepseek.serve.api.logprobs import TokenTexts
@@ -116,8 +115,10 @@ def _guards(
 ) -> list[Middleware]:
     """Return the layers around the routes, outermost first; every one may raise ApiError."""
 
-    def count(scope: Scope, status: int) -> None:
+    def count(status: int, failure: str | None) -> None:
         metrics.observe("deepseek:http_responses", label=f"{status // 100}xx")
+        if failure == SLOW_READER:
+            metrics.observe("deepseek:slow_readers")
 
     return [
         Middleware(RequestLog, clock=clock, on_response=count),
