@@ -106,7 +106,7 @@ def create_app(
     if keys.has_admin:
         for make in admin_routers:
             app.include_router(make(service), prefix=ADMIN_PREFIX)
-    app.openapi = lambda: _document(app)
+    app.openapi = lambda: _document(app, settings.public_paths)
     return app
 
 
@@ -150,7 +150,7 @@ def _plain_error(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, text, code=code, headers=error.headers)
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, public_paths: frozenset[str]) -> dict[str, Any]:
     """Return the OpenAPI document, without the status 422 that FastAPI adds and nobody sends."""
     if app.openapi_schema is None:
         document = get_openapi(
@@ -159,9 +159,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
             description=app.description,
             routes=app.routes,
         )
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if path in public_paths:
+                    operation["security"] = []
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
