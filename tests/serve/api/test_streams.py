@@ -43,11 +43,29 @@ def test_attack_24_a_client_that_goes_away_ends_its_answers(stream: bool, at: in
             await asyncio.sleep(0)
         caller.disconnect()
         await task
+        assert caller.status == (200 if stream and at else 499)
         return generator
 
     generator = run(work())
     assert (generator.running, generator.cancelled) == (0, n)
     assert [event.finish_reason for event in seen] == ["cancelled"] * n
+
+
+def test_attack_24_a_client_that_goes_away_before_its_stream_has_begun() -> None:
+    async def work() -> None:
+        generator = FakeGenerator()
+        caller = Caller(make_app(generator), ASK | {"stream": True})
+
+        async def wait(message: dict[str, Any]) -> None:
+            caller.disconnect()
+            await asyncio.Event().wait()
+
+        caller.on_send = wait
+        await caller()
+        # now, not when the loop ends and closes what was forgotten
+        assert (generator.running, generator.cancelled) == (0, 1)
+
+    run(work())
 
 
 def test_attack_24_a_storm_of_disconnects_leaves_nothing() -> None:
