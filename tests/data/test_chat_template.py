@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from deepseek.data import chat_template
@@ -108,3 +110,37 @@ def test_messages_of_the_caller_stay_as_they_were() -> None:
     template = ChatTemplate("{{ messages[0].content is defined }}")
     assert template.render(messages, add_generation_prompt=True, special_tokens={}) == "False"
     assert messages == [{"role": "user", "content": None}]
+
+
+def test_a_template_says_what_it_looks_at() -> None:
+    template = ChatTemplate("{% if tools %}{{ tools }}{% endif %}{% set x = 1 %}{{ x }}")
+    assert template.takes("tools") and not template.takes("x") and not template.takes("messages")
+    assert not ChatTemplate("{% for tools in messages %}{{ tools }}{% endfor %}").takes("tools")
+
+
+def test_tools_and_options_are_variables() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    template = ChatTemplate("{{ tools | tojson }}{% if enable_thinking is false %}!{% endif %}")
+    text = template.render(
+        MESSAGES,
+        add_generation_prompt=True,
+        special_tokens={},
+        tools=tools,
+        options={"enable_thinking": False},
+    )
+    assert text == json.dumps(tools) + "!"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt", "cycler", "x"])
+def test_options_are_of_a_known_few(name: str) -> None:
+    with pytest.raises(ConfigError, match="options of apply_chat_template must be some of"):
+        ChatTemplate("{{ x }}").render(
+            MESSAGES, add_generation_prompt=True, special_tokens={}, options={name: 1}
+        )
+
+
+def test_a_rendering_has_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", -1.0)
+    with pytest.raises(ConfigError, match=r"it takes more than -1\.0 seconds"):
+        render("{% for i in [1] %}{{ i }}{% endfor %}")
+    assert render("{{ 1 }}") == "1"

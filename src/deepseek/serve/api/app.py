@@ -12,12 +12,11 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import Response
-from starlette.types import Scope
 
 from deepseek.records import Event
 from deepseek.serve.api.auth import ADMIN_PREFIX, Authentication, KeyStore, MemoryKeyStore
 from deepseek.serve.api.errors import ERROR_RESPONSES, ApiError, api_error, validation_error
-from deepseek.serve.api.guards import HostGuard, RequestLog, SizeGuard
+from deepseek.serve.api.guards import SLOW_READER, HostGuard, RequestLog, SizeGuard
 from deepseek.serve.api.jobs import Runner
 from deepseek.serve.api.limits import Clock, QuotaGuard, Quotas
 from deepseek.serve.api.logprobs import TokenTexts
@@ -106,7 +105,7 @@ def create_app(
     if keys.has_admin:
         for make in admin_routers:
             app.include_router(make(service), prefix=ADMIN_PREFIX)
-    app.openapi = lambda: _document(app)
+    app.openapi = lambda: _document(app, settings.public_paths)
     return app
 
 
@@ -115,8 +114,10 @@ def _guards(
 ) -> list[Middleware]:
     """Return the layers around the routes, outermost first; every one may raise ApiError."""
 
-    def count(scope: Scope, status: int) -> None:
+    def count(status: int, failure: str | None) -> None:
         metrics.observe("deepseek:http_responses", label=f"{status // 100}xx")
+        if failure == SLOW_READER:
+            metrics.observe("deepseek:slow_readers")
 
     return [
         Middleware(RequestLog, clock=clock, on_response=count),
@@ -154,7 +155,7 @@ def _plain_error(error: HTTPException) -> ApiError:
     return ApiError(error.status_code, text, code=code, headers=error.headers)
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, public_paths: frozenset[str]) -> dict[str, Any]:
     """Return the OpenAPI document, without the status 422 that FastAPI adds and nobody sends."""
     if app.openapi_schema is None:
         document = get_openapi(
@@ -163,9 +164,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
             description=app.description,
             routes=app.routes,
         )
-        for operations in document["paths"].values():
+        for path, operations in document["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
+                if path in public_paths:
+                    operation["security"] = []
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

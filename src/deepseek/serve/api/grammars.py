@@ -74,10 +74,11 @@ def free_grammar(functions: Sequence[Function]) -> Grammar:
     """
     call = json.dumps(_call_schema(functions))
     lines = [
-        "start: TEXT calls",
+        "start: call* TEXT",
+        # the lexer takes the longest token, so that the text up to a tag must be one with the tag
+        'call: OPENING WS json WS "</tool_call>"',
+        r"OPENING: /(?s:.*)<tool_call>/ & ~/(?s:.*)<tool_call>(?s:.+)/",
         r"TEXT: /(?s:.*)/ & ~/(?s:.*)<tool_call>(?s:.*)/",
-        "calls: (call)*",
-        r'call: "<tool_call>" WS json WS "</tool_call>" WS',
         r"WS: /[ \n]{0,4}/",
         f"json: %json {call}",
     ]
@@ -85,8 +86,7 @@ def free_grammar(functions: Sequence[Function]) -> Grammar:
 
 
 def _call_schema(functions: Sequence[Function]) -> dict[str, Any]:
-    """Return the schema of a call of one of `functions`; a function that is not strict takes any
-    object."""
+    """Return the schema of a call of one of `functions`."""
     kinds: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for number, function in enumerate(functions):

@@ -17,14 +17,18 @@ from deepseek.serve.api.limits import Clock
 
 _log = logging.getLogger(__name__)
 
+SLOW_READER = "slow reader"
+"""Failure of a stream whose client did not read."""
+
 
 class RequestLog:
     """The outermost layer: gives each request its id, and turns what escapes into an answer."""
 
     def __init__(
-        self, app: ASGIApp, *, clock: Clock, on_response: Callable[[Scope, int], None]
+        self, app: ASGIApp, *, clock: Clock, on_response: Callable[[int, str | None], None]
     ) -> None:
-        """Log the requests of `app`; `on_response` is told scope and status of each answer."""
+        """Log the requests of `app`; `on_response` is told the status of each answer, and what made
+        it fail."""
         self._app = app
         self._clock = clock
         self._on_response = on_response
@@ -40,11 +44,12 @@ class RequestLog:
         request_id = f"req-{secrets.token_hex(16)}"
         set_request_id(scope, request_id)
         answer = _Answer(send, request_id)
-        began, failure = self._clock(), None
+        began = self._clock()
+        failure: str | None = None
         try:
             await self._app(scope, receive, answer.send)
         except SendTimeoutError:
-            failure = "slow reader"  # the server closes a connection whose answer did not end
+            failure = SLOW_READER  # the server closes a connection whose answer did not end
         except Exception as error:
             failure = type(error).__name__
             if not isinstance(error, ApiError):
@@ -52,7 +57,7 @@ class RequestLog:
             if not answer.status:
                 await api_error(error).response()(scope, receive, answer.send)
         finally:
-            self._on_response(scope, answer.status or 499)
+            self._on_response(answer.status or 499, failure)
             seconds = round(self._clock() - began, 6)
             notes = {"status": answer.status or 499, "seconds": seconds, "failure": failure}
             _log.info(_line(request_id, scope, **notes))

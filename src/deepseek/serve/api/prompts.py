@@ -38,20 +38,7 @@ class Prompts:
         self._threads: anyio.CapacityLimiter | None = None
 
     async def of_text(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Return the token ids of texts.
-
-        Raises:
-            ApiError: 400: a text has no tokens, or more than the context holds.
-        """
-        prompts = await self.of_any_text(texts, add_special_tokens=add_special_tokens)
-        for prompt in prompts:
-            self.check(prompt)
-        return prompts
-
-    async def of_any_text(
-        self, texts: Sequence[str], *, add_special_tokens: bool
-    ) -> list[list[int]]:
-        """Return the token ids of texts, of any length."""
+        """Return the token ids of texts."""
         return await self._run(self._encode, list(texts), add_special_tokens)
 
     async def of_chat(
@@ -65,29 +52,32 @@ class Prompts:
         """Return the token ids of a conversation.
 
         Raises:
-            ApiError: 400: the messages cannot be rendered, or the context does not hold them.
+            ApiError: 400: the messages cannot be rendered.
         """
         given = {} if options is None else options.model_dump(exclude_none=True)
-        prompt = await self._run(self._render, messages, tools, given, add_generation_prompt)
-        self.check(prompt)
-        return prompt
+        return await self._run(self._render, messages, tools, given, add_generation_prompt)
 
     async def text_of(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens written out."""
         return await self._run(lambda: self._tokenizer.decode(ids, skip_special_tokens=False))
 
-    def check(self, prompt: Sequence[int], max_tokens: int = 1) -> None:
+    def check(self, prompt: Sequence[int], max_tokens: int = 1, param: str = "prompt") -> None:
         """Refuse a prompt that is empty, or that with its answer is longer than the context.
+
+        Args:
+            prompt: token ids.
+            max_tokens: of the answer.
+            param: the field that the prompt came from.
 
         Raises:
             ApiError: 400.
         """
         if not prompt:
-            raise bad_request("The prompt is empty.", "prompt")
+            raise bad_request("The prompt is empty.", param)
         if len(prompt) + max_tokens > self._context:
             text = f"This model's context is {self._context} tokens; the prompt has {len(prompt)}"
             raise bad_request(
-                f"{text} and the answer needs {max_tokens}.", "prompt", "context_length_exceeded"
+                f"{text} and the answer needs {max_tokens}.", param, "context_length_exceeded"
             )
 
     def _encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

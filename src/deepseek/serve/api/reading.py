@@ -55,8 +55,19 @@ class Reader:
         grammar: Grammar | None,
         logprobs: int | None,
         prompt_logprobs: int | None = None,
+        param: str = "prompt",
     ) -> tuple[GenerationRequest, ...]:
         """Return what the engine is asked: for each prompt `body.n` answers.
+
+        Args:
+            body: what the client asks.
+            prompts: as token ids.
+            max_tokens: as the client wishes; 0 for a prompt alone, None for what is left.
+            tenant: who asks.
+            grammar: what the answers are held to.
+            logprobs: as in `GenerationRequest`.
+            prompt_logprobs: likewise.
+            param: the field that the prompts came from.
 
         Raises:
             ApiError: 400: something does not fit the model, or one field another; 404: no such
@@ -67,7 +78,7 @@ class Reader:
         made: list[GenerationRequest] = []
         for prompt in prompts:
             length = self._max_tokens(len(prompt), max_tokens)
-            self.prompts.check(prompt, length)
+            self.prompts.check(prompt, length, param)
             if (body.min_tokens or 0) > length:
                 raise bad_request("min_tokens is above the answer's length.", "min_tokens")
             made += [

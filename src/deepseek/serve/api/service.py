@@ -17,8 +17,14 @@ from deepseek.serve.api.settings import ApiSettings
 from deepseek.serve.api.waiting import until_disconnect
 from deepseek.serve.generation import Generator
 
-STREAM_RESPONSE = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-"""For the OpenAPI document of a route that can stream."""
+_EVENT_SCHEMA = {
+    "type": "object",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+STREAM_RESPONSE = {"content": {"text/event-stream": {"itemSchema": _EVENT_SCHEMA}}}
+"""For the OpenAPI document of a route that can stream: each event has a chunk, an error or `[DONE]`
+as its data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

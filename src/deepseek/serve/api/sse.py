@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import pydantic_core
+from pydantic_core import to_json
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import AppStatus, EventSourceResponse
 from starlette.types import Receive, Scope, Send
@@ -63,10 +63,10 @@ async def _events(chunks: AsyncGenerator[dict[str, Any]], request_id: str) -> As
     try:
         async with contextlib.aclosing(chunks):
             async for chunk in chunks:
-                yield b"data: " + pydantic_core.to_json(chunk) + b"\n\n"
+                yield b"data: " + to_json(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
     except Exception as failure:
         error = api_error(failure)
         if error.status_code == 500:
             _log.exception(json.dumps({"request_id": request_id, "error": type(failure).__name__}))
-        yield b"data: " + pydantic_core.to_json(error.body) + b"\n\n"
+        yield b"data: " + to_json(error.body) + b"\n\n"

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import pydantic_core
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from pydantic_core import from_json
 
 from deepseek.serve.api.errors import bad_request
 
@@ -24,7 +24,7 @@ def parse_json(data: bytes) -> Any:
             null character, or lists and objects more than `MAX_DEPTH` deep.
     """
     try:
-        value = pydantic_core.from_json(data, allow_inf_nan=False)
+        value = from_json(data, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     problem = find_problem(value, MAX_DEPTH)

@@ -84,9 +84,9 @@ class ToolCallParser:
 
     def _begin(self) -> bool:
         first = self._held.lstrip()[:1]
-        if not first:
+        if not first and len(self._held) <= _MAX_HELD_SPACES:
             return False
-        is_bare = self._takes_bare and first in "{["
+        is_bare = self._takes_bare and first in ("{", "[")
         self._place = "bare" if is_bare else "text"
         return True
 

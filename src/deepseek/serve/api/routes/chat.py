@@ -52,6 +52,7 @@ async def _read(service: Service, body: ChatBody, plan: ToolPlan, request: Reque
         tenant=tenant.id,
         grammar=plan.grammar,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        param="messages",
     )
     return Job(
         route="chat",

@@ -29,7 +29,7 @@ def tokens_router(service: Service) -> APIRouter:
             )
         else:
             has_begin = body.add_special_tokens is not False
-            [ids] = await prompts.of_any_text([body.prompt or ""], add_special_tokens=has_begin)
+            [ids] = await prompts.of_text([body.prompt or ""], add_special_tokens=has_begin)
         shown = [service.texts.text_of(token) for token in ids] if body.return_token_strs else None
         return TokenizeAnswer(
             count=len(ids),
