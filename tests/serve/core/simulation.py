@@ -96,6 +96,10 @@ class Simulation:
             self.executor.close(request.id)
         if self.is_checked:
             ledger.check(self.scheduler)
+            for request, tokens in zip((work.request for work in step.work), chosen, strict=True):
+                if request.phase is Phase.RUNNING:
+                    assert len(request.pages) <= self.pool.pages_for(len(request.tokens))
+                    assert not tokens or request.num_computed == len(request.tokens) - 1
         return finished
 
     def step(self, end: End | None = None) -> Step:
