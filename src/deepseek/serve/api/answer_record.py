@@ -25,7 +25,8 @@ class AnswerRecord:
         self._parts: list[str] | None = [] if keeps_text or self._must_be_json else None
         self._began = clock()
         self._last = self._began
-        self._logprobs = (0, 0.0)
+        self._logprobs: list[float] = []
+        self._entropies: list[float] = []
         self.first_token_s: float | None = None
         self.num_tokens = 0
         self.num_cached_tokens = 0
@@ -39,8 +40,12 @@ class AnswerRecord:
     @property
     def mean_logprob(self) -> float | None:
         """Mean logprob of the tokens that have one, in nats."""
-        count, total = self._logprobs
-        return total / count if count else None
+        return _mean(self._logprobs)
+
+    @property
+    def mean_entropy(self) -> float | None:
+        """Mean entropy of what they were chosen from, in nats."""
+        return _mean(self._entropies)
 
     @property
     def total_s(self) -> float:
@@ -59,8 +64,11 @@ class AnswerRecord:
 
     def _take_tokens(self, output: Output) -> None:
         now, count = self._clock(), len(output.tokens)
-        known = [token.logprob for token in output.tokens if token.logprob is not None]
-        self._logprobs = (self._logprobs[0] + len(known), self._logprobs[1] + sum(known))
+        for token in output.tokens:
+            if token.logprob is not None:
+                self._logprobs.append(token.logprob)
+            if token.entropy is not None:
+                self._entropies.append(token.entropy)
         if self.first_token_s is None:
             self.first_token_s = now - self._began
             self._metrics.observe("vllm:time_to_first_token_seconds", self.first_token_s)
@@ -86,6 +94,8 @@ class AnswerRecord:
                 observe("vllm:request_time_per_output_token_seconds", per_token_s)
         if self.mean_logprob is not None:
             observe("deepseek:token_logprob", -self.mean_logprob)
+        if self.mean_entropy is not None:
+            observe("deepseek:token_entropy", self.mean_entropy)
         if self._must_be_json and self.finish_reason in ("stop", "length") and not self._is_json():
             observe("deepseek:invalid_json")
 
@@ -95,3 +105,7 @@ class AnswerRecord:
         except (ValueError, RecursionError):
             return False
         return True
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -94,14 +94,19 @@ class Runner:
         if job.cost > most:
             text = f"The request may use {job.cost} tokens, of at most {most} a request."
             raise bad_request(f"{text} Lower max_tokens or n.", "max_tokens")
-        charge = self._charge(job)
+        charge = self.charge(job.tenant, job.cost)
         self._metrics.observe("vllm:request_params_n", job.num_choices)
         self._metrics.observe("vllm:request_params_max_tokens", job.requests[0].max_tokens)
         return BegunStream(self._run(job, charge))
 
-    def _charge(self, job: Job) -> Charge:
+    def charge(self, tenant: Tenant, tokens: int) -> Charge:
+        """Charge a tenant the most tokens that a request can use; to be settled.
+
+        Raises:
+            ApiError: 429: that is more than it may use now.
+        """
         try:
-            return self._quotas.charge(job.tenant, job.cost)
+            return self._quotas.charge(tenant, tokens)
         except ApiError:
             self._metrics.observe("vllm:admission_rejections", label="rate_limit")
             raise
@@ -186,6 +191,7 @@ class Runner:
             num_tokens=record.num_tokens,
             finish_reason=record.finish_reason,
             mean_logprob=record.mean_logprob,
+            mean_entropy=record.mean_entropy,
             prompt=tokenizer.decode(prompt, skip_special_tokens=False) if has_text else None,
             text=record.text if has_text else None,
         )

@@ -52,6 +52,18 @@ class BegunStream(Generic[T]):
         self._first = asyncio.ensure_future(self._take_first())
         self._has_given_first = False
 
+    async def begin(self) -> None:
+        """Wait for the first item.
+
+        Raises:
+            Exception: what the source raised before it.
+        """
+        try:
+            await self._first
+        except BaseException:
+            await self.aclose()
+            raise
+
     async def wait(self, request: Request, timeout_s: float) -> None:
         """Wait for the first item, but no longer than `timeout_s`.
 

@@ -13,6 +13,7 @@ from deepseek.serve.api.schema.chat import ChatBody
 from deepseek.serve.api.service import STREAM_RESPONSE, Service, whole
 from deepseek.serve.api.sse import EventStream
 from deepseek.serve.api.strict_json import StrictRoute
+from deepseek.serve.api.tenants import Tenant
 from deepseek.serve.api.tools import ToolPlan, plan_tools
 
 
@@ -26,7 +27,9 @@ def chat_router(service: Service) -> APIRouter:
     async def create_chat_completion(body: ChatBody, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
         plan = plan_tools(body)
-        job = await _read(service, body, plan, request)
+        job = await chat_job(
+            service, body, plan, tenant_of(request.scope), request_id_of(request.scope)
+        )
         texts = service.texts if body.logprobs else None
         outputs = await service.begin(request, job)
         if not body.stream:
@@ -38,11 +41,17 @@ def chat_router(service: Service) -> APIRouter:
     return router
 
 
-async def _read(service: Service, body: ChatBody, plan: ToolPlan, request: Request) -> Job:
-    """Return what is asked of the engine."""
+async def chat_job(
+    service: Service, body: ChatBody, plan: ToolPlan, tenant: Tenant, request_id: str
+) -> Job:
+    """Return what a chat asks of the engine.
+
+    Raises:
+        ApiError: 400 or 404: it asks for what the model does not do.
+    """
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
-    reader, tenant = service.reader, tenant_of(request.scope)
+    reader = service.reader
     reader.adapter(body.model)  # an unknown model is told before the prompt is made
     prompt = await reader.prompts.of_chat(body.messages, plan.shown, body.chat_template_kwargs)
     requests = reader.requests(
@@ -56,7 +65,7 @@ async def _read(service: Service, body: ChatBody, plan: ToolPlan, request: Reque
     )
     return Job(
         route="chat",
-        request_id=request_id_of(request.scope),
+        request_id=request_id,
         tenant=tenant,
         model=body.model or service.settings.model,
         requests=requests,
