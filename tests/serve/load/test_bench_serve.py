@@ -83,6 +83,15 @@ def test_the_same_seed_asks_the_same(bench: Any) -> None:
     assert asked[0] == asked[1] != asked[2]
 
 
+def test_a_key_is_sent_and_not_written_down(bench: Any, tmp_path: Path) -> None:
+    keep = tmp_path / "kept.jsonl"
+    with serving() as server:
+        words = ["--concurrency", "1", "--api-key", "hush", "--keep", str(keep), "--json"]
+        found = bench(server.url, *FEW, *words)
+    assert all(each["authorization"] == "bearer hush" for each in server.headers)
+    assert "hush" not in found.out + found.err + keep.read_text()
+
+
 def test_tables_are_for_people(bench: Any) -> None:
     with serving() as server:
         words = ["--workload", "dialogue", "--endpoint", "chat", "--goodput", "ttft:9", "e2e:9"]
