@@ -30,6 +30,7 @@ def build_service(
     model: str,
     guesses: bool = True,
     draft: Engine | None = None,
+    resolve_adapter: Callable[[str], str] | None = None,
     audit_every: int | None = None,
     reference: Engine | None = None,
     price_per_hour: float | None = None,
@@ -42,6 +43,7 @@ def build_service(
         model: its name in the metrics.
         guesses: guess ahead where that pays.
         draft: a small model that guesses; None for what the text said before.
+        resolve_adapter: gives the id of the adapter of a name, as `AdapterRegistry.resolve`.
         audit_every: read one answer in so many again; None for none.
         reference: computes the audits; None for `engine`.
         price_per_hour: of the machine.
@@ -78,6 +80,7 @@ def build_service(
         tokenizer=tokenizer,
         vocab_size=engine.config.vocab_size,
         compile_grammar=_compiler(tokenizer, engine.config.vocab_size),
+        resolve_adapter=resolve_adapter,
         metrics=metrics,
         on_step=telemetry.on_step,
         auditor=auditor,

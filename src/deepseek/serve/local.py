@@ -78,13 +78,14 @@ def local_server(
 
     Args:
         model: a name or a folder.
-        options: further words for `deepseek serve`.
+        options: further words for `deepseek serve`; without `--state` nothing is kept.
         start_timeout_s: longest that it may take to start.
 
     Raises:
         BackendError: it did not start; the message says what it wrote.
     """
-    words = [sys.executable, "-m", "deepseek", "serve", str(model), "--port", "0", *options]
+    words = [sys.executable, "-m", "deepseek", "serve", str(model), "--port", "0"]
+    words += ["--state", "none", *options]
     server = LocalServer(subprocess.Popen(words, stderr=subprocess.PIPE, text=True))
     try:
         server.wait_until_it_answers(start_timeout_s)

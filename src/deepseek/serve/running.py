@@ -7,10 +7,14 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from deepseek.serve.service import Service
+
+if TYPE_CHECKING:
+    from deepseek.serve.state.batch_runner import BatchRunner
 
 
 class _Server(uvicorn.Server):
@@ -26,6 +30,7 @@ async def run_server(
     service: Service,
     *,
     drain_s: float,
+    batches: BatchRunner | None = None,
     on_start: Callable[[int], None],
     on_drain: Callable[[str], None],
 ) -> signal.Signals:
@@ -38,6 +43,7 @@ async def run_server(
         config: of uvicorn, with the application.
         service: not started.
         drain_s: seconds for what is under way.
+        batches: runs batches beside what clients ask for.
         on_start: called with the port, once requests are taken.
         on_drain: called with a word for the user when draining begins.
 
@@ -55,6 +61,8 @@ async def run_server(
         if len(received) == 1:
             on_drain(f"{number.name}: finishing what is under way, at most {drain_s:g} s")
             service.refuse()
+            if batches is not None:
+                batches.stop()
             server.should_exit = True
             events.call_later(drain_s, service.engine.abort)
         else:
@@ -73,9 +81,14 @@ async def run_server(
             serving = asyncio.create_task(server.serve([sock]))
             while not server.started and not serving.done():
                 await asyncio.sleep(0.01)
+            working = None
             if server.started:
                 on_start(sock.getsockname()[1])
+                working = None if batches is None else asyncio.create_task(batches.run())
             await serving
+            if batches is not None and working is not None:
+                batches.stop()
+                await working
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             events.remove_signal_handler(number)

@@ -1,15 +1,21 @@
 """Serve a model over HTTP, as OpenAI's API.
 
-It listens on this machine alone unless told otherwise, and takes keys from DEEPSEEK_API_KEYS: words
-with commas between them. SIGTERM or Ctrl-C finish what is under way, a second one does not wait.
+It listens on this machine alone unless told otherwise. Keys are made by --add-key, or taken from
+DEEPSEEK_API_KEYS: words with commas between them; DEEPSEEK_ADMIN_KEY opens the admin routes.
+SIGTERM or Ctrl-C finish what is under way, a second one does not wait.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import json
 import os
+import re
 import signal
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek.cli.models import (
@@ -19,13 +25,18 @@ from deepseek.cli.models import (
     ready,
 )
 from deepseek.cli.output import Output
+from deepseek.cli.serve_beside import Beside, load_adapters
 from deepseek.errors import ConfigError, describe, missing_extra
 
 if TYPE_CHECKING:
     from deepseek.generate import Engine
+    from deepseek.records import Event
+    from deepseek.serve.adapters import AdapterRegistry
     from deepseek.serve.api import Tenant
     from deepseek.serve.automatic import Values
+    from deepseek.serve.durable import DurableState
     from deepseek.serve.service import Service
+    from deepseek.serve.state.keys import ApiKey
 
 EXAMPLE = "deepseek serve smollm2-135m --scheme int8 --port 8000"
 KEYS_VARIABLE, ADMIN_VARIABLE = "DEEPSEEK_API_KEYS", "DEEPSEEK_ADMIN_KEY"
@@ -46,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], help="a Host header that is answered too"
     )
     add_engine_arguments(parser)
+    add_state_arguments(parser)
     parser.add_argument(
         "--drain-seconds", type=float, default=30.0, help="for what is under way at the end (30)"
     )
@@ -81,6 +93,37 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_state_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what is kept between runs, and what is served beside the model."""
+    group = parser.add_argument_group("state and what is beside the model")
+    group.add_argument(
+        "--state",
+        metavar="FOLDER",
+        help="where keys, usage, files, batches and responses are kept; 'none' for nothing "
+        "($DEEPSEEK_HOME/serve/NAME)",
+    )
+    group.add_argument("--database", metavar="URL", help="of PostgreSQL, in place of SQLite")
+    group.add_argument("--events", metavar="FILE", help="append the event of every answer as JSON")
+    group.add_argument(
+        "--embeddings", metavar="MODEL", help="an encoder for /v1/embeddings and /v1/rerank"
+    )
+    group.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="a low-rank adapter that can be asked for by its name",
+    )
+    keys = parser.add_argument_group("keys (does that alone, and ends)")
+    keys.add_argument("--add-key", metavar="NAME", help="make a key, shown once")
+    keys.add_argument("--key-admin", action="store_true", help="it opens the admin routes")
+    keys.add_argument("--key-requests", type=positive, metavar="N", help="a minute, for that key")
+    keys.add_argument("--key-tokens", type=positive, metavar="N", help="a minute, for that key")
+    keys.add_argument("--key-concurrency", type=positive, metavar="N", help="at once, for that key")
+    keys.add_argument("--revoke-key", metavar="ID", help="refuse a key from now on")
+    keys.add_argument("--list-keys", action="store_true", help="show all keys and what they used")
+
+
 def run(args: argparse.Namespace, out: Output) -> int:
     """Serve until a signal comes; or explain the values."""
     try:
@@ -88,19 +131,56 @@ def run(args: argparse.Namespace, out: Output) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise missing_extra("fastapi", "serve", "to serve over HTTP") from error
-    _check_host(args)
+    if args.add_key or args.revoke_key or args.list_keys:
+        from deepseek.cli.serve_keys import change_keys
+
+        return change_keys(args, state_folder(args), out)
+    state = _state(args)
+    try:
+        return _run(args, state, out)
+    finally:
+        if state is not None:
+            state.close()
+
+
+def _run(args: argparse.Namespace, state: DurableState | None, out: Output) -> int:
+    has_keys = bool(_holders()) or (state is not None and any(_live_keys(state)))
+    _check_host(args, has_keys)
     engine = _engine(args, out, args.model, args.scheme)
-    service, values = _service(args, engine, out)
+    adapters = load_adapters(engine, args.adapter)
+    service, values = _service(args, engine, adapters, out)
     if args.explain:
         return _explain(values, out)
-    received = asyncio.run(_serve(args, service, out))
+    beside = Beside.of(args, state, adapters)
+    received = asyncio.run(_serve(args, service, beside, out, has_keys=has_keys))
     return 130 if received is signal.SIGINT else out.finish({"model": args.model})
 
 
-def _check_host(args: argparse.Namespace) -> None:
-    if args.host not in LOOPBACK and not os.environ.get(KEYS_VARIABLE):
+def state_folder(args: argparse.Namespace) -> Path:
+    """Return where the state of a served model is kept."""
+    from deepseek.hub.store import store_folder
+
+    if args.state is not None:
+        return Path(args.state)
+    return store_folder() / "serve" / re.sub(r"[^A-Za-z0-9._-]", "-", Path(args.name or args.model).name)
+
+
+def _state(args: argparse.Namespace) -> DurableState | None:
+    if args.state == "none" or args.explain:
+        return None
+    from deepseek.serve.durable import DurableState
+
+    return DurableState(state_folder(args), args.database)
+
+
+def _live_keys(state: DurableState) -> list[ApiKey]:
+    return [key for key in state.keys.list() if key.revoked_at is None]
+
+
+def _check_host(args: argparse.Namespace, has_keys: bool) -> None:
+    if args.host not in LOOPBACK and not has_keys:
         must = "an address of this machine alone while there are no keys"
-        step = f"Set {KEYS_VARIABLE}, or leave --host away"
+        step = "Make one by --add-key NAME, or leave --host away"
         raise ConfigError(describe("--host", "deepseek serve", must, args.host, step))
 
 
@@ -124,7 +204,9 @@ def _engine(args: argparse.Namespace, out: Output, model: str, scheme: str | Non
     return engine
 
 
-def _service(args: argparse.Namespace, engine: Engine, out: Output) -> tuple[Service, Values]:
+def _service(
+    args: argparse.Namespace, engine: Engine, adapters: AdapterRegistry, out: Output
+) -> tuple[Service, Values]:
     from deepseek.serve.assembly import build_service
     from deepseek.serve.automatic import Asked
 
@@ -145,6 +227,7 @@ def _service(args: argparse.Namespace, engine: Engine, out: Output) -> tuple[Ser
         model=args.name or args.model,
         guesses=not args.no_guesses,
         draft=draft,
+        resolve_adapter=adapters.resolve,
         audit_every=args.audit,
         reference=reference,
         price_per_hour=args.price_per_hour,
@@ -159,7 +242,14 @@ def _explain(values: Values, out: Output) -> int:
     )
 
 
-async def _serve(args: argparse.Namespace, service: Service, out: Output) -> signal.Signals:
+async def _serve(
+    args: argparse.Namespace,
+    service: Service,
+    beside: Beside,
+    out: Output,
+    *,
+    has_keys: bool,
+) -> signal.Signals:
     from deepseek.serve.api import (
         ApiSettings,
         MemoryKeyStore,
@@ -167,23 +257,59 @@ async def _serve(args: argparse.Namespace, service: Service, out: Output) -> sig
         create_app,
         make_server,
     )
+    from deepseek.serve.durable import AllKeys
     from deepseek.serve.running import run_server
 
     settings = ApiSettings(
         model=args.name or args.model, hosts=(*ApiSettings.hosts, *args.allow_host)
     )
-    holders = _holders()
-    keys = MemoryKeyStore(holders) if holders else OpenKeyStore()
-    app = create_app(service, settings=settings, keys=keys, metrics=service.metrics)
-    config = make_server(app, settings, host=args.host, port=args.port).config
-    host = f"[{args.host}]" if ":" in args.host else args.host
+    stored = None if beside.state is None else beside.state.keys
+    keys = AllKeys(MemoryKeyStore(_holders()), stored) if has_keys else OpenKeyStore()
+    with contextlib.ExitStack() as stack:
+        app = create_app(
+            service,
+            settings=settings,
+            keys=keys,
+            metrics=service.metrics,
+            on_event=_event_sink(args, beside.state, stack),
+            adapters=beside.adapter_names,
+            routers=beside.routers,
+            admin_routers=beside.admin_routers,
+            uploads=beside.uploads,
+        )
+        batches = beside.add_state(app)
+        config = make_server(app, settings, host=args.host, port=args.port).config
+        host = f"[{args.host}]" if ":" in args.host else args.host
 
-    def told(port: int) -> None:
-        out.note(f"{settings.model} answers on http://{host}:{port}/v1 (Ctrl-C to end)")
+        def told(port: int) -> None:
+            out.note(f"{settings.model} answers on http://{host}:{port}/v1 (Ctrl-C to end)")
 
-    return await run_server(
-        config, service, drain_s=args.drain_seconds, on_start=told, on_drain=out.note
-    )
+        return await run_server(
+            config,
+            service,
+            drain_s=args.drain_seconds,
+            batches=batches,
+            on_start=told,
+            on_drain=out.note,
+        )
+
+
+def _event_sink(
+    args: argparse.Namespace, state: DurableState | None, stack: contextlib.ExitStack
+) -> Callable[[Event], None]:
+    """Return what takes the events of answers: usage, and a file where one was asked for."""
+    file = None
+    if args.events is not None:
+        path = Path(args.events)
+        file = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+
+    def take(event: Event) -> None:
+        if state is not None:
+            state.count(event)
+        if file is not None:
+            file.write(json.dumps(event.to_dict()) + "\n")
+
+    return take
 
 
 def _holders() -> dict[str, Tenant]:

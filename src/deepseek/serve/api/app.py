@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -54,6 +55,7 @@ def create_app(
     adapters: Adapters = tuple,
     routers: Sequence[RouterMaker] = (),
     admin_routers: Sequence[RouterMaker] = (),
+    uploads: Mapping[str, int] | None = None,
     clock: Clock = time.monotonic,
 ) -> FastAPI:
     """Return the application that answers for an engine.
@@ -67,6 +69,7 @@ def create_app(
         adapters: names of the adapters that can be asked for now.
         routers: further routes, behind the same guards.
         admin_routers: routes under `/admin`; without an admin key they do not exist.
+        uploads: paths whose bodies may be longer than all others, and the bytes they may have.
         clock: seconds, for limits and latencies.
     """
     let_streams_end()
@@ -97,8 +100,9 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         responses=ERROR_RESPONSES,
-        middleware=_guards(settings, keys, quotas, metrics, clock),
+        middleware=_guards(settings, keys, quotas, metrics, uploads or {}, clock),
     )
+    app.state.service = service
     add_error_handlers(app)
     for make in (*_ROUTERS, *routers):
         app.include_router(make(service))
@@ -109,8 +113,31 @@ def create_app(
     return app
 
 
+def create_inner_app(outer: FastAPI, routers: Sequence[RouterMaker] = ()) -> FastAPI:
+    """Return the routes of an application without its guards and limits, for requests that the
+    server makes of itself.
+
+    Args:
+        outer: from `create_app`.
+        routers: further routes.
+    """
+    service: Service = outer.state.service
+    runner = service.runner.without_limits()
+    inner = dataclasses.replace(service, runner=runner)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    add_error_handlers(app)
+    for make in (chat_router, completions_router, *routers):
+        app.include_router(make(inner))
+    return app
+
+
 def _guards(
-    settings: ApiSettings, keys: KeyStore, quotas: Quotas, metrics: Metrics, clock: Clock
+    settings: ApiSettings,
+    keys: KeyStore,
+    quotas: Quotas,
+    metrics: Metrics,
+    uploads: Mapping[str, int],
+    clock: Clock,
 ) -> list[Middleware]:
     """Return the layers around the routes, outermost first; every one may raise ApiError."""
 
@@ -128,6 +155,7 @@ def _guards(
             max_header_bytes=settings.max_header_bytes,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
+            uploads=uploads,
         ),
         Middleware(Authentication, keys=keys, public_paths=settings.public_paths),
         Middleware(QuotaGuard, quotas=quotas),

@@ -6,7 +6,8 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from sse_starlette.sse import SendTimeoutError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +18,8 @@ from deepseek.serve.api.limits import Clock
 
 _log = logging.getLogger(__name__)
 
+UPLOAD_TIMEOUT_S = 600.0
+"""Seconds in which the body of an upload must have come."""
 SLOW_READER = "slow reader"
 """Failure of a stream whose client did not read."""
 
@@ -120,8 +123,10 @@ class SizeGuard:
         max_header_bytes: int,
         max_body_bytes: int,
         body_timeout_s: float,
+        uploads: Mapping[str, int],
     ) -> None:
-        """Guard `app`."""
+        """Guard `app`; `uploads` are paths whose bodies may have more bytes, and take longer."""
+        self._uploads = uploads
         self._app = app
         self._max_headers = max_headers
         self._max_header_bytes = max_header_bytes
@@ -134,15 +139,20 @@ class SizeGuard:
         size = sum(len(name) + len(value) for name, value in headers)
         if len(headers) > self._max_headers or size > self._max_header_bytes:
             raise ApiError(431, "The request has too many or too long headers.")
+        most, timeout_s = self._max_body_bytes, self._body_timeout_s
+        if (upload_bytes := self._uploads.get(scope["path"])) is not None:
+            most, timeout_s = upload_bytes, UPLOAD_TIMEOUT_S
+        too_large = partial(_too_large, most)
         length = header(scope, "content-length")
-        if length.isdigit() and int(length[:20]) > self._max_body_bytes:
-            raise self._too_large()
-        body = _Body(receive, self._max_body_bytes, self._body_timeout_s, self._too_large)
+        if length.isdigit() and int(length[:20]) > most:
+            raise too_large()
+        body = _Body(receive, most, timeout_s, too_large)
         await self._app(scope, body.receive, send)
 
-    def _too_large(self) -> ApiError:
-        text = f"The request's body is longer than {self._max_body_bytes} bytes."
-        return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
+
+def _too_large(most: int) -> ApiError:
+    text = f"The request's body is longer than {most} bytes."
+    return ApiError(413, text, code="request_too_large", headers={"Connection": "close"})
 
 
 class _Body:

@@ -1,4 +1,4 @@
-"""Requests that the server makes of itself: the chats behind responses, and the lines of batches."""
+"""Requests that the server makes of itself: chats behind responses, and lines of batches."""
 
 from __future__ import annotations
 

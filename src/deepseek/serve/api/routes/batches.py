@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.api.paging import Identified, page
+from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.state.batches import BatchStore
 
 

@@ -11,8 +11,8 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import FormData, UploadFile
 
 from deepseek.serve.api.errors import ApiError
-from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.api.paging import Identified, page
+from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.api.uploads import bounded_form
 from deepseek.serve.state.files import PURPOSES, FileStore
 

@@ -14,8 +14,8 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from deepseek.errors import DeepseekError
 from deepseek.serve.api.errors import ApiError
-from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.api.paging import Identified, page
+from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.responses.answer import answered, begun
 from deepseek.serve.responses.chat import chat_body
 from deepseek.serve.responses.events import response_events

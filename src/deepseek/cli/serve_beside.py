@@ -1,0 +1,100 @@
+"""What a server has beside its model: state, adapters, vectors."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deepseek.errors import ConfigError, describe
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from deepseek.generate import Engine
+    from deepseek.serve.adapters import AdapterRegistry
+    from deepseek.serve.durable import DurableState
+    from deepseek.serve.state.batch_runner import BatchRunner
+
+
+@dataclasses.dataclass
+class Beside:
+    """Routes beside those of the model, and what they stand on."""
+
+    state: DurableState | None
+    adapters: AdapterRegistry | None
+    routers: list[Callable[[Any], Any]] = dataclasses.field(default_factory=list)
+    admin_routers: list[Callable[[Any], Any]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        args: argparse.Namespace,
+        state: DurableState | None,
+        adapters: AdapterRegistry | None,
+    ) -> Beside:
+        """Return what the options ask for.
+
+        Raises:
+            ConfigError: the model for vectors is no encoder.
+        """
+        from deepseek.serve.api.routes.admin import adapters_router, usage_router
+        from deepseek.serve.api.routes.embeddings import embeddings_router
+
+        beside = cls(state, adapters)
+        if args.embeddings is not None:
+            from deepseek.serve.runtime.embedder import EncoderEmbedder
+
+            embedder = EncoderEmbedder(args.embeddings, Path(args.embeddings).name)
+            beside.routers.append(embeddings_router(embedder))
+        if adapters is not None:
+            beside.admin_routers.append(adapters_router(adapters))
+        if state is not None:
+            beside.admin_routers.append(usage_router(state.usage))
+        return beside
+
+    def adapter_names(self) -> list[str]:
+        """Return the adapters that can be asked for now."""
+        return [] if self.adapters is None else [one.name for one in self.adapters.loaded()]
+
+    @property
+    def uploads(self) -> dict[str, int]:
+        """Paths that take long bodies, and how long they may be."""
+        from deepseek.serve.api.stateful import upload_bytes
+
+        return {} if self.state is None else upload_bytes(self.state.files)
+
+    def add_state(self, app: FastAPI) -> BatchRunner | None:
+        """Add the routes that need state to an application; return what runs its batches."""
+        from deepseek.serve.api.stateful import add_state
+
+        if self.state is None:
+            return None
+        return add_state(
+            app,
+            files=self.state.files,
+            batches=self.state.batches,
+            responses=self.state.responses,
+            routers=self.routers,
+        )
+
+
+def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
+    """Return a registry with the adapters that `NAME=FOLDER` words name, all loaded.
+
+    Raises:
+        ConfigError: a word of another form, or an adapter that does not fit.
+        FormatError: a folder that holds none.
+    """
+    from deepseek.serve.adapters import AdapterRegistry
+
+    registry = AdapterRegistry(engine)
+    for word in asked:
+        name, sign, folder = word.partition("=")
+        if not sign or not folder:
+            raise ConfigError(describe("--adapter", "deepseek serve", "NAME=FOLDER", word))
+        registry.register(name, Path(folder))
+        registry.load(name)
+    return registry
