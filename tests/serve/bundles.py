@@ -11,11 +11,15 @@ import deepseek
 from deepseek.models import Decoder
 from tests.generate.conftest import TINY, byte_tokenizer
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }} {% endfor %}"
+)
+
 
 def tiny_bundle(folder: Path, context: int = 512) -> Path:
     """Save a decoder of random weights, a token a byte, and return its folder."""
     torch.manual_seed(1)
     model = Decoder(dataclasses.replace(TINY, max_positions=context)).eval()
-    model.tokenizer = byte_tokenizer(bos_token="<begin>", eos_token="<end>")
+    model.tokenizer = byte_tokenizer(bos_token="<begin>", eos_token="<end>", chat_template=TEMPLATE)
     deepseek.save(model, folder / "tiny")
     return folder / "tiny"

@@ -222,7 +222,8 @@ class EngineLoop:
             reads_cache=wanted.prompt_logprobs is None,
         )
         self.scheduler.add(ticket.request, now_s)
-        if self._auditor is not None and self._auditor.wants_next():
+        is_plain = wanted.adapter is None  # the second reading knows no adapters
+        if self._auditor is not None and is_plain and self._auditor.wants_next():
             ticket.audited = []
             wanted = dataclasses.replace(wanted, logprobs=max(wanted.logprobs or 0, NUM_TOP))
         ticket.answer = Answer(wanted, self._tokenizer, self.executor.context, ticket.matcher)

@@ -162,7 +162,11 @@ def state_folder(args: argparse.Namespace) -> Path:
 
     if args.state is not None:
         return Path(args.state)
-    return store_folder() / "serve" / re.sub(r"[^A-Za-z0-9._-]", "-", Path(args.name or args.model).name)
+    return (
+        store_folder()
+        / "serve"
+        / re.sub(r"[^A-Za-z0-9._-]", "-", Path(args.name or args.model).name)
+    )
 
 
 def _state(args: argparse.Namespace) -> DurableState | None:
