@@ -117,7 +117,7 @@ class FakeGenerator:
             is_eos = ends and place == len(ids) - 1
             new = stream.push(token_id)
             reason = None
-            if stream.is_stopped or is_eos:
+            if stream.stopped_by is not None or is_eos:
                 reason = "stop"
             elif place + 1 >= request.max_tokens:
                 reason = "length"
@@ -129,7 +129,7 @@ class FakeGenerator:
                     text=new,
                     tokens=(self._choice(token_id, request.logprobs),),
                     finish_reason=reason,
-                    stopped_by=request.stop[0] if stream.is_stopped else None,
+                    stopped_by=stream.stopped_by,
                     num_cached_tokens=self.num_cached,
                     prompt_logprobs=self._prompt(request) if place == 0 else None,
                 )

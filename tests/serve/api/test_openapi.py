@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
+from fastapi import FastAPI
 from schemathesis import checks
 
+from deepseek.serve.api.routes.admin import usage_router
+from deepseek.serve.api.routes.embeddings import embeddings_router
+from deepseek.serve.api.stateful import add_state
+from deepseek.serve.embedding import Embeddings
+from deepseek.serve.state.batches import BatchStore
+from deepseek.serve.state.database import open_database
+from deepseek.serve.state.files import FileStore
+from deepseek.serve.state.responses import ResponseStore
+from deepseek.serve.state.usage import UsageLedger
 from tests.serve.api.support import HEADERS, call, make_app
 from tests.serve.api.test_auth import admin_router
 from tests.serve.fakes import FakeGenerator
@@ -18,12 +29,41 @@ from tests.serve.fakes import FakeGenerator
 # two fields exclude one another.
 LEFT_OUT = {"positive_data_acceptance"}
 
-APP = make_app(FakeGenerator(), admin_routers=[admin_router], hosts=("localhost", "testserver"))
+
+class FakeEmbedder:
+    """Gives two numbers a text."""
+
+    name, dimensions, max_tokens = "vectors", 2, 32
+
+    async def embed(self, texts: Sequence[str]) -> Embeddings:
+        return Embeddings([[1.0, 0.0] for _ in texts], len(texts))
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        return "text"
 
 
-def test_every_operation_says_what_it_answers() -> None:
-    document = call(APP, "GET", "/openapi.json").json()
-    assert len(document["paths"]) >= 12
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    """Return the application with every route that there is."""
+    folder = tmp_path_factory.mktemp("state")
+    database = open_database(folder / "state.sqlite")
+    ledger = UsageLedger(database)
+    made = make_app(
+        FakeGenerator(),
+        routers=[embeddings_router(FakeEmbedder())],
+        admin_routers=[admin_router, usage_router(ledger)],
+        hosts=("localhost", "testserver"),
+    )
+    files = FileStore(database, folder / "files")
+    add_state(made, files=files, batches=BatchStore(files), responses=ResponseStore(database))
+    yield made
+    ledger.close()
+    database.close()
+
+
+def test_every_operation_says_what_it_answers(app: FastAPI) -> None:
+    document = call(app, "GET", "/openapi.json").json()
+    assert len(document["paths"]) >= 20
     for path, operations in document["paths"].items():
         for operation in operations.values():
             statuses = set(operation["responses"])
@@ -37,9 +77,9 @@ def test_every_operation_says_what_it_answers() -> None:
     assert set(chat) == {"application/json", "text/event-stream"}
 
 
-def fuzz(max_examples: int) -> None:
+def fuzz(app: FastAPI, max_examples: int) -> None:
     """Ask everything that the document allows, and what it does not; run every check."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", APP, headers=HEADERS)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers=HEADERS)
     chosen = [check for check in checks.CHECKS.get_all() if check.__name__ not in LEFT_OUT]
     assert len(chosen) > 8
 
@@ -61,10 +101,10 @@ def fuzz(max_examples: int) -> None:
         ask()
 
 
-def test_schemathesis_finds_nothing_in_few_examples() -> None:
-    fuzz(2)
+def test_schemathesis_finds_nothing_in_few_examples(app: FastAPI) -> None:
+    fuzz(app, 2)
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_nothing() -> None:
-    fuzz(100)
+def test_schemathesis_finds_nothing(app: FastAPI) -> None:
+    fuzz(app, 100)
