@@ -1,7 +1,8 @@
 """The main job, start to end, on a real model.
 
 Looks at the machine, gets the model, shows it equal to transformers, lets it answer, measures
-quality, speed and memory, and writes a bundle with a card and an HTML report.
+quality, speed and memory, serves it to many at once, and writes a bundle with a card and an HTML
+report.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from deepseek.cli.models import positive
 from deepseek.cli.output import Output
 from deepseek.errors import VerifyError, missing_extra
 
+NEEDED = ("transformers", "matplotlib", "fastapi", "openai")
 EXAMPLE = "deepseek demo --to deepseek-demo"
 
 
@@ -29,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Run every step, write the bundle and the report; fail if something checked does not hold."""
-    for package, extra in (("transformers", "transformers"), ("matplotlib", "report")):
+    for package in NEEDED:
         if importlib.util.find_spec(package) is None:
-            raise missing_extra(package, extra, "by the demo")
+            raise missing_extra(package, "demo", "by the demo")
     from deepseek.cli.demo.state import Demo
     from deepseek.cli.demo.steps import STEPS
     from deepseek.cli.report import write_report
