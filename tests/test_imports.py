@@ -26,8 +26,10 @@ IMPORT_NAMES = {
 NEEDS_EXTRA = {
     "deepseek.autoclasses.config": "transformers",
     "deepseek.autoclasses.model": "transformers",
+    "deepseek.cli.serve_keys": "alembic",
     "deepseek.serve.api": "fastapi",
     "deepseek.serve.assembly": "fastapi",
+    "deepseek.serve.durable": "fastapi",
     "deepseek.serve.running": "uvicorn",
     "deepseek.serve.telemetry": "fastapi",
     **{
