@@ -186,7 +186,7 @@ def test_any_order_of_events_for_long() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
-            max_examples=200,
+            max_examples=100,
             stateful_step_count=60,
             deadline=None,
             suppress_health_check=list(HealthCheck),
