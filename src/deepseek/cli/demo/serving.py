@@ -62,9 +62,7 @@ def serve(demo: Demo) -> Section:
     failure = None
     if differing:
         failure = f"{differing} of {USERS} answers depend on who else asks"
-    return Section(
-        title="Served to many", words=words, measurements=found, failure=failure
-    )
+    return Section(title="Served to many", words=words, measurements=found, failure=failure)
 
 
 def _ask(client: OpenAI, question: str) -> str:

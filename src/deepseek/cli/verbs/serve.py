@@ -72,7 +72,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the engine (what is not given is chosen, see --explain)")
     group.add_argument("--pages", type=positive, help="pages of 64 tokens for keys and values")
     group.add_argument("--max-running", type=positive, help="requests that run together")
-    group.add_argument("--max-waiting", type=positive, help="requests that wait; others get 429")
+    group.add_argument("--max-waiting", type=positive, help="requests that wait; others get 503")
     group.add_argument("--step-tokens", type=positive, help="most tokens of a step")
     group.add_argument("--no-guesses", action="store_true", help="do not guess tokens ahead")
     group.add_argument(
@@ -134,19 +134,22 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if args.add_key or args.revoke_key or args.list_keys:
         from deepseek.cli.serve_keys import change_keys
 
+        if args.state == "none":
+            must = "a folder where keys are kept"
+            raise ConfigError(describe("--state", "deepseek serve", must, args.state))
         return change_keys(args, state_folder(args), out)
+    engine = _engine(args, out, args.model, args.scheme)
     state = _state(args)
     try:
-        return _run(args, state, out)
+        return _run(args, engine, state, out)
     finally:
         if state is not None:
             state.close()
 
 
-def _run(args: argparse.Namespace, state: DurableState | None, out: Output) -> int:
+def _run(args: argparse.Namespace, engine: Engine, state: DurableState | None, out: Output) -> int:
     has_keys = bool(_holders()) or (state is not None and any(_live_keys(state)))
     _check_host(args, has_keys)
-    engine = _engine(args, out, args.model, args.scheme)
     adapters = load_adapters(engine, args.adapter)
     service, values = _service(args, engine, adapters, out)
     if args.explain:
@@ -162,11 +165,8 @@ def state_folder(args: argparse.Namespace) -> Path:
 
     if args.state is not None:
         return Path(args.state)
-    return (
-        store_folder()
-        / "serve"
-        / re.sub(r"[^A-Za-z0-9._-]", "-", Path(args.name or args.model).name)
-    )
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(args.name or args.model).name)
+    return store_folder() / "serve" / name
 
 
 def _state(args: argparse.Namespace) -> DurableState | None:
