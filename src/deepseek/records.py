@@ -209,6 +209,18 @@ class BundleCard:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a router of requests is told of one: a callable that gets it returns the name of the
+    model or adapter that shall answer."""
+
+    tenant: str
+    model: str
+    """The name that the client asked for."""
+    user: str | None = None
+    """Whom the client says that it asks for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
     """One answer that a server has ended, well or not: what `monitor` learns from it.
 
@@ -221,6 +233,8 @@ class Event:
     """Number of the answer among those of its request."""
     tenant: str
     model: str
+    answered_by: str = ""
+    """The model or adapter that made the answer: another than `model` where a router chose it."""
     route: str
     """What was asked: `chat`, `completions`."""
     started: float

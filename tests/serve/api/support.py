@@ -38,6 +38,7 @@ def settings(*, limits: TenantLimits | None = None, admin: bool = True, **rest: 
 def make_app(generator: FakeGenerator | None = None, **rest: Any) -> FastAPI:
     """Return an application on a fake engine; `rest` as for `create_app` or `settings`."""
     names = ("on_event", "clock", "routers", "admin_routers", "adapters", "keys", "metrics")
+    names += ("router",)
     given = {name: rest.pop(name) for name in names if name in rest}
     return create_app(generator or FakeGenerator(), settings=settings(**rest), **given)
 

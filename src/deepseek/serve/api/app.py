@@ -22,7 +22,7 @@ from deepseek.serve.api.jobs import Runner
 from deepseek.serve.api.limits import Clock, QuotaGuard, Quotas
 from deepseek.serve.api.logprobs import TokenTexts
 from deepseek.serve.api.metrics import Metrics
-from deepseek.serve.api.reading import Adapters, Reader
+from deepseek.serve.api.reading import Adapters, Reader, Router
 from deepseek.serve.api.routes.chat import chat_router
 from deepseek.serve.api.routes.completions import completions_router
 from deepseek.serve.api.routes.models import models_router
@@ -53,6 +53,7 @@ def create_app(
     metrics: Metrics | None = None,
     on_event: Callable[[Event], None] | None = None,
     adapters: Adapters = tuple,
+    router: Router | None = None,
     routers: Sequence[RouterMaker] = (),
     admin_routers: Sequence[RouterMaker] = (),
     uploads: Mapping[str, int] | None = None,
@@ -67,6 +68,8 @@ def create_app(
         metrics: what is exported; the engine's own numbers may be fed into it by `observe`.
         on_event: called with the event of every answer that has ended.
         adapters: names of the adapters that can be asked for now.
+        router: chooses the model or adapter that answers each request, for A/B tests; the event of
+            the answer says which. None for the one that was asked for.
         routers: further routes, behind the same guards.
         admin_routers: routes under `/admin`; without an admin key they do not exist.
         uploads: paths whose bodies may be longer than all others, and the bytes they may have.
@@ -87,7 +90,7 @@ def create_app(
     service = Service(
         generator=generator,
         settings=settings,
-        reader=Reader(generator, settings, adapters),
+        reader=Reader(generator, settings, adapters, router),
         runner=runner,
         metrics=metrics,
         texts=TokenTexts(generator.tokenizer),

@@ -193,6 +193,7 @@ class Runner:
             choice=choice,
             tenant=job.tenant.id,
             model=job.model,
+            answered_by=record.request.adapter or self._settings.model,
             route=job.route,
             started=started,
             first_token_s=record.first_token_s,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
+from deepseek.errors import BackendError, describe
 from deepseek.ops.sampling.config import Sampling
+from deepseek.records import Asked
 from deepseek.serve.api.errors import ApiError, bad_request
 from deepseek.serve.api.prompts import Prompts
 from deepseek.serve.api.schema.base import GenerationBody
@@ -14,6 +16,9 @@ from deepseek.serve.generation import GenerationRequest, Generator, Grammar
 Adapters = Callable[[], Collection[str]]
 """Names of the adapters that can be asked for now."""
 
+Router = Callable[[Asked], str]
+"""Returns the name of the model or adapter that shall answer."""
+
 _NUM_SEEDS = 2**62
 _LEAST_TEMPERATURE = 1e-4
 
@@ -21,8 +26,15 @@ _LEAST_TEMPERATURE = 1e-4
 class Reader:
     """Knows what a model can be asked."""
 
-    def __init__(self, generator: Generator, settings: ApiSettings, adapters: Adapters) -> None:
-        """Read requests for `generator`."""
+    def __init__(
+        self,
+        generator: Generator,
+        settings: ApiSettings,
+        adapters: Adapters,
+        router: Router | None = None,
+    ) -> None:
+        """Read requests for `generator`; `router` chooses who answers, None for who was asked."""
+        self._router = router
         self._generator = generator
         self._settings = settings
         self._adapters = adapters
@@ -74,7 +86,7 @@ class Reader:
                 model.
         """
         self._check(body)
-        adapter, count = self.adapter(body.model), body.n or 1
+        adapter, count = self._answering(body, tenant), body.n or 1
         made: list[GenerationRequest] = []
         for prompt in prompts:
             length = self._max_tokens(len(prompt), max_tokens)
@@ -102,6 +114,23 @@ class Reader:
                 for choice in range(count)
             ]
         return tuple(made)
+
+    def _answering(self, body: GenerationBody, tenant: str) -> str | None:
+        """Return the adapter that shall answer, None for the model itself.
+
+        Raises:
+            ApiError: 404: there is no such model.
+            BackendError: the router names one that is not here.
+        """
+        adapter = self.adapter(body.model)
+        if self._router is None:
+            return adapter
+        asked = body.model or self._settings.model
+        chosen = self._router(Asked(tenant=tenant, model=asked, user=body.user))
+        if chosen not in self.model_names():
+            must = f"one of {', '.join(self.model_names())}"
+            raise BackendError(describe("name", "the router", must, chosen))
+        return self.adapter(chosen)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the model does not have.
