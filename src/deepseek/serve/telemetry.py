@@ -78,7 +78,7 @@ class Telemetry:
             self._before[field] = count
         for work in step.work:
             share_s = seconds * len(work.tokens) / step.num_tokens
-            self._charge(work.request, share_s, now_s, ends_prompt=work.is_choosing)
+            self._charge(work.request, share_s, now_s)
         for request in step.dropped:
             self._spent.pop(request.id, None)
         if now_s - self._seldom_at_s >= SELDOM_S:
@@ -92,10 +92,10 @@ class Telemetry:
         agreeing = round(result.agreement * result.num_tokens)
         self._metrics.observe("deepseek:audit_tokens_agreeing", agreeing)
 
-    def _charge(self, request: Request, share_s: float, now_s: float, *, ends_prompt: bool) -> None:
+    def _charge(self, request: Request, share_s: float, now_s: float) -> None:
         spent = self._spent.setdefault(request.id, _Spent())
         spent.compute_s += share_s
-        if ends_prompt and spent.first_token_s is None:
+        if request.num_chosen and spent.first_token_s is None:
             spent.first_token_s = now_s
         if request.phase is Phase.FINISHED:
             self._finish(request, self._spent.pop(request.id), now_s)
@@ -111,7 +111,6 @@ class Telemetry:
         observe("vllm:request_inference_time_seconds", now_s - request.first_run_s)
         if spent.first_token_s is not None:
             observe("vllm:request_prefill_time_seconds", spent.first_token_s - request.first_run_s)
-            observe("vllm:request_decode_time_seconds", now_s - spent.first_token_s)
 
     def _look_around(self) -> None:
         """Count what is dear to find out."""
