@@ -175,3 +175,29 @@ def test_a_stop_leaves_what_there_was(load: Load) -> None:
     found = asyncio.run(drive())
     assert found.was_interrupted and found.outcomes == ended and len(ended) == 3
     assert found.wall_s > 0
+
+
+def test_a_cancellation_that_is_lost_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something below may swallow one; whoever pressed Ctrl-C does not wait for the server."""
+    monkeypatch.setattr("deepseek.serve.load.run.CANCEL_S", 0.01)
+    lost: list[int] = []
+
+    class Deaf(Client):
+        async def ask(self, *asked: Any) -> None:
+            for number in range(3):
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    lost.append(number)
+            await asyncio.sleep(60)
+
+    async def drive() -> Run:
+        client = Deaf(Target(url="http://127.0.0.1:1", model="fake"))
+        load = asyncio.ensure_future(run_load(client, singles(2), Load(concurrency=2)))
+        await asyncio.sleep(0.01)
+        load.cancel()
+        return await asyncio.wait_for(load, 10)
+
+    found = asyncio.run(drive())
+    assert found.was_interrupted and not found.outcomes
+    assert len(lost) == 6

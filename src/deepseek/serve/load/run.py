@@ -12,6 +12,9 @@ from deepseek.serve.load.client import Client, Message
 from deepseek.serve.load.outcome import Outcome
 from deepseek.serve.load.workload import Dialogue
 
+CANCEL_S = 5.0
+"""Seconds after which a request that was given up is given up again."""
+
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
@@ -67,13 +70,24 @@ async def run_load(
     except asyncio.CancelledError:
         run.was_interrupted = True
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await _give_up(tasks)
     run.client_cpu_s = time.process_time() - start_cpu_s
     end_s = max((each.ended_s for each in run.outcomes), default=start_s)
     run.wall_s = end_s - start_s
     return run
+
+
+async def _give_up(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel what has not ended, and again where that was lost on the way: whoever pressed Ctrl-C
+    does not wait for a server that hangs."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_S)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # told to nobody: the outcomes say what became of each
 
 
 async def _user(
