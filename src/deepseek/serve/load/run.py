@@ -66,7 +66,10 @@ async def run_load(
         ]
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
-        await asyncio.gather(*tasks)
+        # not `gather`, whose own cancellation waits for tasks that have lost theirs
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in ended:
+            task.result()
     except asyncio.CancelledError:
         run.was_interrupted = True
     finally:
