@@ -201,7 +201,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_folder: str) -> None:
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "deepseek", "chat", tiny_folder, "--max-tokens", "400"]
     process = subprocess.Popen(
-        [*command, "--temperature", "0"], stdin=child, stdout=child, stderr=child, close_fds=True
+        [*command, "--temperature", "0"],
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        close_fds=True,
+        # a shell makes programs in the background deaf to it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(child)
     said = b""

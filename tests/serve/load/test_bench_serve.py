@@ -216,6 +216,11 @@ def test_a_server_is_started_and_its_costs_are_told(bench: Any) -> None:
     assert ended.code == 2 and "got 'exit 3: '" in ended.err
 
 
+def listen_to_ctrl_c() -> None:
+    """Undo what a shell does to programs that it starts in the background: they are deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
     """The first load is answered; in the second the server hangs and the user gives up."""
     count = 0
@@ -230,7 +235,11 @@ def test_ctrl_c_shows_what_there_is(tmp_path: Path) -> None:
         keep = tmp_path / "kept.jsonl"
         words = [deepseek, "bench", "serve", server.url, *FEW, "--concurrency", "1", "2", "--json"]
         process = subprocess.Popen(
-            [*words, "--keep", str(keep)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*words, "--keep", str(keep)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=listen_to_ctrl_c,
         )
         until = time.monotonic() + 120
         while count < 12:
