@@ -265,7 +265,9 @@ async def _serve(
     from deepseek.serve.running import run_server
 
     settings = ApiSettings(
-        model=args.name or args.model, hosts=(*ApiSettings.hosts, *args.allow_host)
+        model=args.name or args.model,
+        hosts=(*ApiSettings.hosts, *args.allow_host),
+        uploads=beside.uploads,
     )
     stored = None if beside.state is None else beside.state.keys
     keys = AllKeys(MemoryKeyStore(_holders()), stored) if has_keys else OpenKeyStore()
@@ -279,7 +281,6 @@ async def _serve(
             adapters=beside.adapter_names,
             routers=beside.routers,
             admin_routers=beside.admin_routers,
-            uploads=beside.uploads,
         )
         batches = beside.add_state(app)
         config = make_server(app, settings, host=args.host, port=args.port).config

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -56,7 +56,6 @@ def create_app(
     router: Router | None = None,
     routers: Sequence[RouterMaker] = (),
     admin_routers: Sequence[RouterMaker] = (),
-    uploads: Mapping[str, int] | None = None,
     clock: Clock = time.monotonic,
 ) -> FastAPI:
     """Return the application that answers for an engine.
@@ -72,7 +71,6 @@ def create_app(
             the answer says which. None for the one that was asked for.
         routers: further routes, behind the same guards.
         admin_routers: routes under `/admin`; without an admin key they do not exist.
-        uploads: paths whose bodies may be longer than all others, and the bytes they may have.
         clock: seconds, for limits and latencies.
     """
     let_streams_end()
@@ -103,7 +101,7 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
         responses=ERROR_RESPONSES,
-        middleware=_guards(settings, keys, quotas, metrics, uploads or {}, clock),
+        middleware=_guards(settings, keys, quotas, metrics, clock),
     )
     app.state.service = service
     add_error_handlers(app)
@@ -139,7 +137,6 @@ def _guards(
     keys: KeyStore,
     quotas: Quotas,
     metrics: Metrics,
-    uploads: Mapping[str, int],
     clock: Clock,
 ) -> list[Middleware]:
     """Return the layers around the routes, outermost first; every one may raise ApiError."""
@@ -158,7 +155,7 @@ def _guards(
             max_header_bytes=settings.max_header_bytes,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
-            uploads=uploads,
+            uploads=settings.uploads,
         ),
         Middleware(Authentication, keys=keys, public_paths=settings.public_paths),
         Middleware(QuotaGuard, quotas=quotas),

@@ -30,6 +30,8 @@ class ApiSettings:
     max_request_tokens: int = 1_000_000
     """Most tokens that one request may cost: for each answer its prompt and `max_tokens`."""
     max_body_bytes: int = 4 * 2**20
+    uploads: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Paths whose bodies may be longer, and the bytes they may have."""
     body_timeout_s: float = 30.0
     """Seconds in which a request's body must have come."""
     max_header_bytes: int = 16 * 2**10
