@@ -173,4 +173,5 @@ def test_keys_are_asked_for_limited_counted_and_revoked(bundle: Path, tmp_path: 
             assert time.monotonic() < deadline
             time.sleep(0.2)
     listed = keys_of(bundle, tmp_path, "--list-keys")["keys"]
-    assert [(key["name"], key["revoked"]) for key in listed] == [("ann", True), ("root", False)]  # type: ignore[index]
+    found = sorted((key["name"], key["revoked"]) for key in listed)  # made within one second
+    assert found == [("ann", True), ("root", False)]  # type: ignore[index]
