@@ -61,6 +61,7 @@ def serving(
 ) -> Iterator[Server]:
     words = ["-m", "deepseek"] if script is None else ["-c", script]
     command = [sys.executable, *words, "serve", str(bundle), "--port", "0", "--pages", "300"]
+    command += ["--state", "none"]
     environment = {**os.environ, **settings}
     process = subprocess.Popen(
         [*command, *options], stderr=subprocess.PIPE, text=True, env=environment
@@ -162,8 +163,15 @@ def test_a_port_in_use_and_a_host_without_keys_are_told_in_one_line(bundle: Path
             (["--port", port], "in use"),
             (["--host", "0.0.0.0"], "while there are no keys"),
             (["--context", "100000000"], ""),
+            (["--port", "99999"], "from 0 to 65535"),
+            (["--port", "-1"], "--port"),
+            (["--drain-seconds", "nan"], "at least 0"),
+            (["--price-per-hour", "-1"], "--price-per-hour"),
+            (["--step-tokens", "10"], "at least 64, a token for each"),
+            (["--add-key", ""], "a folder where keys are kept"),
         ):
             command = [sys.executable, "-m", "deepseek", "serve", str(bundle), "--pages", "300"]
+            command += ["--state", "none"]
             done = subprocess.run([*command, *options], capture_output=True, text=True)
             assert done.returncode == 2 and told in done.stderr
             assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
