@@ -19,9 +19,9 @@ def change_keys(args: argparse.Namespace, folder: Path, out: Output) -> int:
     database = open_database(args.database or folder / "state.sqlite")
     try:
         keys = KeyStore(database)
-        if args.add_key:
+        if args.add_key is not None:
             return _add(args, keys, out)
-        if args.revoke_key:
+        if args.revoke_key is not None:
             keys.revoke(args.revoke_key)
             out.say(f"{args.revoke_key} is refused from now on.")
             return out.finish({"revoked": args.revoke_key})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek.errors import CapacityError, describe
+from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.generate import Engine
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import cgroup_cores
@@ -61,9 +61,14 @@ def choose_values(engine: Engine, asked: Asked) -> Values:
 
     Raises:
         CapacityError: there is no room for one request of full length.
+        ConfigError: a step would hold less than a token of each running request.
     """
     context = engine.config.max_positions
     running = asked.max_running or MAX_RUNNING
+    if asked.step_tokens is not None and asked.step_tokens < running:
+        must = f"at least {running}, a token for each request that runs"
+        step = "Give a smaller --max-running"
+        raise ConfigError(describe("--step-tokens", "the server", must, asked.step_tokens, step))
     told = f"as asked: requests that run together; each may be {context:,} tokens long"
     if asked.max_running is None:
         told = "rows of one step; more rows read the weights no oftener, but each waits longer"

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import re
 import signal
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, help="stretch the context to so many tokens")
     parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for any free one (8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="0 for any free one (8000)")
     parser.add_argument("--name", help="what clients call the model (MODEL)")
     parser.add_argument(
         "--allow-host", action="append", default=[], help="a Host header that is answered too"
@@ -59,7 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     add_state_arguments(parser)
     parser.add_argument(
-        "--drain-seconds", type=float, default=30.0, help="for what is under way at the end (30)"
+        "--drain-seconds",
+        type=_not_negative,
+        default=30.0,
+        help="for what is under way at the end (30)",
     )
     parser.add_argument(
         "--explain", action="store_true", help="say why each value was chosen, and end"
@@ -89,7 +93,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="scheme of the reference that audits compute (the one that serves)",
     )
     group.add_argument(
-        "--price-per-hour", type=float, metavar="PRICE", help="of the machine, for cost a request"
+        "--price-per-hour",
+        type=_not_negative,
+        metavar="PRICE",
+        help="of the machine, for cost a request",
     )
 
 
@@ -124,6 +131,22 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--list-keys", action="store_true", help="show all keys and what they used")
 
 
+def _port(word: str) -> int:
+    if not word.isdecimal() or int(word) > 65_535:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535; got {word!r}")
+    return int(word)
+
+
+def _not_negative(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0; got {word!r}")
+    return value
+
+
 def run(args: argparse.Namespace, out: Output) -> int:
     """Serve until a signal comes; or explain the values."""
     try:
@@ -131,7 +154,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise missing_extra("fastapi", "serve", "to serve over HTTP") from error
-    if args.add_key or args.revoke_key or args.list_keys:
+    if args.list_keys or args.add_key is not None or args.revoke_key is not None:
         from deepseek.cli.serve_keys import change_keys
 
         if args.state == "none":
