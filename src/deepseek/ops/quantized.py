@@ -1,0 +1,73 @@
+"""A matrix on a grid of integers: codes, and the scales that turn them into numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from deepseek.errors import ShapeError, describe
+
+_SCALE_BITS = 7
+"""Significant bits of a scale: a zero point of four bits times such a scale is a float16 number."""
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight [N, K] whose number at (n, k) is `(codes - zero) * scale` of its row and group.
+
+    Every format that we write says the same numbers: int8 per channel is one group a row with
+    `zero` 128, Q4_1 of GGUF has `zero * scale` as its minimum.
+    """
+
+    bits: int
+    """Of a code: 4 or 8."""
+    codes: Tensor
+    """uint8 [N, K], 0 to 2**bits - 1."""
+    scale: Tensor
+    """float32 [N, groups], each a float16 number."""
+    zero: Tensor
+    """uint8 [N, groups]: the code that stands for 0."""
+
+    def __post_init__(self) -> None:
+        rows, width = self.codes.shape
+        fits = self.scale.shape == self.zero.shape and self.scale.shape[0] == rows
+        if not fits or width % self.scale.shape[1]:
+            got = f"{list(self.scale.shape)} and {list(self.zero.shape)}"
+            must = f"[{rows}, a divisor of {width}]"
+            raise ShapeError(describe("scale and zero", "QuantizedWeight", must, got))
+
+    @property
+    def group(self) -> int:
+        """Channels of one scale."""
+        return self.codes.shape[1] // self.scale.shape[1]
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Whether the middle code stands for 0 in every group."""
+        return bool((self.zero == 1 << (self.bits - 1)).all())
+
+    def values(self) -> Tensor:
+        """Return the numbers, float32 [N, K]."""
+        blocks = self.codes.unflatten(-1, (-1, self.group)).float()
+        return ((blocks - self.zero[..., None].float()) * self.scale[..., None]).flatten(-2)
+
+    @property
+    def num_bytes(self) -> int:
+        """What codes, scales in float16 and zero points take, packed."""
+        zeros = 0 if self.is_symmetric else self.zero.numel() * self.bits // 8
+        return self.codes.numel() * self.bits // 8 + self.scale.numel() * 2 + zeros
+
+
+def short_scale(scale: Tensor) -> Tensor:
+    """Return scales rounded to seven significant bits, float32 that float16 holds exactly, and with
+    them every product with a zero point of four bits: what turns a code into a number is then the
+    same in every format. Below float16's normal numbers some exactness is lost.
+
+    Args:
+        scale: float32, any shape, not negative.
+    """
+    mantissa, exponent = torch.frexp(scale)
+    short = torch.ldexp((mantissa * 2**_SCALE_BITS).round() / 2**_SCALE_BITS, exponent)
+    return short.half().float()
