@@ -23,6 +23,7 @@ class Room:
 
 FLOORS: dict[str, Room] = {
     "config": Room(0, "the base of every configuration: frozen, versioned data"),
+    "config_files": Room(0, "configurations from YAML, or from a function in a Python file"),
     "errors": Room(0, "every exception, and the one form of a user error"),
     "records": Room(0, "the nouns that rooms exchange: measurement, card, lineage"),
     "registry": Room(0, "names of things to the places they are found at"),

@@ -144,6 +144,41 @@ class FileRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether a bundle passed one gate, and what that was read off."""
+
+    gate: str
+    """Its kind: `text`, `task`, `size`, `speed`."""
+    holds: bool
+    words: str
+    """What was found, against what was asked."""
+    measurements: tuple[Measurement, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-ready values."""
+        found = [measurement.to_dict() for measurement in self.measurements]
+        return {"gate": self.gate, "holds": self.holds, "words": self.words, "measurements": found}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record that `to_dict` wrote.
+
+        Raises:
+            FormatError: a field is missing, unknown or no such value.
+        """
+        given = dict(values)
+        try:
+            found = tuple(Measurement.from_dict(item) for item in given.pop("measurements", ()))
+            verdict = cls(measurements=found, **given)
+        except (TypeError, AttributeError) as error:
+            must = "the fields of a verdict"
+            raise FormatError(describe("verdict", "a record file", must, dict(values))) from error
+        if not isinstance(verdict.holds, bool):
+            raise FormatError(describe("holds", "a verdict", "true or false", verdict.holds))
+        return verdict
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BundleCard:
     """What a bundle is, what it was made from, and what was measured of it: the content of
     `bundle.json`.
@@ -165,18 +200,30 @@ class BundleCard:
     attention: Mapping[str, Any] | None = None
     """How its layers choose the blocks that they see: the fields of `deepseek.ops.routing.Routing`;
     None for a model whose tokens see all before them, or what its config says."""
+    verdicts: tuple[Verdict, ...] = ()
+    """Of the gates that a compression had to pass."""
     format_version: int = 1
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether a gate did not hold."""
+        return not all(verdict.holds for verdict in self.verdicts)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the card as JSON-ready values; without `attention` where it is None."""
+        """Return the card as JSON-ready values; without `attention` where it is None, and without
+        `verdicts` where there are none."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["parents"] = [dataclasses.asdict(parent) for parent in self.parents]
         values["stage"] = dataclasses.asdict(self.stage) if self.stage else None
         values["files"] = {name: dataclasses.asdict(record) for name, record in self.files.items()}
         values["measurements"] = [measurement.to_dict() for measurement in self.measurements]
         values["versions"] = dict(self.versions)
-        attention = values.pop("attention")
-        return values if attention is None else {**values, "attention": dict(attention)}
+        attention, verdicts = values.pop("attention"), values.pop("verdicts")
+        if attention is not None:
+            values["attention"] = dict(attention)
+        if verdicts:
+            values["verdicts"] = [verdict.to_dict() for verdict in verdicts]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -201,6 +248,7 @@ class BundleCard:
                 measurements=tuple(
                     Measurement.from_dict(item) for item in given.pop("measurements", ())
                 ),
+                verdicts=tuple(Verdict.from_dict(item) for item in given.pop("verdicts", ())),
                 **given,
             )
         except (TypeError, AttributeError) as error:

@@ -17,6 +17,8 @@ from deepseek.models import Decoder, Encoder
 
 PYTHON_TOPICS = "python-topics"
 """The text that every Python carries."""
+_LEARNED = 0.8
+"""Share of a text, from its start, that may be learned from: gates measure on the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,8 @@ class Calibration(Config):
     """Which samples, how many and how long."""
 
     text: str = PYTHON_TOPICS
-    """A file or folder of text, or `python-topics`. Keep it apart from what is measured on."""
+    """A file or folder of text, or `python-topics`. Samples come from the first four fifths; gates
+    measure on the last, so that one text can serve both."""
     samples: int = 128
     length: int = 512
     """Tokens of a sample; an encoder's are whole lines, cut to it."""
@@ -58,17 +61,37 @@ def calibration_batches(
     """
     if model.tokenizer is None:
         raise ConfigError(describe("tokenizer", "calibration", "there", None))
-    texts = _texts(calibration.text)
+    texts = [learned_part(text) for text in texts_of(calibration.text)]
     if isinstance(model, Encoder):
         return _lines(model, texts, calibration, batch_size)
     return _windows(model, texts, calibration, batch_size)
 
 
-def _texts(source: str) -> list[str]:
+def texts_of(source: str) -> list[str]:
+    """Return the texts of a file or folder, or the one of `python-topics`.
+
+    Raises:
+        ConfigError: there are none.
+        FormatError: one cannot be read.
+    """
     if source == PYTHON_TOPICS:
         return [default_corpus().text]
     records = read_texts(text_files(Path(source)))
     return [record for record in records if isinstance(record, str)]
+
+
+def learned_part(text: str) -> str:
+    """Return the part of a text that may be learned from, whole lines."""
+    return text[: _border(text)]
+
+
+def measured_part(text: str) -> str:
+    """Return the part of a text that is kept to measure on."""
+    return text[_border(text) :]
+
+
+def _border(text: str) -> int:
+    return text.find("\n", int(len(text) * _LEARNED)) + 1 or len(text)
 
 
 def _windows(

@@ -19,7 +19,7 @@ from deepseek.hub.atomic import files_in, locked, recover, replace_file
 from deepseek.hub.safetensors import TensorEntry, read_entries
 from deepseek.hub.store import CARD, bundle_folder, stored_names
 from deepseek.ops.routing import Routing
-from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
+from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord, Verdict
 
 SMALL_FILE_BYTES = 8 << 20
 """Files up to this size are hashed on every load; larger ones only when asked."""
@@ -143,11 +143,7 @@ class Bundle:
             FormatError: the bundle has no card to write them on.
             CapacityError: the disk is full; the old card is there.
         """
-        if not self.has_card:
-            step = "Make a bundle of it with hub.pull or hub.save"
-            raise FormatError(
-                describe(CARD, str(self.path), "there to be added to", "no card", step)
-            )
+        self._must_have_card()
         fresh = list(measurements)
         with locked(self.path):
             card = BundleCard.from_dict(read_json(self.path / CARD))
@@ -156,6 +152,27 @@ class Bundle:
             card = dataclasses.replace(card, measurements=(*kept, *fresh))
             replace_file(self.path / CARD, card_bytes(card))
         self.card = card
+
+    def set_verdicts(self, verdicts: Iterable[Verdict]) -> None:
+        """Put the verdicts of gates on the card on disk and here, in the place of older ones.
+
+        Raises:
+            FormatError: the bundle has no card to write them on.
+            CapacityError: the disk is full; the old card is there.
+        """
+        self._must_have_card()
+        with locked(self.path):
+            card = BundleCard.from_dict(read_json(self.path / CARD))
+            card = dataclasses.replace(card, verdicts=tuple(verdicts))
+            replace_file(self.path / CARD, card_bytes(card))
+        self.card = card
+
+    def _must_have_card(self) -> None:
+        if not self.has_card:
+            step = "Make a bundle of it with hub.pull or hub.save"
+            raise FormatError(
+                describe(CARD, str(self.path), "there to be added to", "no card", step)
+            )
 
     def _check(self, *, everything: bool) -> None:
         for name, record in self.card.files.items():

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from deepseek.config import Config
-from deepseek.errors import ConfigError, FormatError, describe
+from deepseek.config_files import read_config
+from deepseek.errors import ConfigError, describe
 from deepseek.models.config import GateConfig
 from deepseek.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from deepseek.parallel import Exact, Mesh, TransportConfig
@@ -290,49 +290,4 @@ def read_run(path: str | Path) -> Run:
         ConfigError: there is no such file, or the run in it is not one.
         FormatError: it cannot be read.
     """
-    path = Path(path)
-    if not path.is_file():
-        step = "Give a .yaml file, or a .py file with a function `run`"
-        raise ConfigError(describe("run", "train", "a file", str(path), step))
-    if path.suffix == ".py":
-        return _from_python(path)
-    if path.suffix in (".yaml", ".yml"):
-        return _from_yaml(path)
-    raise ConfigError(describe("run", "train", "a .yaml or .py file", path.name))
-
-
-def _from_yaml(path: Path) -> Run:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Reads 1e-3 as a number, which YAML 1.1 takes for a word."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-        list("-+0123456789"),
-    )
-    try:
-        values: Any = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FormatError(
-            describe("run", str(path), "YAML", " ".join(str(error).split()))
-        ) from error
-    if not isinstance(values, dict):
-        raise FormatError(describe("run", str(path), "the fields of a Run", values))
-    return Run.from_dict(values)
-
-
-def _from_python(path: Path) -> Run:
-    spec = importlib.util.spec_from_file_location("deepseek_run_file", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        made = module.run()
-    except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-        raise ConfigError(describe("run", str(path), "a file whose `run()` works", got)) from error
-    if not isinstance(made, Run):
-        raise ConfigError(describe("run()", str(path), "a deepseek.train.Run", made))
-    return made
+    return read_config(path, Run, function="run", owner="train")
