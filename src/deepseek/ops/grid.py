@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from deepseek.errors import ConfigError, ShapeError, describe
+from deepseek.errors import ConfigError, describe
 from deepseek.ops.scheme import Form
 
 Bytes = npt.NDArray[np.uint8]
@@ -95,11 +95,15 @@ def why_not_exact(bits: int, scale: Floats, zero: Bytes) -> str | None:
 
 
 def halves_of(grid: Grid, form: Form) -> tuple[Halves, Halves]:
-    """Return the scale and the number of code 0 of every row and group that the engine forms,
-    float16 [N, groups]: those of a wider group are repeated.
+    """Return the scale and the number of code 0 of every row and group of a form, float16
+    [N, groups]: those of a wider group are repeated.
+
+    Args:
+        grid: the weight.
+        form: of `grid_form`.
 
     Raises:
-        ConfigError: float16 does not hold them, or the form asks for wider groups.
+        ConfigError: float16 does not hold them.
     """
     reason = why_not_exact(grid.bits, grid.scale, grid.zero)
     if reason is not None:
@@ -107,10 +111,6 @@ def halves_of(grid: Grid, form: Form) -> tuple[Halves, Halves]:
         step = "Load it with a scheme or a dtype"
         raise ConfigError(describe("weight", "Engine", must, reason, step))
     width = grid.codes.shape[1]
-    starts = np.arange(0, width, form.group)
-    if form.group > grid.group and len(starts) > 1:
-        must = f"in groups of at most {grid.group}, as its grid is"
-        raise ShapeError(describe("form", "a weight", must, form.group))
-    places = starts // grid.group
+    places = np.arange(0, width, form.group) // grid.group
     least = grid.scale * -grid.zero.astype(np.float32)
     return grid.scale[:, places].astype(np.float16), least[:, places].astype(np.float16)
