@@ -165,18 +165,23 @@ class BundleCard:
     attention: Mapping[str, Any] | None = None
     """How its layers choose the blocks that they see: the fields of `deepseek.ops.routing.Routing`;
     None for a model whose tokens see all before them, or what its config says."""
+    kv: str | None = None
+    """How its keys and values are to be cached (`int8`); None for as the engine does by itself."""
     format_version: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the card as JSON-ready values; without `attention` where it is None."""
+        """Return the card as JSON-ready values; without `attention` and `kv` where they are
+        None."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["parents"] = [dataclasses.asdict(parent) for parent in self.parents]
         values["stage"] = dataclasses.asdict(self.stage) if self.stage else None
         values["files"] = {name: dataclasses.asdict(record) for name, record in self.files.items()}
         values["measurements"] = [measurement.to_dict() for measurement in self.measurements]
         values["versions"] = dict(self.versions)
-        attention = values.pop("attention")
-        return values if attention is None else {**values, "attention": dict(attention)}
+        for name in ("attention", "kv"):
+            if values[name] is None:
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -273,16 +273,11 @@ def build_engine(
         MAX_STEP_TOKENS,
         threads,
     )
-    given = {name: _needed(weights, name) for name in book.matrices} if scheme.as_stored else {}
-    forms = {name: form_as_stored(source) for name, source in given.items()}
-    forms |= dict.fromkeys(book.exact, Form("float32"))
-    reason = why_mixed(program, forms) if scheme.as_stored else None
-    if reason is not None:
-        step = "Load it with a scheme, or choose one grid for them"
-        raise ConfigError(describe("weights", "Engine", "alike in a product", reason, step))
+    forms = _forms(program, book.matrices, weights, scheme) | dict.fromkeys(
+        book.exact, Form("float32")
+    )
     for place, name in enumerate(book.matrices):
-        form = forms.get(name) or scheme.form_of(_storage(name, scheme))
-        _add_matrix(native, name, weights, form, (packed or {}).get(name))
+        _add_matrix(native, name, weights, forms[name], (packed or {}).get(name))
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:
@@ -373,20 +368,34 @@ def _storage(name: str, scheme: Scheme) -> Storage:
     return scheme.head_storage if is_head else scheme.weights
 
 
-def form_as_stored(source: Rows | GridSource) -> Form:
-    """Return how the engine holds a weight in the numbers that it has.
+def _forms(
+    program: Program, names: Sequence[str], weights: Weights, scheme: Scheme
+) -> dict[str, Form]:
+    if not scheme.as_stored:
+        return {name: scheme.form_of(_storage(name, scheme)) for name in names}
+    forms = forms_as_stored(program, weights)
+    reason = why_mixed(program, forms)
+    if reason is not None:
+        step = "Load it with a scheme, or put them on one grid"
+        raise ConfigError(describe("weights", "Engine", "alike in a product", reason, step))
+    return {name: form for name, form in forms.items() if form is not None}
+
+
+def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None]:
+    """Return how the engine holds the weights of a program in the numbers that they have; None for
+    one on a grid that it does not hold.
 
     Raises:
-        ConfigError: it is on a grid that the engine does not hold.
+        BackendError: a weight is missing.
     """
+    names = _matrices(program.instructions)
+    return {name: _form_as_stored(_needed(weights, name)) for name in names}
+
+
+def _form_as_stored(source: Rows | GridSource) -> Form | None:
     if isinstance(source, Rows):
         return Form("bfloat16" if source.dtype == "bfloat16" else "float32")
-    form = grid_form(source.bits, source.group, source.shape[1])
-    if form is None:
-        must = "a multiple of 32 or a whole row"
-        step = "Load it with a scheme"
-        raise ConfigError(describe("group", "Engine", must, source.group, step))
-    return form
+    return grid_form(source.bits, source.group, source.shape[1])
 
 
 def _add_matrix(

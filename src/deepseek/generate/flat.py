@@ -89,19 +89,24 @@ def sharing_weights(program: Program) -> list[tuple[str, ...]]:
     return list(dict.fromkeys(units))
 
 
-def why_mixed(program: Program, forms: Mapping[str, Form]) -> str | None:
-    """Return which weights share inputs and yet have different forms, or None where none do.
+def why_mixed(program: Program, forms: Mapping[str, Form | None]) -> str | None:
+    """Return which weights share inputs and yet have different forms, or which has none; None where
+    all can be held.
 
     Args:
         program: of the decoder.
         forms: of its weights.
     """
     for unit in sharing_weights(program):
-        first = unit[0]
-        other = next((name for name in unit if forms[name] != forms[first]), None)
-        if other is not None:
-            both = f"{first} is {forms[first].text}", f"{other} is {forms[other].text}"
-            return " and ".join(both)
+        first = forms[unit[0]]
+        for name in unit:
+            form = forms[name]
+            if form is None or first is None:
+                return f"the grid of {name} has groups that the engine does not hold"
+            if form != first:
+                return (
+                    f"{unit[0]} is {first.text}, and {name}, which shares its inputs, {form.text}"
+                )
     return None
 
 

@@ -4,6 +4,7 @@ torch; `ops.quantized` is the same with tensors."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -91,6 +92,16 @@ def why_not_exact(bits: int, scale: Floats, zero: Bytes) -> str | None:
     least = scale * -zero.astype(np.float32)
     if bits == 4 and not np.array_equal(least.astype(np.float16), least):
         return "zero points whose product with the scale is no float16 number"
+    return None
+
+
+def why_inexact(grids: Mapping[str, GridSource]) -> str | None:
+    """Return why the engine cannot compute with the very numbers of some weights, or None if it
+    can; the scales are read for it."""
+    for name, grid in grids.items():
+        reason = why_not_exact(grid.bits, *grid.read_scales())
+        if reason is not None:
+            return f"{name} has {reason}"
     return None
 
 
