@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from deepseek.hub.saving import save
     from deepseek.models import Decoder, DecoderConfig, Encoder, EncoderConfig, Planner
     from deepseek.ops.attention import AttentionImpl
+    from deepseek.ops.grid import GridSource
+    from deepseek.ops.scheme import Form
 
 __all__ = ["EngineFacts", "attach_methods", "engine_facts", "load", "load_engine", "pull", "save"]
 
@@ -60,7 +62,8 @@ def load(
         device: where the weights go.
         verify: hash every file first (always done: sizes, headers and the small files).
         scheme: how generation stores and computes the weights: "int8", "int4", "int4-kv8", … or a
-            Scheme; None for as they are. The model itself keeps its weights.
+            Scheme; None for as they are, which for a bundle of weights on grids means those grids.
+            The model itself keeps its weights.
         context: in tokens; where it is longer than the model's own, its positions are stretched by
             YaRN, without training (`deepseek.models.stretch`).
 
@@ -147,23 +150,24 @@ def _engine_of(
 ) -> Engine | None:
     from deepseek.data import Tokenizer
     from deepseek.generate.engine import build_engine
-    from deepseek.hub.mapping import map_tensors
     from deepseek.hub.packed import packed_path, read_packed, write_packed
     from deepseek.models.config import DecoderConfig
-    from deepseek.models.families import our_name
     from deepseek.ops.cpu import kernels, packed_form
+    from deepseek.ops.grid import why_inexact
 
     config, scheme = facts.config, facts.scheme
     if facts.reason is not None or scheme is None or not isinstance(config, DecoderConfig):
         return None
-    mapped = map_tensors(bundle.path, bundle.tensors)
-    names = {our_name(config, name): name for name in mapped}
-    form = f"{scheme.weights} {scheme.group} {scheme.head_storage} {packed_form()}"
+    held = f"{scheme.weights} {scheme.group} {scheme.head_storage}"
+    form = f"{'as stored' if scheme.as_stored else held} {packed_form()}"
     place = packed_path(bundle.path, bundle.tensors, form=form) if keep else None
     packed = None if place is None else read_packed(place)
+    is_checked = packed is not None or not scheme.as_stored
+    if not is_checked and why_inexact(bundle.grids) is not None:
+        return None
     engine = build_engine(
         config,
-        _each_once({ours: mapped[name] for ours, name in names.items() if ours is not None}),
+        _weights_of(bundle, config),
         scheme,
         tokenizer=Tokenizer.from_folder(bundle.path),
         bundle=bundle,
@@ -189,6 +193,8 @@ class EngineFacts:
     """Of the weights, by our names."""
     reason: str | None
     """Why there is no engine; None where there is one."""
+    forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    """How the engine holds each weight, where the scheme says as stored."""
 
 
 def engine_facts(source: str | Path, *, scheme: str | Scheme | None = None) -> EngineFacts:
@@ -204,13 +210,18 @@ def engine_facts(source: str | Path, *, scheme: str | Scheme | None = None) -> E
         FormatError: a folder or file that is not a whole model.
     """
     from deepseek.hub.bundle import Bundle
+    from deepseek.ops.grid import why_inexact
 
     asked = _as_scheme(scheme)
     _fetch(source)
     path = hub.resolve(source)
     if path.is_file():
         return _facts_of_gguf(path, asked)
-    return _facts_of_bundle(Bundle.open(path), asked)
+    bundle = Bundle.open(path)
+    facts = _facts_of_bundle(bundle, asked)
+    if facts.reason is not None or facts.scheme is None or not facts.scheme.as_stored:
+        return facts
+    return dataclasses.replace(facts, reason=why_inexact(bundle.grids))
 
 
 _STORED = {"F32": "float32", "BF16": "bfloat16"}
@@ -219,6 +230,9 @@ _STORED = {"F32": "float32", "BF16": "bfloat16"}
 def _facts_of_bundle(
     bundle: Bundle, asked: Scheme | None, context: int | None = None
 ) -> EngineFacts:
+    from deepseek.generate.engine import forms_as_stored
+    from deepseek.generate.flat import decoder_program, why_mixed
+    from deepseek.hub.grids import grids_of
     from deepseek.models.config import DecoderConfig
     from deepseek.models.families import config_from_hf, our_name
     from deepseek.models.stretch import stretched
@@ -226,13 +240,27 @@ def _facts_of_bundle(
     config = config_from_hf(bundle.config)
     if context is not None and isinstance(config, DecoderConfig):
         config = stretched(config, context)
-    named = {our_name(config, name): entry for name, entry in bundle.tensors.items()}
-    entries = {name: entry for name, entry in named.items() if name is not None}
+    plain = {our_name(config, name): entry for name, entry in bundle.plain_tensors.items()}
+    entries = {name: entry for name, entry in plain.items() if name is not None}
+    grids = grids_of(bundle)
     dtypes = sorted({entry.dtype for entry in entries.values()})
-    is_stored = len(dtypes) == 1 and dtypes[0] in _STORED
-    scheme = asked or (Scheme.named(_STORED[dtypes[0]]) if is_stored else None)
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    return EngineFacts(config, scheme, shapes, _why_no_engine(config, scheme, ", ".join(dtypes)))
+    shapes = {name: each.shape for name, each in (*entries.items(), *grids.items())}
+    if grids:
+        usual = Scheme(as_stored=True)
+    else:
+        is_stored = len(dtypes) == 1 and dtypes[0] in _STORED
+        usual = Scheme.named(_STORED[dtypes[0]]) if is_stored else None
+    if usual is not None and bundle.kv is not None:
+        usual = usual.replace(kv=bundle.kv)
+    scheme = asked or usual
+    reason = _why_no_engine(config, scheme, ", ".join(dtypes))
+    if reason is not None or scheme is None or not scheme.as_stored:
+        return EngineFacts(config, scheme, shapes, reason)
+    assert isinstance(config, DecoderConfig)
+    program = decoder_program(config)
+    found = forms_as_stored(program, _weights_of(bundle, config))
+    forms = {name: form for name, form in found.items() if form is not None}
+    return EngineFacts(config, scheme, shapes, why_mixed(program, found), forms)
 
 
 def _facts_of_gguf(path: Path, asked: Scheme | None) -> EngineFacts:
@@ -267,14 +295,22 @@ def _why_no_engine(
     return why_not_flat(config) or (unstored if scheme is None else why_missing())
 
 
-def _each_once(tensors: Mapping[str, MappedTensor]) -> Weights:
+def _weights_of(bundle: Bundle, config: DecoderConfig) -> Weights:
     """Return what gives the weights in turn; what was asked for before is packed by then, and its
     pages go back."""
     from deepseek.generate.engine import Rows
+    from deepseek.hub.grids import grids_of
+    from deepseek.hub.mapping import map_tensors
+    from deepseek.models.families import our_name
 
+    mapped = map_tensors(bundle.path, bundle.plain_tensors)
+    tensors = {our_name(config, name): tensor for name, tensor in mapped.items()}
+    grids = grids_of(bundle)
     last: list[MappedTensor] = []
 
-    def rows(name: str) -> Rows | None:
+    def rows(name: str) -> Rows | GridSource | None:
+        if name in grids:
+            return grids[name]
         if name not in tensors:
             return None
         while last:

@@ -202,6 +202,8 @@ class BundleCard:
     None for a model whose tokens see all before them, or what its config says."""
     verdicts: tuple[Verdict, ...] = ()
     """Of the gates that a compression had to pass."""
+    kv: str | None = None
+    """How its keys and values are to be cached (`int8`); None for as the engine does by itself."""
     format_version: int = 1
 
     @property
@@ -210,18 +212,18 @@ class BundleCard:
         return not all(verdict.holds for verdict in self.verdicts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the card as JSON-ready values; without `attention` where it is None, and without
-        `verdicts` where there are none."""
+        """Return the card as JSON-ready values; without `attention` and `kv` where they are None,
+        and without `verdicts` where there are none."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["parents"] = [dataclasses.asdict(parent) for parent in self.parents]
         values["stage"] = dataclasses.asdict(self.stage) if self.stage else None
         values["files"] = {name: dataclasses.asdict(record) for name, record in self.files.items()}
         values["measurements"] = [measurement.to_dict() for measurement in self.measurements]
         values["versions"] = dict(self.versions)
-        attention, verdicts = values.pop("attention"), values.pop("verdicts")
-        if attention is not None:
-            values["attention"] = dict(attention)
-        if verdicts:
+        for name in ("attention", "kv"):
+            if values[name] is None:
+                del values[name]
+        if verdicts := values.pop("verdicts"):
             values["verdicts"] = [verdict.to_dict() for verdict in verdicts]
         return values
 

@@ -12,7 +12,7 @@ from deepseek.errors import BackendError, describe
 from deepseek.graph import Instruction, Program
 from deepseek.graph.program import LOGITS
 from deepseek.ops.choice import Backend, Case, Kernel, choose
-from deepseek.ops.scheme import Scheme, Storage, cached_bytes, stored_bits, stored_width
+from deepseek.ops.scheme import Form, Scheme, Storage, cached_bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of weights, by the decoder's own names."""
@@ -60,7 +60,7 @@ class _Kind(NamedTuple):
     name: str
     op: str
     matrices: tuple[tuple[int, ...], ...]
-    storage: Storage
+    form: Form
     window: int | None
     num_active: int
 
@@ -75,12 +75,10 @@ class _Step(NamedTuple):
     def kernel(self, kind: _Kind) -> Kernel:
         """Return the kernel of an operation."""
         operation = "attention" if kind.op == "attend" else "linear"
-        case = Case(
-            operation=operation,
-            storage=kind.storage,
-            rows=self.rows,
-            group=self.scheme.group_of(kind.storage),
-        )
+        case = Case(operation=operation, storage=kind.form.storage, rows=self.rows)
+        if kind.form.storage in ("int8", "int4") and operation == "linear":
+            has_grid = not kind.form.is_rotated
+            case = case.replace(group=kind.form.group, keeps_grid=has_grid)
         return choose(case, self.others)
 
 
@@ -89,6 +87,7 @@ def cost_of_step(
     shapes: Shapes,
     scheme: Scheme,
     *,
+    forms: Mapping[str, Form] | None = None,
     rows: int = 1,
     context: int = 1,
     others: Sequence[Backend] = (),
@@ -102,6 +101,7 @@ def cost_of_step(
         program: of the decoder.
         shapes: of its weights.
         scheme: how they are stored.
+        forms: of its weights one by one, where the scheme is `as_stored`.
         rows: of the step.
         context: tokens that each row sees, its new one included.
         others: backends that are asked before ours.
@@ -110,7 +110,7 @@ def cost_of_step(
         BackendError: a weight is missing, or no backend has a kernel.
     """
     alike = Counter(
-        _kind(item, shapes, scheme)
+        _kind(item, shapes, scheme, forms or {})
         for item in program.instructions
         if item.op == "attend" or (item.weights and item.op != "embed")
     )
@@ -122,19 +122,20 @@ _OUTPUTS = {"qkv": "qkv", "gates": "gates", "routes": "router", LOGITS: "head"}
 _INPUTS = {"attended": "o", "hidden": "down"}
 
 
-def _kind(item: Instruction, shapes: Shapes, scheme: Scheme) -> _Kind:
+def _kind(item: Instruction, shapes: Shapes, scheme: Scheme, forms: Mapping[str, Form]) -> _Kind:
     name = {"attend": "attention"}.get(item.op, item.op)
     if item.op == "linear":
         name = _OUTPUTS.get(item.output) or _INPUTS.get(item.input or "", name)
-    storage: Storage = scheme.weights
     if item.op == "attend":
-        storage = scheme.kv
+        form = Form(scheme.kv)
     elif item.is_exact:
-        storage = "float32"
-    elif item.output == LOGITS:
-        storage = scheme.head_storage
+        form = Form("float32")
+    elif scheme.as_stored:
+        form = forms[item.weights[0]]
+    else:
+        form = scheme.form_of(scheme.head_storage if item.output == LOGITS else scheme.weights)
     matrices = tuple(_shape(shapes, weight) for weight in item.weights)
-    return _Kind(name, item.op, matrices, storage, item.window, item.num_active)
+    return _Kind(name, item.op, matrices, form, item.window, item.num_active)
 
 
 def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
@@ -147,20 +148,17 @@ def _cost(step: _Step, kind: _Kind, count: int) -> OperationCost:
     kernel = step.kernel(kind)
     if kind.op == "attend":
         return _attention_cost(step, kind, kernel, count)
-    bits = kernel.weight_bits or stored_bits(kind.storage, step.scheme.group_of(kind.storage))
+    bits = kernel.weight_bits or kind.form.bits
     matrices, used, per_row = kind.matrices, 1, 1
     if kind.op == "experts":
         matrices, per_row = kind.matrices[:3], kind.num_active
         used = min(len(kind.matrices) // 3, step.rows * per_row)
-    stored = sum(
-        height * stored_width(kind.storage, width, step.scheme.group_of(kind.storage))
-        for height, width in matrices
-    )
+    stored = sum(height * kind.form.width(width) for height, width in matrices)
     return OperationCost(
         name=kind.name,
         count=count,
         shape=_whole_shape(kind),
-        storage=kind.storage,
+        storage=kind.form.storage,
         kernel=kernel,
         weight_bytes=count * used * math.ceil(stored * bits / 8),
         cache_bytes=0,
@@ -184,7 +182,7 @@ def _attention_cost(step: _Step, kind: _Kind, kernel: Kernel, count: int) -> Ope
         name=kind.name,
         count=count,
         shape=(shape.num_heads, shape.num_kv_heads, shape.head_dim),
-        storage=kind.storage,
+        storage=kind.form.storage,
         kernel=kernel,
         weight_bytes=0,
         cache_bytes=count * step.rows * seen * token_bytes,

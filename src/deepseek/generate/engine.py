@@ -7,21 +7,22 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeGuard
 
 import numpy as np
 
 from deepseek.errors import BackendError, CapacityError, ConfigError, describe
 from deepseek.generate.adapters import EngineAdapter, pack_adapter
-from deepseek.generate.flat import decoder_program, why_not_flat
+from deepseek.generate.flat import decoder_program, why_mixed, why_not_flat
 from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
+from deepseek.ops.grid import GridSource, halves_of
 from deepseek.ops.head_count import HeadCount
 from deepseek.ops.low_rank import LowRankUpdate
 from deepseek.ops.routing import Routing
-from deepseek.ops.scheme import Scheme, Storage
+from deepseek.ops.scheme import Form, Scheme, Storage, grid_form
 
 if TYPE_CHECKING:
     from deepseek.data import Tokenizer
@@ -46,8 +47,9 @@ class Rows(NamedTuple):
     """What keeps the memory alive."""
 
 
-Weights = Callable[[str], "Rows | None"]
-"""Gives a weight by the decoder's own name; None where there is none (a bias, mostly)."""
+Weights = Callable[[str], "Rows | GridSource | None"]
+"""Gives a weight by the decoder's own name, as rows of numbers or on a grid; None where there is
+none (a bias, mostly)."""
 
 
 class PackedBytes(Protocol):
@@ -232,8 +234,9 @@ def build_engine(
 
     Args:
         config: of the decoder.
-        weights: its weights by name.
-        scheme: how they are stored.
+        weights: its weights by name; one on a grid is read once, when it is packed.
+        scheme: how they are stored. One on a grid keeps it where the scheme says `as_stored`, and
+            is rounded anew where it does not.
         tokenizer, bundle: handed on.
         threads: None for the cores this process may use.
         instruction_set: None for the best one here, or what `DEEPSEEK_ISA` says.
@@ -244,7 +247,8 @@ def build_engine(
 
     Raises:
         BackendError: the kernels were not built, or a weight is missing.
-        ConfigError: the decoder has no flat program, or the scheme does not fit it.
+        ConfigError: the decoder has no flat program, the scheme does not fit it, or weights of one
+            product are on different grids (`why_mixed`).
     """
     reason = why_not_flat(config)
     if reason is not None:
@@ -269,9 +273,11 @@ def build_engine(
         MAX_STEP_TOKENS,
         threads,
     )
+    forms = _forms(program, book.matrices, weights, scheme) | dict.fromkeys(
+        book.exact, Form("float32")
+    )
     for place, name in enumerate(book.matrices):
-        kind = "float32" if name in book.exact else _storage(name, scheme)
-        _add_matrix(native, name, weights, kind, scheme.group_of(kind), (packed or {}).get(name))
+        _add_matrix(native, name, weights, forms[name], (packed or {}).get(name))
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:
@@ -362,30 +368,84 @@ def _storage(name: str, scheme: Scheme) -> Storage:
     return scheme.head_storage if is_head else scheme.weights
 
 
+def _forms(
+    program: Program, names: Sequence[str], weights: Weights, scheme: Scheme
+) -> dict[str, Form]:
+    if not scheme.as_stored:
+        return {name: scheme.form_of(_storage(name, scheme)) for name in names}
+    forms = forms_as_stored(program, weights)
+    reason = why_mixed(program, forms)
+    if reason is not None:
+        step = "Load it with a scheme, or put them on one grid"
+        raise ConfigError(describe("weights", "Engine", "alike in a product", reason, step))
+    return {name: form for name, form in forms.items() if form is not None}
+
+
+def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None]:
+    """Return how the engine holds the weights of a program in the numbers that they have; None for
+    one on a grid that it does not hold.
+
+    Raises:
+        BackendError: a weight is missing.
+    """
+    names = _matrices(program.instructions)
+    return {name: _form_as_stored(_needed(weights, name)) for name in names}
+
+
+def _form_as_stored(source: Rows | GridSource) -> Form | None:
+    if isinstance(source, Rows):
+        return Form("bfloat16" if source.dtype == "bfloat16" else "float32")
+    return grid_form(source.bits, source.group, source.shape[1])
+
+
 def _add_matrix(
-    native: Any,
-    name: str,
-    weights: Weights,
-    kind: Storage,
-    group: int,
-    packed: PackedBytes | None,
+    native: Any, name: str, weights: Weights, form: Form, packed: PackedBytes | None
 ) -> None:
-    rows = _needed(weights, name)
-    count, width = rows.shape
-    bias = weights(name.removesuffix("weight") + "bias")
-    form = {
-        "kind": kind,
-        "group": group,
-        "rotated": kind == "int8",
-        "n": count,
-        "k": width,
-        "bias": None if bias is None else _vector(bias),
-    }
-    if packed is None:
-        stride, dtype = rows.stride_bytes, rows.dtype
-        native.add_weight(source=rows.address, dtype=dtype, stride=stride, **form)
+    source = _needed(weights, name)
+    count, width = source.shape
+    given = weights(name.removesuffix("weight") + "bias")
+    bias = None if given is None else _vector(given)
+    if packed is not None:
+        held = {"kind": form.storage, "group": form.group, "rotated": form.is_rotated}
+        packed.read_into(_packed_view(native, native.add_room(**held, n=count, k=width, bias=bias)))
+    elif _keeps_grid(source, form):
+        _add_codes(native, source, form, bias)
     else:
-        packed.read_into(_packed_view(native, native.add_room(**form)))
+        rows = source if isinstance(source, Rows) else _rows_of(source.read().values())
+        native.add_weight(
+            kind=form.storage,
+            group=form.group,
+            rotated=form.is_rotated,
+            source=rows.address,
+            dtype=rows.dtype,
+            n=count,
+            k=width,
+            stride=rows.stride_bytes,
+            bias=bias,
+        )
+
+
+def _keeps_grid(source: Rows | GridSource, form: Form) -> TypeGuard[GridSource]:
+    return not isinstance(source, Rows) and form == grid_form(
+        source.bits, source.group, source.shape[1]
+    )
+
+
+def _add_codes(native: Any, source: GridSource, form: Form, bias: np.ndarray | None) -> None:
+    grid = source.read()
+    scale, least = halves_of(grid, form)
+    native.add_codes(
+        kind=form.storage,
+        group=form.group,
+        codes=np.ascontiguousarray(grid.codes),
+        scale=np.ascontiguousarray(scale).view(np.uint16),
+        least=np.ascontiguousarray(least).view(np.uint16),
+        bias=bias,
+    )
+
+
+def _rows_of(values: np.ndarray) -> Rows:
+    return Rows(values.ctypes.data, "float32", values.shape, values.strides[0], values)
 
 
 def _packed_view(native: Any, place: int) -> memoryview:
@@ -393,7 +453,7 @@ def _packed_view(native: Any, place: int) -> memoryview:
     return memoryview((ctypes.c_uint8 * count).from_address(address)).cast("B")
 
 
-def _needed(weights: Weights, name: str) -> Rows:
+def _needed(weights: Weights, name: str) -> Rows | GridSource:
     rows = weights(name) or _of_stack(weights, name)
     if rows is None:
         raise BackendError(describe(f"weight {name!r}", "Engine", "there", "no such weight"))
@@ -410,7 +470,7 @@ def _of_stack(weights: Weights, name: str) -> Rows | None:
         return None
     part = match["part"]
     stacked = weights(f"{match['experts']}.{'down' if part == 'down' else 'gate_up'}_proj")
-    if stacked is None:
+    if not isinstance(stacked, Rows):
         return None
     _, height, width = stacked.shape
     stride = stacked.stride_bytes // height
@@ -422,8 +482,9 @@ def _of_stack(weights: Weights, name: str) -> Rows | None:
     return Rows(address, stacked.dtype, (height, width), stride, stacked.owner)
 
 
-def _vector(rows: Rows) -> np.ndarray:
+def _vector(rows: Rows | GridSource) -> np.ndarray:
     """Return a vector in float32."""
+    assert isinstance(rows, Rows)
     (count,) = rows.shape
     width = 4 if rows.dtype == "float32" else 2
     values = ctypes.string_at(rows.address, count * width)

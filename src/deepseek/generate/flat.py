@@ -8,11 +8,13 @@ torch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from deepseek.graph import Instruction, Program, ProgramShape
 from deepseek.graph.program import LOGITS
 from deepseek.models.angles import cosine_factor, rope_angles
 from deepseek.models.config import DecoderConfig, ExpertsConfig
+from deepseek.ops.scheme import Form
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -71,6 +73,41 @@ def decoder_program(config: DecoderConfig) -> Program:
         },
         instructions=tuple(instructions),
     )
+
+
+def sharing_weights(program: Program) -> list[tuple[str, ...]]:
+    """Return the weights whose products share their prepared inputs, and so must be held in one
+    form: query, key and value; gate and up; gate and up of all experts; down of all experts. Every
+    other weight stands alone. Whoever chooses bits by weight chooses by these units."""
+    units: list[tuple[str, ...]] = []
+    for item in program.instructions:
+        parts = [item.weights]
+        if item.op == "experts":
+            downs = item.weights[2::3]
+            parts = [tuple(name for name in item.weights if name not in set(downs)), downs]
+        units += [part for part in parts if part]
+    return list(dict.fromkeys(units))
+
+
+def why_mixed(program: Program, forms: Mapping[str, Form | None]) -> str | None:
+    """Return which weights share inputs and yet have different forms, or which has none; None where
+    all can be held.
+
+    Args:
+        program: of the decoder.
+        forms: of its weights.
+    """
+    for unit in sharing_weights(program):
+        first = forms[unit[0]]
+        for name in unit:
+            form = forms[name]
+            if form is None or first is None:
+                return f"the grid of {name} has groups that the engine does not hold"
+            if form != first:
+                return (
+                    f"{unit[0]} is {first.text}, and {name}, which shares its inputs, {form.text}"
+                )
+    return None
 
 
 def _picked(instructions: list[Instruction]) -> list[Instruction]:

@@ -5,7 +5,7 @@ through its own forward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deepseek.errors import ConfigError, describe
 from deepseek.generate import flat
 from deepseek.generate.batch import Batch, EngineBatch, RowLike, row_generator
-from deepseek.generate.engine import Engine, Rows, Weights, build_engine
+from deepseek.generate.engine import Engine, Rows, Weights, build_engine, forms_as_stored
 from deepseek.generate.memory import Memory
 from deepseek.generate.prefill import make_room, prefill
 from deepseek.models.decoder import Decoder, DecoderLayer, DecoderStack
@@ -30,6 +30,7 @@ from deepseek.models.layers import (
 from deepseek.models.planner import WindowPlanner
 from deepseek.models.routed import RoutedPlanner
 from deepseek.ops.cpu import why_missing
+from deepseek.ops.grid import GridSource, why_inexact
 from deepseek.ops.linear import Linear
 from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
 from deepseek.ops.scheme import Scheme
@@ -90,6 +91,8 @@ class EngineSlot:
         """Start without an engine."""
         self.key: object = None
         self.engine: Engine | None = None
+        self.why_no_grid: str | None = None
+        """Empty where there is no reason, None where nobody has looked."""
 
     def __reduce__(self) -> tuple[type[EngineSlot], tuple[()]]:
         return EngineSlot, ()
@@ -117,20 +120,20 @@ def engine_of(model: nn.Module) -> Engine | None:
             raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))
         _LOG.info("generation runs through the modules: %s", reason)
         return None
-    scheme = asked or Scheme.named(str(model.dtype).removeprefix("torch."))
     slot = vars(model).setdefault("engine_slot", EngineSlot())
     threads = torch.get_num_threads()
     versions = [
         (each.data_ptr(), each._version) for each in (*model.parameters(), *model.buffers())
     ]
     routing = model.planner.routing if isinstance(model.planner, RoutedPlanner) else None
-    key = (scheme, threads, model.config, routing, tuple(versions))
+    key = (asked, threads, model.config, routing, tuple(versions))
     if slot.key != key:
         slot.engine, slot.key = None, None
+        grids = grids_kept(model) if asked is None else {}
         slot.engine = build_engine(
             model.config,
-            weights_of(model),
-            scheme,
+            weights_of(model, grids),
+            asked or _usual_scheme(model, has_grids=bool(grids)),
             tokenizer=model.tokenizer,
             bundle=model.bundle,
             threads=threads,
@@ -138,6 +141,37 @@ def engine_of(model: nn.Module) -> Engine | None:
         )
         slot.key = key
     return slot.engine
+
+
+def _usual_scheme(model: Decoder, *, has_grids: bool) -> Scheme:
+    """Return the scheme of a model that was asked for none."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    scheme = Scheme(as_stored=True) if has_grids else Scheme.named(dtype)
+    return scheme if model.kv is None else scheme.replace(kv=model.kv)
+
+
+def grids_kept(model: Decoder) -> dict[str, GridSource]:
+    """Return the weights that a model's folder holds on a grid, or none where the model's numbers
+    are not those of the folder any more: the weights of a folder are read for it."""
+    for name, grid in model.grids.items():
+        value = _parameter(model, name)
+        stored = torch.from_numpy(grid.read().values()).to(value.dtype)
+        if not torch.equal(value, stored):
+            _LOG.info("%s was changed since it was loaded: no weight keeps its grid", name)
+            return {}
+    return dict(model.grids)
+
+
+def _parameter(model: Decoder, name: str) -> Tensor:
+    """Return a weight by its name in the program, which has experts one by one."""
+    prefix, _, rest = name.partition(".experts.")
+    if not rest:
+        return model.get_parameter(name).detach()
+    index, part, _ = rest.split(".")
+    if part == "down_proj":
+        return model.get_parameter(f"{prefix}.experts.down_proj").detach()[int(index)]
+    both = model.get_parameter(f"{prefix}.experts.gate_up_proj").detach()[int(index)]
+    return both.chunk(2)[part == "up_proj"]
 
 
 def why_no_engine(model: nn.Module) -> str | None:
@@ -169,18 +203,40 @@ def why_no_engine(model: nn.Module) -> str | None:
     if kinds not in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")}):
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         return f"the weights are {found}; the engine takes float32 or bfloat16 on the CPU"
-    return why_missing()
+    return why_missing() or _why_no_grid(model)
 
 
-def weights_of(model: Decoder) -> Weights:
-    """Return what gives the weights of a decoder to `build_engine`, in place."""
+def _why_no_grid(model: Decoder) -> str | None:
+    """Return why the engine cannot hold the grids of a model that keeps them; found out once."""
+    if not model.grids or vars(model).get("scheme") is not None:
+        return None
+    slot = vars(model).setdefault("engine_slot", EngineSlot())
+    if slot.why_no_grid is None:
+        program = flat.decoder_program(model.config)
+        forms = forms_as_stored(program, weights_of(model, model.grids))
+        slot.why_no_grid = flat.why_mixed(program, forms) or why_inexact(model.grids) or ""
+    return slot.why_no_grid or None
+
+
+def weights_of(model: Decoder, grids: Mapping[str, GridSource] | None = None) -> Weights:
+    """Return what gives the weights of a decoder to `build_engine`, in place.
+
+    Args:
+        model: the decoder.
+        grids: weights that keep their grid; the other matrices are then given in bfloat16 where it
+            holds them, as they lie beside those in a folder.
+    """
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
-    def rows(name: str) -> Rows | None:
+    def rows(name: str) -> Rows | GridSource | None:
+        if grids and name in grids:
+            return grids[name]
         tensor = parameters.get(name)
         if tensor is None:
             return None
         values = tensor.detach()
+        if grids and values.dim() > 1 and _is_held(short := values.bfloat16(), values):
+            values = short
         if values.stride(-1) != 1 or values.dim() > 2:
             values = values.contiguous()
         stride = values.stride(0) * values.element_size()
@@ -188,6 +244,10 @@ def weights_of(model: Decoder) -> Weights:
         return Rows(values.data_ptr(), dtype, tuple(values.shape), stride, values)
 
     return rows
+
+
+def _is_held(short: Tensor, values: Tensor) -> bool:
+    return torch.equal(short.to(values.dtype), values)
 
 
 class _ModuleBatch:

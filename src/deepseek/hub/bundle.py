@@ -9,17 +9,28 @@ import datetime
 import functools
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.hub.atomic import files_in, locked, recover, replace_file
+from deepseek.hub.grids import read_grids, without_grids
 from deepseek.hub.safetensors import TensorEntry, read_entries
 from deepseek.hub.store import CARD, bundle_folder, stored_names
+from deepseek.hub.stored_grid import StoredGrid
 from deepseek.ops.routing import Routing
-from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord, Verdict
+from deepseek.ops.scheme import KVStorage
+from deepseek.records import (
+    BundleCard,
+    FileRecord,
+    Measurement,
+    Parent,
+    StageRecord,
+    Verdict,
+)
 
 SMALL_FILE_BYTES = 8 << 20
 """Files up to this size are hashed on every load; larger ones only when asked."""
@@ -68,7 +79,7 @@ class Bundle:
         bundle = cls(folder, card, has_card=has_card)
         if has_card:
             bundle._check(everything=verify)
-        bundle.tensors  # noqa: B018 (reads and checks the headers)
+        bundle.grids  # noqa: B018 (reads and checks the headers)
         return bundle
 
     @functools.cached_property
@@ -80,6 +91,37 @@ class Bundle:
     def config(self) -> Mapping[str, object]:
         """The content of `config.json`."""
         return read_json(self.path / "config.json")
+
+    @functools.cached_property
+    def grids(self) -> Mapping[str, StoredGrid]:
+        """Weights that lie on a grid of integers, by their names in the checkpoint, yet to be
+        read.
+
+        Raises:
+            FormatError: a layout that is not read here, or tensors that do not fit it.
+        """
+        return read_grids(self.path, self.config, self.tensors)
+
+    @property
+    def plain_tensors(self) -> Mapping[str, TensorEntry]:
+        """What the headers say of the weights that lie on no grid."""
+        return without_grids(self.tensors, self.grids)
+
+    @property
+    def kv(self) -> KVStorage | None:
+        """How keys and values are to be cached, as the card records it.
+
+        Raises:
+            FormatError: what it records is no storage.
+        """
+        recorded = self.card.kv
+        for storage in get_args(KVStorage):
+            if recorded == storage:
+                return storage
+        if recorded is not None:
+            must = f"one of {', '.join(get_args(KVStorage))}"
+            raise FormatError(describe("kv", str(self.path / CARD), must, recorded))
+        return None
 
     @functools.cached_property
     def content_hash(self) -> str:
@@ -118,8 +160,9 @@ class Bundle:
 
     @property
     def num_parameters(self) -> int:
-        """Number of stored values."""
-        return sum(entry.num_elements for entry in self.tensors.values())
+        """Number of stored values; scales and zero points are none."""
+        on_grids = sum(math.prod(grid.shape) for grid in self.grids.values())
+        return on_grids + sum(entry.num_elements for entry in self.plain_tensors.values())
 
     def verify(self) -> None:
         """Read every file and compare it with the card.
@@ -247,6 +290,7 @@ def make_card(
     parents: Sequence[Parent] = (),
     measurements: Sequence[Measurement] = (),
     attention: Mapping[str, Any] | None = None,
+    kv: KVStorage | None = None,
 ) -> BundleCard:
     """Return the card of a folder that was just written; files not in `files` are hashed now."""
     names = sorted(set(files_in(folder)) - {CARD})
@@ -261,6 +305,7 @@ def make_card(
         files={item: files[item] if item in files else hash_file(folder / item) for item in names},
         measurements=tuple(measurements),
         attention=attention,
+        kv=kv,
     )
 
 

@@ -15,6 +15,7 @@ from deepseek.hub.bundle import Bundle, routing_asked
 from deepseek.hub.gguf import GgufFile, read_gguf
 from deepseek.hub.gguf_model import hf_config, hf_tensors
 from deepseek.hub.gguf_tokenizer import read_tokenizer
+from deepseek.hub.grids import grids_of
 from deepseek.hub.safetensors import read_tensors
 from deepseek.hub.sentence import with_pooling
 from deepseek.hub.store import resolve
@@ -56,7 +57,8 @@ def load(
     Args:
         name_or_folder: a name (`smollm2-135m`) that was pulled, a model folder, or a `.gguf` file.
         dtype: "float32", "bfloat16", "float16" or the torch dtype of the weights; None for what is
-            stored (float32 for quantized GGUF).
+            stored (float32 for quantized GGUF, and for a bundle with weights on a grid of
+            integers, whose numbers it holds exactly).
         device: where the weights go.
         verify: read every file and compare its hash with the card first.
         attention: "routed", or a `Routing`, for a decoder whose layers choose the blocks that they
@@ -209,8 +211,16 @@ def _load_bundle(bundle: Bundle, dtype: torch.dtype | None) -> Decoder | Encoder
     config = config_from_hf(bundle.config)
     if isinstance(config, EncoderConfig):
         config = with_pooling(config, bundle.path)
-    tensors = read_tensors(bundle.path, bundle.tensors)
+    tensors = read_tensors(bundle.path, bundle.plain_tensors)
+    if bundle.grids:
+        dtype = dtype or torch.float32
+        tensors |= {
+            name: torch.from_numpy(grid.read().values()).to(dtype)
+            for name, grid in bundle.grids.items()
+        }
     model = _assemble(config, tensors, str(bundle.path), dtype)
+    if isinstance(model, Decoder):
+        model.grids, model.kv = grids_of(bundle), bundle.kv
     model.tokenizer = Tokenizer.from_folder(bundle.path)
     model.bundle = bundle
     return model

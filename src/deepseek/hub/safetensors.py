@@ -199,7 +199,7 @@ def read_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, 
 
     Args:
         folder: the model folder.
-        entries: what `read_entries` gave.
+        entries: those of `read_entries` that are wanted.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -208,7 +208,8 @@ def read_tensors(folder: Path, entries: Mapping[str, TensorEntry]) -> dict[str, 
         try:
             with safe_open(str(folder / name), framework="pt") as file:
                 for tensor in file.keys():  # noqa: SIM118 (not a mapping)
-                    tensors[tensor] = file.get_tensor(tensor)
+                    if tensor in entries:
+                        tensors[tensor] = file.get_tensor(tensor)
         except (SafetensorError, OSError, ValueError) as error:
             raise FormatError(
                 describe("content", str(folder / name), "a safetensors file", str(error))

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.hub.atomic import files_in, recover, replace_folder
 from deepseek.hub.bundle import Bundle, card_bytes, make_card, read_json
+from deepseek.hub.quantized import quantized_tensors
 from deepseek.hub.safetensors import MAX_SHARD_BYTES, write_tensors
 from deepseek.hub.sentence import write_pooling
 from deepseek.hub.store import CARD, safe_name
 from deepseek.models import Decoder, Encoder, EncoderConfig, RoutedPlanner
 from deepseek.models.families import config_to_hf, state_to_hf
+from deepseek.ops.quantized import QuantizedWeight
+from deepseek.ops.scheme import KVStorage
 from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
 
 COMPANIONS = (
@@ -57,6 +60,26 @@ class About:
     parents: Sequence[Parent] = ()
     measurements: Sequence[Measurement] = ()
     attention: Mapping[str, Any] | None = None
+    kv: KVStorage | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Weights that `save` writes as they lie on their grids.
+
+    transformers and vLLM read such a folder where no embedding is among them. With an embedding
+    (and a tied head, which is the same weight) the folder is much smaller, and transformers 5.23
+    reads it only with `CompressedTensorsConfig(dequantize=True)` and only where all weights have
+    one grid; `deepseek.load` and `deepseek.save` make a folder of plain numbers of it.
+    """
+
+    weights: Mapping[str, QuantizedWeight]
+    """By the model's own names of parameters; of stacked experts one by one
+    (`…experts.3.down_proj.weight`)."""
+    kv: KVStorage | None = None
+    """How keys and values are to be cached; it goes on the card."""
+    layout: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
+    """gptq takes linear weights of one grid alone."""
 
 
 def save(
@@ -70,6 +93,7 @@ def save(
     summary: str = "",
     license: str = "",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    quantized: Quantized | None = None,
 ) -> Bundle:
     """Write a model into a folder as a bundle and return it.
 
@@ -86,9 +110,12 @@ def save(
         measurements: what was observed of it.
         summary, license: for the card; the parent's licence unless given.
         max_shard_bytes: largest size of a weight file.
+        quantized: weights to be written on their grids in place of the model's numbers; all other
+            numbers are then written in the shortest dtype that holds them.
 
     Raises:
-        ConfigError: the folder holds something that is no model, or cannot be written to.
+        ConfigError: a quantized weight is none of the model's, has another shape or does not fit
+            the layout, or the folder holds something that is no model, or cannot be written to.
         CapacityError: the disk is full; the folder is as it was.
     """
     if max_shard_bytes < 1:
@@ -105,9 +132,14 @@ def save(
         parents=parents,
         measurements=measurements,
         attention=_attention(model),
+        kv=None if quantized is None else quantized.kv,
     )
     config = config_to_hf(model.config) | {"dtype": str(_dtype(model)).removeprefix("torch.")}
-    tensors = state_to_hf(model.config, _state(model))
+    tensors: Mapping[str, Tensor] = state_to_hf(model.config, _state(model))
+    pairs: Iterable[tuple[str, Tensor]] = tensors.items()
+    if quantized is not None and quantized.weights:
+        settings, pairs = quantized_tensors(tensors, quantized.weights, quantized.layout)
+        config |= {"quantization_config": settings}
 
     def write(fresh: Path) -> dict[str, FileRecord]:
         write_settings(fresh, config, model.tokenizer, _generation(model, config))
@@ -115,7 +147,7 @@ def save(
             write_pooling(model.config, fresh)
         if origin is not None:
             _copy_companions(origin.path, fresh)
-        return write_tensors(fresh, tensors.items(), max_shard_bytes)
+        return write_tensors(fresh, pairs, max_shard_bytes)
 
     return write_bundle(Path(folder), write, about)
 

@@ -25,7 +25,9 @@ from deepseek.models.positions import alibi_slopes, rope_tables
 from deepseek.models.static import StaticPlanner
 from deepseek.ops.attention import AttentionImpl, KVCache, Layout
 from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
+from deepseek.ops.grid import GridSource
 from deepseek.ops.linear import Linear
+from deepseek.ops.scheme import KVStorage
 
 if TYPE_CHECKING:
     from deepseek.data import Tokenizer
@@ -83,7 +85,9 @@ class Decoder(nn.Module):
     """A decoder-only language model, built from its config and named as its Hugging Face family
     names its weights.
 
-    `tokenizer` and `bundle` are set by whoever loads it; both stay None on a model made in memory.
+    `tokenizer`, `bundle`, `grids` (weights that its folder holds on a grid of integers, by name)
+    and `kv` (how keys and values are to be cached, where its card says so) are set by whoever loads
+    it; they stay empty on a model made in memory.
 
     Args:
         config: what it is made of.
@@ -110,6 +114,8 @@ class Decoder(nn.Module):
         self.impl: AttentionImpl = impl
         self.tokenizer: Tokenizer | None = None
         self.bundle: object | None = None
+        self.grids: Mapping[str, GridSource] = {}
+        self.kv: KVStorage | None = None
         # PEFT passes it from model to model and asks nothing of it.
         self.generation_config: object | None = None
 

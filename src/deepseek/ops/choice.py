@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from deepseek.config import Config
 from deepseek.errors import BackendError, describe
 from deepseek.ops.cpu import chosen_instruction_set, why_missing
-from deepseek.ops.scheme import Group, KVStorage, Storage, scaled_together, stored_bits
+from deepseek.ops.scheme import Form, Group, KVStorage, Storage, scaled_together, stored_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,10 @@ class Case(Config):
     """As PyTorch names it."""
     has_gradients: bool = False
     group: Group = 32
-    """Weights of one scale, integers only; int8 has at least 64."""
+    """Weights of one scale, integers only; int8 has at least 64 where it is rotated."""
+    keeps_grid: bool = False
+    """linear: integer weights keep the grid that a bundle has them on, so that int8 is not rotated;
+    the engine alone packs them."""
     is_causal: bool = True
     """attention: a query sees its own slot and earlier ones only."""
     has_table: bool = False
@@ -48,6 +51,8 @@ class Case(Config):
         parts = [self.storage, "one row" if self.rows == 1 else f"{self.rows} rows"]
         if self.group != 32:
             parts.insert(1, f"groups of {self.group}")
+        if self.keeps_grid:
+            parts.append("on their own grid")
         if not self.is_causal:
             parts.append("not causal")
         if self.has_table:
@@ -141,6 +146,10 @@ _PRODUCTS: Mapping[str, Mapping[str, int]] = {
     "amx": {"float32": 16, "bfloat16": 512, "int8": 1024, "int4": 1024},
     "amx_emulated": {"float32": 16, "bfloat16": 1, "int8": 1, "int4": 1},
 }
+_HOW_ON_GRID: Mapping[str, str] = {
+    "int8": "integer products, the scales of the bundle, inputs in groups of {group}",
+    "int4": "integer products, scales and zero points of the bundle, inputs in groups of {group}",
+}
 _HOW: Mapping[str, str] = {
     "float32": "exact, weights packed once",
     "bfloat16": "products in bfloat16, sums in float32, weights packed once",
@@ -161,6 +170,14 @@ class CompiledBackend:
         if case.device != "cpu" or case.has_gradients or why_missing() is not None:
             return None
         isa = chosen_instruction_set()
+        if case.operation == "linear" and case.keeps_grid:
+            return Kernel(
+                name=f"deepseek {isa}",
+                why=_HOW_ON_GRID[case.storage].format(group=case.group),
+                weight_bits=Form(case.storage, case.group).bits,
+                products_per_cycle=_PRODUCTS[isa][case.storage],
+                is_batch_invariant=True,
+            )
         if case.operation == "linear":
             return Kernel(
                 name=f"deepseek {isa}",

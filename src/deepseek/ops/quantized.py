@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
+from deepseek.ops.grid import Grid
 
 _SCALE_BITS = 7
 """Significant bits of a scale: a zero point of four bits times such a scale is a float16 number."""
@@ -52,6 +53,19 @@ class QuantizedWeight:
         """Return the numbers, float32 [N, K]."""
         blocks = self.codes.unflatten(-1, (-1, self.group)).float()
         return ((blocks - self.zero[..., None].float()) * self.scale[..., None]).flatten(-2)
+
+    @classmethod
+    def of_grid(cls, grid: Grid) -> QuantizedWeight:
+        """Return the weight that numpy arrays hold, in place."""
+        parts = (torch.from_numpy(part) for part in (grid.codes, grid.scale, grid.zero))
+        return cls(grid.bits, *parts)
+
+    def grid(self) -> Grid:
+        """Return the weight as numpy arrays, in place where it lies on the CPU."""
+        codes, scale, zero = (
+            part.detach().cpu().contiguous().numpy() for part in (self.codes, self.scale, self.zero)
+        )
+        return Grid(self.bits, codes, scale, zero)
 
     @property
     def num_bytes(self) -> int:

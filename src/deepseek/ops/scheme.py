@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from deepseek.config import Config
 from deepseek.errors import ConfigError, describe
@@ -72,6 +72,55 @@ def cached_bytes(storage: KVStorage, head_dim: int) -> int:
     return {"float32": 4 * values, "bfloat16": 2 * values, "int8": values + 8}[storage]
 
 
+class Form(NamedTuple):
+    """How the engine holds one weight, and so how it computes with it."""
+
+    storage: Storage
+    group: int = 1
+    """Weights of one scale, integers only."""
+    is_rotated: bool = False
+    """Whether every 64 channels are rotated before they are rounded, the inputs' too."""
+
+    @property
+    def bits(self) -> float:
+        """Bits that one weight takes in memory, scales included."""
+        scales = {"int8": 16, "int4": 32}.get(self.storage, 0)
+        return {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[self.storage] + (
+            scales / self.group
+        )
+
+    def width(self, width: int) -> int:
+        """Return the channels of a weight as they are held: `width`, padded to whole groups."""
+        multiple = {"float32": 1, "bfloat16": 2}.get(self.storage, self.group)
+        return -(-width // multiple) * multiple
+
+    @property
+    def text(self) -> str:
+        """The form as a person reads it."""
+        if self.storage not in ("int8", "int4"):
+            return self.storage
+        return f"{self.storage} in groups of {self.group}" + (", rotated" * self.is_rotated)
+
+
+def grid_form(bits: int, group: int, width: int) -> Form | None:
+    """Return how the engine holds a weight on a grid with the numbers that the grid has; None where
+    it cannot.
+
+    Inputs share a scale by the same groups, so that one scale a row becomes groups of 64.
+
+    Args:
+        bits: of a code: 4 or 8.
+        group: channels of one scale.
+        width: input channels.
+    """
+    storage: Storage = "int4" if bits == 4 else "int8"
+    if group in get_args(Group):
+        return Form(storage, group)
+    if group == width or group % 64 == 0:
+        return Form(storage, 64)
+    return Form(storage, 32) if group % 32 == 0 else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scheme(Config):
     """How the engine stores weights, embedding and cache, and so how it computes.
@@ -92,6 +141,9 @@ class Scheme(Config):
     much as 640."""
     kv: KVStorage = "bfloat16"
     """Of cached keys and values; int8 has a scale per token and head."""
+    as_stored: bool = False
+    """Whether weights keep the form that a bundle of weights on grids has them in, which the other
+    fields then say nothing of."""
 
     def __post_init__(self) -> None:
         if self.group not in get_args(Group):
@@ -115,10 +167,19 @@ class Scheme(Config):
     @property
     def name(self) -> str:
         """The name of the scheme, or what it is made of where none stands for it."""
+        if self.as_stored:
+            return "stored" + (_KV8 if self.kv == "int8" else "")
         for name in SCHEMES:
             if Scheme.named(name) == self:
                 return name
         return f"{self.weights}-g{self.group}-head-{self.head_storage}-kv-{self.kv}"
+
+    def form_of(self, storage: Storage) -> Form:
+        """Return how weights are held in a storage."""
+        if storage in ("float32", "bfloat16"):
+            return Form(storage)
+        group = scaled_together(storage, self.group_of(storage))
+        return Form(storage, group, storage == "int8")
 
     def group_of(self, storage: Storage) -> Group:
         """Return the group asked for in a storage: the layers' own, else the smallest there is."""

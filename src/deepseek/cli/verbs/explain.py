@@ -48,7 +48,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
         return out.finish({"model": args.model, "engine": False, "why": facts.reason})
     context = args.context or min(CONTEXT, config.max_positions)
     costs = cost_of_step(
-        decoder_program(config), facts.shapes, scheme, rows=args.rows, context=context
+        decoder_program(config),
+        facts.shapes,
+        scheme,
+        forms=facts.forms,
+        rows=args.rows,
+        context=context,
     )
     conditions = {
         "model": args.model,
@@ -65,9 +70,11 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def totals(costs: list[OperationCost], conditions: dict[str, object]) -> list[Measurement]:
     """Return what the whole step reads and computes; exact by construction, so without spread."""
+    from deepseek.ops.scheme import SCHEMES
     from deepseek.records import Measurement
 
-    command = "deepseek explain {model} --scheme {scheme} --rows {rows} --context {context}"
+    words = " --scheme {scheme}" if conditions["scheme"] in SCHEMES else ""
+    command = f"deepseek explain {{model}}{words} --rows {{rows}} --context {{context}}"
     sums = {
         "weight_bytes_per_step": (sum(cost.weight_bytes for cost in costs), "bytes"),
         "cache_bytes_per_step": (sum(cost.cache_bytes for cost in costs), "bytes"),

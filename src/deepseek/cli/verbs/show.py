@@ -32,6 +32,7 @@ def _attention(bundle: Bundle) -> str:
 def run(args: argparse.Namespace, out: Output) -> int:
     """Show the card; with `--verify` fail if a file is not as it was written."""
     from deepseek import hub
+    from deepseek.hub.grids import words_of
 
     bundle = hub.Bundle.open(hub.resolve(ready(args.model, out)), verify=args.verify)
     card, config = bundle.card, bundle.config
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
         ("family", str(config.get("model_type"))),
         ("parameters", f"{bundle.num_parameters:,}"),
         ("attention", _attention(bundle)),
+        ("weights on grids", words_of(bundle.grids)),
+        ("keys and values", bundle.kv or ""),
         ("size", size(bundle.size_bytes)),
         ("content", bundle.content_hash),
         ("made", card.created),

@@ -90,7 +90,7 @@ uint8_t* Program::allocate(size_t bytes) {
 Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
   Weight w;
   w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
-  w.group = kind == Kind::int8 ? std::max(kRotation, group) : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
+  w.group = kind == Kind::int8 ? std::max(rotated ? kRotation : 1, group) : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
   w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
   w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4
                    : kind == Kind::bf16 ? size_t(w.k_padded) * 2
@@ -113,6 +113,45 @@ int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const 
   pool_.run([&](int thread) {
     for (int p; (p = next.fetch_add(1)) < w.panels();)
       kernels_.pack_panel(w, source, source_kind, stride, p, scratch[thread].data());
+  });
+  return index;
+}
+
+namespace {
+
+// The columns of a panel, in the layout of types.h; what is padded is zero, and meets inputs that are.
+void pack_codes(const Weight& w, const uint8_t* codes, const uint16_t* scale, const uint16_t* least, int panel) {
+  int width = w.width(panel), groups = w.groups();
+  uint8_t* data = w.panel(panel);
+  std::memset(data, 0, width * w.column_bytes);
+  for (int column = 0; column < width && panel * kPanel + column < w.n; ++column) {
+    size_t row = size_t(panel) * kPanel + column;
+    const uint8_t* from = codes + row * w.k;
+    if (w.kind == Kind::int8) {
+      for (int i = 0; i < w.k; ++i) data[(size_t(i / 4) * width + column) * 4 + i % 4] = from[i];
+      uint16_t* halves = (uint16_t*)(data + size_t(width) * w.k_padded) + column;
+      for (int g = 0; g < groups; ++g) halves[size_t(g) * width] = scale[row * groups + g];
+      continue;
+    }
+    for (int g = 0; g < groups; ++g) {
+      uint8_t* block = data + size_t(g) * width * (w.group / 2 + 4);
+      for (int i = 0; i < w.group && g * w.group + i < w.k; ++i)
+        block[(size_t(i / 8) * width + column) * 4 + i % 4] |= from[g * w.group + i] << (i % 8 < 4 ? 0 : 4);
+      uint16_t* halves = (uint16_t*)(block + size_t(width) * w.group / 2) + column;
+      halves[0] = scale[row * groups + g], halves[width] = least[row * groups + g];
+    }
+  }
+}
+
+}  // namespace
+
+int Program::add_codes(Kind kind, int group, int n, int k, const uint8_t* codes, const uint16_t* scale,
+                       const uint16_t* least, const float* bias) {
+  int index = add_room(kind, group, false, n, k, bias);
+  const Weight& w = weights_[index];
+  std::atomic<int> next{0};
+  pool_.run([&](int) {
+    for (int p; (p = next.fetch_add(1)) < w.panels();) pack_codes(w, codes, scale, least, p);
   });
   return index;
 }

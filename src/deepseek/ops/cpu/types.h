@@ -39,7 +39,8 @@ enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 //         half  scale [groups, made even][w]    so that every vector of it all is aligned
 //   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
 //                    half  scale [w], half least [w]      weight = scale * nibble + least
-// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: at least 64) with weights that are zero.
+// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: at least 64 where it is rotated) with weights
+// that are zero, or that meet inputs which are.
 struct Weight {
   Kind kind = Kind::f32;
   int n = 0, k = 0, k_padded = 0, group = 1;
@@ -62,8 +63,8 @@ struct Weight {
 // Rows of inputs in the form a weight's kernel reads.
 //   f32   float  [k]
 //   bf16  uint16 [k]
-//   int8  int8   [k]   (two int16 halves of each quad where there is no VNNI), a scale per group of
-//                      64 and the term -128 * sum, int32
+//   int8  int8   [k]   (two int16 halves of each quad where there is no VNNI), a scale per group
+//                      and the term -128 * sum, int32
 //   int4  int8   [k]   a scale per group and the term scale * sum, float
 struct Inputs {
   uint8_t* data = nullptr;

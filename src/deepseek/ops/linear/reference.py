@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepseek.ops.scheme import ROTATED, Storage, scaled_together
+from deepseek.errors import ShapeError, describe
+from deepseek.ops.quantized import QuantizedWeight
+from deepseek.ops.scheme import ROTATED, Storage, grid_form, scaled_together
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -37,6 +39,26 @@ def linear_reference(
         inputs = round_inputs(rotate(inputs), group)
         return F.linear(inputs, round_int8(rotate(weight), group), bias)
     return F.linear(round_inputs(inputs, group), round_int4(weight, group), bias)
+
+
+def grid_linear_reference(
+    inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
+) -> Tensor:
+    """Return `inputs @ weight.values().T + bias` as computed with a weight that keeps its grid,
+    float32 [M, N]: inputs are int8 with a scale per row and group of `grid_form`.
+
+    Args:
+        inputs: float32 [M, K].
+        weight: [N, K], of a group that `grid_form` has a form for.
+        bias: float32 [N] or None.
+    """
+    rows, width = weight.codes.shape
+    form = grid_form(weight.bits, weight.group, width)
+    if form is None:
+        must = "a multiple of 32 or a whole row"
+        raise ShapeError(describe("group", f"a weight [{rows}, {width}]", must, weight.group))
+    rounded = round_inputs(_padded(inputs, form.group), form.group)[..., :width]
+    return F.linear(rounded, weight.values(), bias)
 
 
 def rotate(states: Tensor) -> Tensor:
