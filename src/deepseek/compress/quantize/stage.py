@@ -1,0 +1,324 @@
+"""The stage that puts a model's weights on a grid."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from deepseek.compress.calibration import Batch, Calibration, calibration_batches
+from deepseek.compress.quantize.awq import scale_salient
+from deepseek.compress.quantize.end_to_end import EndToEnd, learn_scales
+from deepseek.compress.quantize.folds import folds
+from deepseek.compress.quantize.gptq import gptq
+from deepseek.compress.quantize.grid import Grid, Scales, round_weight
+from deepseek.compress.quantize.kept import KeptLayers
+from deepseek.compress.quantize.learned import Learned, Rounding, learn_rounding
+from deepseek.compress.quantize.mixed import Choice, MixedBits, choose, sensitivities
+from deepseek.compress.quantize.targets import Model, Unit, layers_of, units
+from deepseek.compress.quantize.walk import (
+    Flow,
+    Precision,
+    first_flows,
+    grams,
+    relative_error,
+    through,
+)
+from deepseek.compress.stage import Stage
+from deepseek.compress.work import Outcome, Work
+from deepseek.errors import ConfigError, describe
+from deepseek.ops.quantized import QuantizedWeight
+from deepseek.records import Measurement
+
+Bits = Literal[4, 8]
+Group = Literal[32, 64, 128]
+Method = Literal["round", "awq", "gptq", "learned"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(Stage):
+    """Put every product and embedding of a model on a grid of integers."""
+
+    puts_on_grid: ClassVar[bool] = True
+
+    kind: Literal["quantize"] = "quantize"
+    bits: Bits = 4
+    """Of the products in the layers."""
+    group: Group | None = 32
+    """Their channels of one scale; None for a whole row. Every width must be a multiple of it."""
+    symmetric: bool | None = None
+    """The middle code stands for 0; None for 8 bits alone."""
+    head_bits: Bits = 8
+    """Of embeddings, head and pooler."""
+    head_group: Group | None = None
+    method: Method = "learned"
+    """`round` to the nearest code of a searched range needs no data; `awq` makes important channels
+    larger first; `gptq` makes up for each column's error in the next ones; `learned` goes on from
+    there by what the layers give, and then the whole model."""
+    ignore: tuple[str, ...] = ()
+    """Patterns (`*`, `?`) of names of weights that stay as they are."""
+    mixed: MixedBits | None = None
+    """Choose 4 or 8 bits for each unit of the layers; `bits` counts no more."""
+    damping: float = 0.01
+    """Of `gptq` and `learned`: share of the inputs' mean square that is added to all."""
+    by_size: bool = True
+    """Of `gptq` and `learned`: columns of large inputs are rounded first."""
+    learned: Learned = dataclasses.field(default_factory=Learned)
+    end_to_end: EndToEnd | None = dataclasses.field(default_factory=EndToEnd)
+    """The last part of `learned`; None to leave it out."""
+    precision: Precision = "bfloat16"
+    """Of products while measuring and learning; what is rounded and stored is float32."""
+    calibration: Calibration = dataclasses.field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            must = "above 0 and at most 1"
+            raise ConfigError(describe("damping", "Quantize", must, self.damping))
+
+    def grid(self, bits: int) -> Grid:
+        """Return the grid of the layers' products in so many bits."""
+        return Grid(bits, self.group, bits == 8 if self.symmetric is None else self.symmetric)
+
+    @property
+    def head_grid(self) -> Grid:
+        """The grid of embeddings, head and pooler."""
+        symmetric = self.head_bits == 8 if self.symmetric is None else self.symmetric
+        return Grid(self.head_bits, self.head_group, symmetric)
+
+
+def apply(stage: Quantize, work: Work) -> Outcome:
+    """Put the weights of some work on their grids; return what that took and cost.
+
+    Raises:
+        ConfigError: no tokenizer or too little text for the calibration, a group that does not
+            divide a width, routed experts, or nothing to do.
+        CapacityError: the budget of mixed bits is too small.
+    """
+    batches = calibration_batches(work.model, stage.calibration, stage.learned.batch)
+    return quantize(stage, work, batches)
+
+
+def quantize(stage: Quantize, work: Work, batches: Sequence[Batch]) -> Outcome:
+    """Do what `apply` does by samples that are given."""
+    model = work.model
+    found = units(model, stage.ignore)
+    grids = _grids(stage, work, found, batches)
+    for name, grid in grids.items():
+        grid.width_of(model.get_parameter(name).shape[-1])
+    learns_scales = stage.method == "learned" and stage.end_to_end is not None
+    teacher = copy.deepcopy(model) if learns_scales else None
+    run = _Run(stage, work, grids, found)
+    errors = run.layers(batches)
+    run.behind(batches)
+    if teacher is not None and stage.end_to_end is not None:
+        prefix = layers_of(model)[0]
+        within = {name: work.quantized[name] for name in grids if name.startswith(prefix)}
+
+        def goes_on(share: float) -> None:
+            work.goes_on()
+            work.report("learning the scales together", share)
+
+        settings = stage.end_to_end
+        work.set_quantized(
+            learn_scales(
+                model, teacher, within, batches, settings, stage.precision, work.seed, goes_on
+            )
+        )
+        errors = [*errors[:-1], _last_error(stage, model, teacher, batches)]
+    work.report("quantized", 1.0)
+    return _outcome(stage, work, grids, errors)
+
+
+def _grids(
+    stage: Quantize, work: Work, found: Sequence[Unit], batches: Sequence[Batch]
+) -> dict[str, Grid]:
+    """Return the grid of each weight by name."""
+    grids = {
+        name: stage.head_grid if unit.layer is None else stage.grid(stage.bits)
+        for unit in found
+        for name in unit.weights
+    }
+    if stage.mixed is None:
+        return grids
+    inner = [unit for unit in found if unit.layer is not None]
+    choices = {bits: stage.grid(bits) for bits in (4, 8)}
+
+    def goes_on(share: float) -> None:
+        work.goes_on()
+        work.report("measuring what each unit loses", share)
+
+    few = batches[: max(1, stage.mixed.samples // len(batches[0].input_ids))]
+    losses = sensitivities(work.model, inner, choices, few, goes_on)
+    options = [
+        [
+            Choice(sum(_bytes(work.model, name, choices[bits]) for name in unit.weights), loss)
+            for bits, loss in by_bits.items()
+        ]
+        for unit, by_bits in zip(inner, losses, strict=True)
+    ]
+    layers = {name for unit in inner for name in unit.weights}
+    rest = sum(
+        _bytes(work.model, name, grids[name]) if name in grids else 4 * parameter.numel()
+        for name, parameter in work.model.named_parameters()
+        if name not in layers
+    )
+    *picked, _ = choose([*options, [Choice(rest, 0.0)]], stage.mixed.budget_bytes)
+    for unit, place in zip(inner, picked, strict=True):
+        grids |= dict.fromkeys(unit.weights, list(choices.values())[place])
+    return grids
+
+
+def _bytes(model: Model, name: str, grid: Grid) -> int:
+    """Return what a weight takes on a grid."""
+    rows, channels = model.get_parameter(name).shape
+    scales = rows * (channels // grid.width_of(channels))
+    zeros = 0 if grid.symmetric else scales * grid.bits // 8
+    return rows * channels * grid.bits // 8 + 2 * scales + zeros
+
+
+@dataclasses.dataclass
+class _Run:
+    """One pass through a model, layer by layer."""
+
+    stage: Quantize
+    work: Work
+    grids: dict[str, Grid]
+    found: Sequence[Unit]
+
+    def layers(self, batches: Sequence[Batch]) -> list[float]:
+        """Put embeddings and layers on their grids; return the relative squared error of each
+        layer's output, with what came before it."""
+        work, model = self.work, self.work.model
+        prefix, layers = layers_of(model)
+        expected = first_flows(model, batches)
+        head = [name for unit in self.found if unit.layer is None for name in unit.weights]
+        embeddings = [name for name in head if _is_embedding(model, name)]
+        work.set_quantized({name: self._rounded(name) for name in embeddings})
+        flows, errors = first_flows(model, batches), []
+        kept = KeptLayers(work.folder, self.stage, work.seed)
+        for place, layer in enumerate(layers):
+            work.goes_on()
+            work.report(f"layer {place + 1} of {len(layers)}", place / len(layers))
+            wanted = through(layer, expected, self.stage.precision)
+            state = kept.read(place)
+            if state is None:
+                weights = self._layer(place, flows, [flow.states for flow in wanted])
+                kept.write(place, f"{prefix}.{place}", model, weights)
+            else:
+                weights = state.put_into(model)
+            work.set_quantized(weights)
+            flows, expected = through(layer, flows, self.stage.precision), wanted
+            errors.append(relative_error(expected, flows))
+        return errors
+
+    def behind(self, batches: Sequence[Batch]) -> None:
+        """Put what lies behind the layers on its grid."""
+        work, model = self.work, self.work.model
+        left = [name for name in self.grids if name not in work.quantized]
+        head = "lm_head.weight"
+        if self.stage.method in ("gptq", "learned") and head in left:
+            sums = grams(
+                lambda flow: model(*flow.about),
+                [Flow(batch.input_ids, batch, None) for batch in batches],
+                {head: model.get_submodule("lm_head")},
+                self.stage.precision,
+            )
+            work.set_quantized({head: self._compensated(head, sums[head]).weight})
+            left.remove(head)
+        work.set_quantized({name: self._rounded(name) for name in left})
+
+    def _layer(
+        self, place: int, flows: Sequence[Flow], targets: Sequence[Tensor]
+    ) -> dict[str, QuantizedWeight]:
+        model, stage = self.work.model, self.stage
+        prefix, layers = layers_of(model)
+        within = [unit for unit in self.found if unit.layer == place]
+        names = [name for unit in within for name in unit.weights]
+        if stage.method == "round" or not names:
+            return {name: self._rounded(name) for name in names}
+        layer = layers[place]
+        firsts = {unit.modules[0]: model.get_submodule(unit.modules[0]) for unit in within}
+        sums = grams(lambda flow: layer(flow.states, flow.about), flows, firsts, stage.precision)
+        if stage.method == "awq":
+            places = [fold for fold in folds(model) if fold.layer == place]
+            scale_salient(model, places, self.grids, sums)
+        of = {name: sums[unit.modules[0]] for unit in within for name in unit.weights}
+        if stage.method == "awq":
+            return {
+                name: round_weight(self._values(name), self.grids[name], of[name]) for name in names
+            }
+        made = {name: self._compensated(name, of[name]) for name in names}
+        if stage.method == "gptq":
+            return {name: each.weight for name, each in made.items()}
+        start = {
+            name.removeprefix(f"{prefix}.{place}."): Rounding(
+                each.latent, self.grids[name], Scales(each.weight.scale, each.weight.zero.float())
+            )
+            for name, each in made.items()
+        }
+        seed, goes_on = self.work.seed + place, self.work.goes_on
+        learned = learn_rounding(
+            layer, start, flows, targets, stage.learned, stage.precision, seed, goes_on
+        )
+        return {f"{prefix}.{place}.{name}": each for name, each in learned.items()}
+
+    def _values(self, name: str) -> Tensor:
+        return self.work.model.get_parameter(name).data
+
+    def _rounded(self, name: str) -> QuantizedWeight:
+        return round_weight(self._values(name), self.grids[name])
+
+    def _compensated(self, name: str, gram: Tensor):
+        stage = self.stage
+        return gptq(
+            self._values(name),
+            self.grids[name],
+            gram,
+            damping=stage.damping,
+            by_size=stage.by_size,
+        )
+
+
+def _is_embedding(model: Model, name: str) -> bool:
+    return isinstance(model.get_submodule(name.removesuffix(".weight")), nn.Embedding)
+
+
+def _last_error(stage: Quantize, model: Model, teacher: Model, batches: Sequence[Batch]) -> float:
+    """Return the relative squared error of the last layer's output."""
+    found, expected = first_flows(model, batches), first_flows(teacher, batches)
+    for ours, theirs in zip(layers_of(model)[1], layers_of(teacher)[1], strict=True):
+        found = through(ours, found, stage.precision)
+        expected = through(theirs, expected, stage.precision)
+    return relative_error(expected, found)
+
+
+def _outcome(
+    stage: Quantize, work: Work, grids: dict[str, Grid], errors: Sequence[float]
+) -> Outcome:
+    about = {
+        "method": stage.method,
+        "samples": stage.calibration.samples,
+        "length": stage.calibration.length,
+    }
+    made = [work.quantized[name] for name in grids]
+    total, numbers = sum(each.num_bytes for each in made), sum(each.codes.numel() for each in made)
+    rest = sum(
+        parameter.numel()
+        for name, parameter in work.model.named_parameters()
+        if name not in work.quantized
+    )
+    figures = (
+        ("layer_output_error_median", statistics.median(errors), "1"),
+        ("layer_output_error_last", errors[-1], "1"),
+        ("quantized_weight_bytes", total, "bytes"),
+        ("bits_per_quantized_weight", 8 * total / numbers, "bits"),
+        ("numbers_not_quantized", rest, "1"),
+    )
+    return tuple(
+        Measurement(name=name, value=float(value), unit=unit, conditions=about)
+        for name, value, unit in figures
+    )
