@@ -43,8 +43,8 @@ def find_groups(model: nn.Module, run: Callable[[], Any]) -> list[Group]:
 
     Args:
         model: in eval mode; stays as it is.
-        run: calls the model, and returns its output: a tensor, or a tuple of them and of None. A few
-            tokens are enough; a mixture of experts should have one for each expert or so.
+        run: calls the model, and returns its output: a tensor, or a tuple of them and of None. A
+            few tokens are enough; of a mixture of experts each layer must use one of them.
     """
     named = [*model.named_parameters(), *model.named_buffers()]
     tracer = Tracer(dict(named))
@@ -69,10 +69,9 @@ def _group(
     units: list[dict[Dimension, list[int]]], read: set[Dimension], outward: set[Dimension]
 ) -> Group:
     first = units[0]
-    units = sorted(units, key=lambda unit: next(iter(unit[dimension] for dimension in first)))
-    places = {
-        dimension: torch.tensor([unit[dimension] for unit in units]) for dimension in first
-    }
+    anchor = next(iter(first))
+    units = sorted(units, key=lambda unit: unit[anchor])
+    places = {dimension: torch.tensor([unit[dimension] for unit in units]) for dimension in first}
     return Group(places, frozenset(read & set(first)), bool(outward & set(first)))
 
 

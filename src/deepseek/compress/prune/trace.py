@@ -108,7 +108,12 @@ class Tracer(TorchDispatchMode):
     def _by_value(self, tensors: Sequence[Tensor], out: Tensor) -> None:
         known = [self._of(each) for each in tensors]
         dims: Dims = [
-            self._met([_aligned(each, tensor, out, dim) for each, tensor in zip(known, tensors)])
+            self._met(
+                [
+                    _aligned(each, tensor, out, dim)
+                    for each, tensor in zip(known, tensors, strict=True)
+                ]
+            )
             for dim in range(out.dim())
         ]
         picked = [each.elements for each in known if each.elements is not None]
@@ -235,7 +240,9 @@ class Tracer(TorchDispatchMode):
         dims: Dims = [
             None
             if dim == along
-            else self._met([_aligned(each, t, out, dim) for each, t in zip(known, tensors)])
+            else self._met(
+                [_aligned(each, t, out, dim) for each, t in zip(known, tensors, strict=True)]
+            )
             for dim in range(out.dim())
         ]
         parts = [each.dims[along] for each in known]
@@ -297,9 +304,7 @@ class Tracer(TorchDispatchMode):
             else:  # a place that is named by its number must stay where it is
                 self.channels.fix(label)
             return
-        others = tuple(
-            slice(None) if dim in varying else 0 for dim in range(numbers.dim())
-        )
+        others = tuple(slice(None) if dim in varying else 0 for dim in range(numbers.dim()))
         grid = numbers[others].numpy()
         for unit in grid if len(varying) > 1 else ():
             self.channels.join_all(unit)
@@ -311,9 +316,7 @@ class Tracer(TorchDispatchMode):
         dims[varying[0]] = labels
 
 
-def _aligned(
-    traced: Traced, tensor: Tensor, out: Tensor, dim: int
-) -> tuple[bool, Labels | None]:
+def _aligned(traced: Traced, tensor: Tensor, out: Tensor, dim: int) -> tuple[bool, Labels | None]:
     """Return whether a tensor has a part in a dimension of what it is broadcast to, and its
     channels there."""
     own = dim - (out.dim() - tensor.dim())
