@@ -87,7 +87,9 @@ def measured_curve(
     if sizes[0] not in losses:
         losses[sizes[0]] = loss(Shape(**{part: sizes[0]})) - whole_loss
     places = sorted(losses)
-    return Curve(tuple(places), tuple(losses[size] for size in places))
+    # a smaller part never counts as better than a larger one, which chance alone can make it
+    worst = np.maximum.accumulate([max(0.0, losses[size]) for size in reversed(places)])
+    return Curve(tuple(places), tuple(worst[::-1].tolist()))
 
 
 def search(
@@ -100,7 +102,7 @@ def search(
     """Return the shape with the least loss among those that cost at most `1 - share` of the model.
 
     Losses of parts are added: what two cuts together lose beyond that is not seen. Among equals the
-    cheapest is taken.
+    one that saves least is taken: as much as was asked, and no more.
 
     Args:
         config: of the model.
@@ -125,7 +127,7 @@ def search(
         shape = filled(config, Shape(**given))
         found = cost(shape)
         cheapest = min(cheapest, found)
-        is_better = best is None or (loss, found) < (best.loss, best.cost)
+        is_better = best is None or (loss, -found) < (best.loss, -best.cost)
         if found <= (1 - share) * whole_cost and is_better:
             best = Choice(shape, found, whole_cost, loss)
     if best is None:

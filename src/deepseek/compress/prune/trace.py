@@ -28,6 +28,7 @@ class Traced:
     elements: Tensor | None = None
     """The channel that each value was picked from, where values were picked by place."""
     is_parameter: bool = False
+    """It is one, or a view of one."""
 
 
 class Tracer(TorchDispatchMode):
@@ -147,7 +148,7 @@ class Tracer(TorchDispatchMode):
         """[..., M, K] by [..., K, N], with or without something added."""
         *added, left, right = args[:3] if len(args) > 2 else args[:2]
         one, other = self._of(left), self._of(right)
-        self._summed(one.dims[-1], other.dims[-2])
+        self._summed(one, -1, other, -2)
         batch = [
             self._met([(True, a), (True, b)])
             for a, b in zip(one.dims[:-2], other.dims[:-2], strict=True)
@@ -164,10 +165,10 @@ class Tracer(TorchDispatchMode):
             ]
             self._set(out, Traced(dims, tags))
 
-    def _summed(self, one: Labels | None, other: Labels | None) -> None:
-        self._met([(True, one), (True, other)])
-        for labels in (one, other):
-            if labels is not None and labels.size:
+    def _summed(self, one: Traced, dim: int, other: Traced, other_dim: int) -> None:
+        self._met([(True, one.dims[dim]), (True, other.dims[other_dim])])
+        for side, labels in ((one, one.dims[dim]), (other, other.dims[other_dim])):
+            if labels is not None and side.is_parameter:
                 self.read.add(self.channels.owner(int(labels[0])))
 
     def _reduced(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -263,9 +264,13 @@ class Tracer(TorchDispatchMode):
         def spread(labels: Labels | None) -> Labels | None:
             return None if labels is None else labels.repeat(heads // kv_heads)
 
-        self._summed(queries.dims[3], keys.dims[3])
+        self._summed(queries, 3, keys, 3)
         sides = [queries.dims[1], spread(keys.dims[1]), spread(values.dims[1])]
-        units = self._met([(True, labels) for labels in sides])
+        parts = [(True, labels) for labels in sides]
+        mask = kwargs.get("attn_mask")
+        if mask is not None:
+            parts.append(_aligned(self._of(mask), mask, args[0], 1))
+        units = self._met(parts)
         self._set(out[0], Traced([queries.dims[0], units, queries.dims[2], values.dims[3]]))
 
     # -- what moves values ----------------------------------------------------------------------
@@ -292,7 +297,7 @@ class Tracer(TorchDispatchMode):
             result = run(known.elements, *rest, **kwargs)
             elements = list(result) if isinstance(result, list | tuple) else [result]
         for tensor, dims, marks, picked in zip(outs, moved, tags, elements, strict=True):
-            self._set(tensor, Traced(dims, frozenset(marks), picked))
+            self._set(tensor, Traced(dims, frozenset(marks), picked, known.is_parameter))
 
     def _place(self, numbers: Tensor, dims: Dims, tags: set[int], is_parameter: bool) -> None:
         """Note where the channels of one dimension went."""
