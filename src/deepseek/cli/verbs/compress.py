@@ -1,0 +1,117 @@
+"""Make a model smaller, in stages, and prove that it still works.
+
+One model and a target, or a pipeline of stages and gates in a file. Exit code 1 when a gate does not
+hold; the bundle is there then, and its card says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepseek.cli.models import positive, ready
+from deepseek.cli.output import Output, size
+from deepseek.cli.verbs.train import telling
+from deepseek.errors import ConfigError, VerifyError, describe
+
+if TYPE_CHECKING:
+    from deepseek.compress import Compressed, Pipeline
+
+EXAMPLE = "deepseek compress smollm2-135m --to int4 --out runs/small"
+_TARGETS = ("int8", "int4")
+_OF_TARGET = ("to", "method", "group", "text", "samples", "head_bits", "budget")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `deepseek compress`."""
+    parser.add_argument(
+        "model", metavar="MODEL|FILE", help="a name or folder; or a pipeline, .yaml or .py"
+    )
+    parser.add_argument(
+        "--out", required=True, metavar="FOLDER", help="where the run lives; it goes on from there"
+    )
+    parser.add_argument("--to", choices=_TARGETS, help="the weights' grid (int8)")
+    parser.add_argument(
+        "--method",
+        choices=("round", "awq", "gptq", "learned"),
+        help="how the grid is found (round for int8, learned for int4)",
+    )
+    parser.add_argument("--group", type=positive, help="weights of one scale (a row, or 32)")
+    parser.add_argument("--head-bits", type=int, choices=(4, 8), help="of embedding and head (8)")
+    parser.add_argument("--text", metavar="FILE", help="to learn from (inside Python)")
+    parser.add_argument("--samples", type=positive, help="texts to learn from (128)")
+    parser.add_argument("--kv", choices=("bfloat16", "int8"), help="how keys and values are cached")
+    parser.add_argument("--seed", type=int, help="of samples and whatever is drawn (0)")
+    parser.add_argument("--no-gates", action="store_true", help="judge nothing")
+
+
+def run(args: argparse.Namespace, out: Output) -> int:
+    """Compress, and show what was measured and what the gates say."""
+    from deepseek.compress import compress
+
+    asked = _pipeline(args)
+    ready(asked.model, out)
+    with telling(out) as tell:
+        done = compress(asked, args.out, report=lambda words, share: tell(words, share or 0.0))
+    _show(done, out)
+    result = {
+        "out": args.out,
+        "bundle": str(done.bundle.path),
+        "bytes": done.bundle.size_bytes,
+        "verdicts": [verdict.to_dict() for verdict in done.verdicts],
+    }
+    found = [*done.bundle.card.measurements]
+    found += [item for verdict in done.verdicts for item in verdict.measurements]
+    code = out.finish(result, found)
+    if done.is_refused:
+        failed = [f"{each.gate}: {each.words}" for each in done.verdicts if not each.holds]
+        step = "The bundle is there, marked; give it more time or bits, or other gates"
+        raise VerifyError(describe("gates", args.out, "held, all", "; ".join(failed), step))
+    return code
+
+
+def _pipeline(args: argparse.Namespace) -> Pipeline:
+    from deepseek.compress import read_pipeline
+
+    if Path(args.model).suffix not in (".yaml", ".yml", ".py"):
+        return _of_target(args)
+    given = [name for name in (*_OF_TARGET, "kv") if getattr(args, name, None) is not None]
+    if given:
+        must = "in the file, where one is given"
+        raise ConfigError(describe(f"--{given[0]}", "compress", must, getattr(args, given[0])))
+    asked = read_pipeline(args.model)
+    changes: dict[str, object] = {} if args.seed is None else {"seed": args.seed}
+    return asked.replace(**changes, **({"gates": ()} if args.no_gates else {}))
+
+
+def _of_target(args: argparse.Namespace) -> Pipeline:
+    from deepseek.compress import Calibration, Pipeline, Quantize, usual_gates
+
+    bits = 4 if args.to == "int4" else 8
+    samples = {"text": args.text, "samples": args.samples, "seed": args.seed}
+    calibration = Calibration(**{key: value for key, value in samples.items() if value is not None})
+    settings = {
+        "method": args.method or ("learned" if bits == 4 else "round"),
+        "group": args.group or (32 if bits == 4 else None),
+        "head_bits": args.head_bits or 8,
+    }
+    stage = Quantize(bits=bits, calibration=calibration, **settings)
+    return Pipeline(
+        model=args.model,
+        stages=(stage,),
+        gates=() if args.no_gates else usual_gates(bits),
+        kv=args.kv,
+        seed=args.seed or 0,
+    )
+
+
+def _show(done: Compressed, out: Output) -> None:
+    out.measurements(str(done.bundle.path), done.bundle.card.measurements)
+    if done.verdicts:
+        out.table(
+            "gates",
+            ("gate", "holds", "found"),
+            [(each.gate, "yes" if each.holds else "no", each.words) for each in done.verdicts],
+        )
+    out.say(f"the model is in {done.bundle.path}, {size(done.bundle.size_bytes)}")
