@@ -43,7 +43,6 @@ from deepseek.models import Decoder, DecoderConfig
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.optim import AdamW, Constant
 from deepseek.records import Measurement, summarize
-from deepseek.train.start import train_model
 
 COMMAND = shlex.join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
 CHECKPOINTS: dict[str, int | None] = {"progressive": None, "progressive-4": 4}
@@ -117,7 +116,7 @@ def trained_teacher(folder: Path, seed: int, texts: Texts, args: argparse.Namesp
         name="teacher", data=(train.Source(path=str(texts.learned)),), **settings(args)
     )
     run = train.Run(model="random", stages=(stage,), seed=seed, checkpoint_every=args.steps)
-    return train_model(run, model_of(args.teacher, 4, seed, args.length), folder / "teacher")
+    return train.train_model(run, model_of(args.teacher, 4, seed, args.length), folder / "teacher")
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:

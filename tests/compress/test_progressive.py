@@ -13,8 +13,7 @@ from deepseek.compress.distil.progressive import _Together
 from deepseek.errors import ConfigError
 from deepseek.models import Decoder
 from deepseek.optim import AdamW
-from deepseek.train import Source
-from deepseek.train.objective import Part
+from deepseek.train import Part, Source
 from tests.compress.learners import Killed, decoder, encoder, kill_after, work_of, write_sums
 from tests.tolerances import assert_close
 
@@ -28,7 +27,7 @@ def settings(text: Path, **changes: object) -> Progressive:
         "micro_batch": 4,
         "precision": "float32",
         "optimizer": AdamW(rate=1e-2, weight_decay=0.0),
-        "checkpoint_every": 2,
+        "checkpoint_every": 100,
     }
     return Progressive(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -93,7 +92,7 @@ def test_a_student_learns_what_its_teacher_learns(tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpoints", [None, 3])
 def test_a_killed_stage_ends_the_same(checkpoints: int | None, tmp_path: Path) -> None:
     text = write_sums(tmp_path / "sums.txt")
-    stage = settings(text, checkpoints=checkpoints)
+    stage = settings(text, checkpoints=checkpoints, checkpoint_every=2)
     whole = work_of(decoder(2, num_layers=1), decoder(1), tmp_path, "whole")
     progress(stage, whole)
     for steps in (5, 2):

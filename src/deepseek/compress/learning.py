@@ -16,8 +16,6 @@ from deepseek.ops.hardware import products_in
 from deepseek.optim import AdamW, Cosine, OptimizerConfig, ScheduleConfig
 from deepseek.records import Measurement
 from deepseek.train.config import PYTHON_TOPICS
-from deepseek.train.objective import Objective
-from deepseek.train.start import train_model
 from deepseek.train.summary import read_metrics, summarize_run
 from deepseek.train.teacher import check_teacher
 
@@ -93,7 +91,9 @@ def open_teacher(
     return teacher.requires_grad_(False).eval()
 
 
-def learn(stage: Learning, work: Work, objective: Objective, teacher: Decoder | Encoder) -> Outcome:
+def learn(
+    stage: Learning, work: Work, objective: train.Objective, teacher: Decoder | Encoder
+) -> Outcome:
     """Train the model of `work` in its folder, from where that stands.
 
     Args:
@@ -126,7 +126,7 @@ def learn(stage: Learning, work: Work, objective: Objective, teacher: Decoder | 
         checkpoint_every=stage.checkpoint_every,
     )
     origin = work.model.bundle
-    folder = train_model(
+    folder = train.train_model(
         run,
         work.model,
         work.folder,

@@ -20,7 +20,7 @@ from deepseek.config import Config
 from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder, Encoder
 from deepseek.ops.distillation import linear_divergence
-from deepseek.train.objective import Part
+from deepseek.train import Part
 
 LESSON = "lesson"
 """Name of the module that stands in the model while it learns."""
@@ -100,7 +100,7 @@ class _Seen(NamedTuple):
 
 
 class ImitationLoss:
-    """The objective of learning from a teacher (`deepseek.train.objective.Objective`)."""
+    """The objective of learning from a teacher (`deepseek.train.Objective`)."""
 
     def __init__(self, imitation: Imitation, teacher: Decoder | Encoder, seed: int) -> None:
         """Prepare it.

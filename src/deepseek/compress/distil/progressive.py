@@ -16,7 +16,7 @@ from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder, Encoder
 from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.distillation import linear_divergence
-from deepseek.train.objective import Part
+from deepseek.train import Part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from deepseek.models import Decoder, Encoder
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.optim import AdamW, OptimizerConfig
 from deepseek.records import Measurement
-from deepseek.train.objective import Objective, Part
+from deepseek.train import Objective, Part
 
 SCALES = "scales"
 """Name of the list of scales that stands in the model while it learns."""
