@@ -13,10 +13,10 @@ from deepseek.ops.distillation import (
 from tests.tolerances import assert_close
 
 
-def results(function, inputs, counts, bf16: bool) -> list[torch.Tensor]:
+def results(function, inputs, counts, bf16: bool, temperature: float = 1.0) -> list[torch.Tensor]:
     states, weight = (each.clone().requires_grad_() for each in inputs[:2])
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = function(states, weight, *inputs[2:], counts)
+        loss = function(states, weight, *inputs[2:], counts, temperature)
     (3.0 * loss).backward()
     assert loss.dtype == torch.float32
     return [loss.detach(), states.grad, weight.grad]
@@ -39,6 +39,17 @@ def test_chunks_are_the_whole(
             assert float(error) < 0.03
         else:
             assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_temperature_softens_both(bf16: bool) -> None:
+    inputs = [torch.randn(shape) for shape in ((7, 16), (33, 16), (7, 24), (33, 24))]
+    counts = torch.arange(7) != 2
+    expected = results(linear_divergence_reference, inputs, counts, bf16, 3.0)
+    found = results(linear_divergence, inputs, counts, bf16, 3.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) < (0.03 if bf16 else 1e-5)
+    assert float(found[0]) < float(results(linear_divergence, inputs, counts, bf16)[0]) * 9
 
 
 def test_a_head_is_no_way_from_itself() -> None:

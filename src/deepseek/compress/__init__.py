@@ -8,9 +8,21 @@ from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.compress.calibration import Calibration
+    from deepseek.compress.distil.imitation import Imitation
+    from deepseek.compress.distil.progressive import Progressive
+    from deepseek.compress.distil.stage import Distil
+    from deepseek.compress.distil.student import Student
     from deepseek.compress.gates import SizeGate, SpeedGate, TaskGate, TextGate
     from deepseek.compress.pipeline import Pipeline, read_pipeline, usual_gates
-    from deepseek.compress.quantize.config import Quantize
+    from deepseek.compress.prune.sparsify import Sparsify
+    from deepseek.compress.prune.structured import Prune
+    from deepseek.compress.prune.vocabulary import PruneVocabulary
+    from deepseek.compress.qat.stage import QuantizeAware
+    from deepseek.compress.quantize.end_to_end import EndToEnd
+    from deepseek.compress.quantize.equalize import Equalize
+    from deepseek.compress.quantize.learned import Learned
+    from deepseek.compress.quantize.mixed import MixedBits
+    from deepseek.compress.quantize.stage import Quantize
     from deepseek.compress.run import Compressed, compress
     from deepseek.compress.stage import Stage
     from deepseek.compress.work import Work
@@ -18,11 +30,23 @@ if TYPE_CHECKING:
 __all__ = [
     "Calibration",
     "Compressed",
+    "Distil",
+    "EndToEnd",
+    "Equalize",
+    "Imitation",
+    "Learned",
+    "MixedBits",
     "Pipeline",
+    "Progressive",
+    "Prune",
+    "PruneVocabulary",
     "Quantize",
+    "QuantizeAware",
     "SizeGate",
+    "Sparsify",
     "SpeedGate",
     "Stage",
+    "Student",
     "TaskGate",
     "TextGate",
     "Work",
@@ -34,11 +58,23 @@ __all__ = [
 _HOMES = {
     "Calibration": "calibration",
     "Compressed": "run",
+    "Distil": "distil.stage",
+    "EndToEnd": "quantize.end_to_end",
+    "Equalize": "quantize.equalize",
+    "Imitation": "distil.imitation",
+    "Learned": "quantize.learned",
+    "MixedBits": "quantize.mixed",
     "Pipeline": "pipeline",
-    "Quantize": "quantize.config",
+    "Progressive": "distil.progressive",
+    "Prune": "prune.structured",
+    "PruneVocabulary": "prune.vocabulary",
+    "Quantize": "quantize.stage",
+    "QuantizeAware": "qat.stage",
     "SizeGate": "gates",
+    "Sparsify": "prune.sparsify",
     "SpeedGate": "gates",
     "Stage": "stage",
+    "Student": "distil.student",
     "TaskGate": "gates",
     "TextGate": "gates",
     "Work": "work",

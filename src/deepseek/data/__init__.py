@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from deepseek.data.conversations import conversation
     from deepseek.data.corpus import Document, TokenCorpus, write_corpus
     from deepseek.data.order import SampleOrder
-    from deepseek.data.packing import packed
+    from deepseek.data.packing import one_a_row, packed
     from deepseek.data.texts import read_texts, text_files, tokenized
     from deepseek.data.windows import Samples, Windows
 
@@ -26,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "Windows",
     "conversation",
+    "one_a_row",
     "packed",
     "read_texts",
     "text_files",
@@ -41,6 +42,7 @@ _HOMES = {
     "TokenCorpus": "corpus",
     "Windows": "windows",
     "conversation": "conversations",
+    "one_a_row": "packing",
     "packed": "packing",
     "read_texts": "texts",
     "text_files": "texts",

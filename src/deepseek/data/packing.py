@@ -46,6 +46,24 @@ def packed(documents: Iterable[Document], length: int, fill: int) -> Iterator[Do
     yield Document([fill], [False])
 
 
+def one_a_row(documents: Iterable[Document], length: int, fill: int) -> Iterator[Document]:
+    """Yield each document as a row like those of `packed`, alone in it: for models whose tokens see
+    all of a row. One that is longer than a row is cut before its last token, which ends it.
+
+    Args:
+        documents: all of each to be learned.
+        length: tokens of a window, at least 2.
+        fill: the token that fills.
+    """
+    width = length - 1
+    for document in documents:
+        tokens = list(document.tokens)
+        if len(tokens) > width:
+            tokens = [*tokens[: width - 1], tokens[-1]]
+        yield _filled((tokens, [False, *[True] * (len(tokens) - 1)]), width, fill)
+    yield Document([fill], [False])
+
+
 def _pieces(document: Document, width: int) -> Iterator[tuple[list[int], list[bool]]]:
     tokens = list(document.tokens)
     targets = [True] * len(tokens) if document.targets is None else list(document.targets)

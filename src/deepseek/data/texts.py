@@ -109,6 +109,21 @@ def tokenized(texts: Iterator[Record], tokenizer: Tokenizer) -> Iterator[Documen
         yield Document([*tokens, end] if end is not None else tokens)
 
 
+def tokenized_lines(texts: Iterator[Record], tokenizer: Tokenizer) -> Iterator[Document]:
+    """Yield the tokens of each line that is not empty, between those with which an encoder's
+    tokenizer begins and ends a text.
+
+    Raises:
+        ConfigError: there is a conversation.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise ConfigError(describe("data", "an encoder", "lines of text", "a conversation"))
+        for line in text.splitlines():
+            if line.strip():
+                yield Document(tokenizer.encode(line.strip()))
+
+
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Return the hash by which corpora and models know whether they fit each other."""
     return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()

@@ -252,6 +252,18 @@ class Decoder(nn.Module):
         states = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         return self._states_of(states, input_ids)
 
+    def every_state(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the embedding output, then each layer's, the last one normed: layers + 1 tensors
+        [B, T, hidden].
+
+        Args:
+            input_ids: int64 [B, T], all of them tokens.
+        """
+        states = self._embed(input_ids)
+        _, kept, _ = self._through_layers(states, input_ids, None, None, None, keeps=True)
+        assert kept is not None
+        return kept
+
     def _states_of(self, states: Tensor, input_ids: Tensor | None) -> Tensor:
         return self._through_layers(states, input_ids, None, None, None, keeps=False)[0]
 

@@ -9,13 +9,16 @@ from deepseek.registry import lazy_names
 if TYPE_CHECKING:
     from deepseek.train.config import ExitLoss, LowRank, Run, Source, Stage, read_run
     from deepseek.train.loop import Progress
-    from deepseek.train.start import prove_run, train
+    from deepseek.train.objective import Objective, Part
+    from deepseek.train.start import prove_run, train, train_model
     from deepseek.train.stopping import Interrupted
 
 __all__ = [
     "ExitLoss",
     "Interrupted",
     "LowRank",
+    "Objective",
+    "Part",
     "Progress",
     "Run",
     "Source",
@@ -23,12 +26,15 @@ __all__ = [
     "prove_run",
     "read_run",
     "train",
+    "train_model",
 ]
 
 _HOMES = {
     "ExitLoss": "config",
     "Interrupted": "stopping",
     "LowRank": "config",
+    "Objective": "objective",
+    "Part": "objective",
     "Progress": "loop",
     "Run": "config",
     "Source": "config",
@@ -36,6 +42,7 @@ _HOMES = {
     "prove_run": "start",
     "read_run": "config",
     "train": "start",
+    "train_model": "start",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -14,7 +14,7 @@ from deepseek.data.texts import Record
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import default_corpus, perplexity, read_corpus
 from deepseek.hub.atomic import replace_file
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.ops.cross_entropy import IGNORED
 from deepseek.records import Measurement
 from deepseek.train.config import PYTHON_TOPICS
@@ -89,7 +89,9 @@ def _write(path: Path, text: str) -> Path:
 
 
 def measure_on(
-    model: Decoder, text: str, report: Callable[[str, float], None] = lambda words, share: None
+    model: Decoder | Encoder,
+    text: str,
+    report: Callable[[str, float], None] = lambda words, share: None,
 ) -> list[Measurement]:
     """Return the perplexity of a text, or that of the answers in a file of conversations.
 
@@ -97,7 +99,12 @@ def measure_on(
         model: in evaluation mode.
         text: a file, or `python-topics`.
         report: told what is done, and the share.
+
+    Raises:
+        ConfigError: it is no decoder.
     """
+    if not isinstance(model, Decoder):
+        raise ConfigError(describe("model", "perplexity", "a decoder", type(model).__name__))
     name = Path(text).name
     if Path(text).suffix == ".jsonl":
         return [_answer_perplexity(model, Path(text))]

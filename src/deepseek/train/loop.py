@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from deepseek.data import Windows
 from deepseek.errors import ConfigError, describe
 from deepseek.hub import Bundle, save
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.ops.hardware import products_in
 from deepseek.optim import build_optimizers
 from deepseek.parallel import Mesh, Transport, World, open_transport
@@ -30,6 +30,7 @@ from deepseek.train.checkpoint import Checkpoints, Position
 from deepseek.train.config import Run, Stage
 from deepseek.train.held_out import measure_on
 from deepseek.train.ledger import Ledger, next_attempt
+from deepseek.train.objective import NextTokens, Objective
 from deepseek.train.origin import average_with, open_start
 from deepseek.train.places import Places
 from deepseek.train.sources import Opener
@@ -91,13 +92,14 @@ class Training:
     def __init__(
         self,
         run: Run,
-        model: Decoder,
+        model: Decoder | Encoder,
         places: Places,
         world: World,
         *,
         report: Report,
         preparing: Preparing,
         teacher: Decoder | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Prepare a run; the folder's newest checkpoint is where it goes on.
 
@@ -110,9 +112,10 @@ class Training:
             preparing: called during long work before and after the steps of a stage, on the first
                 worker.
             teacher: that sources learn from, where one does.
+            objective: of every stage; None for the loss of the tokens.
         """
         self.run, self.model, self._places, self._world = run, model, places, world
-        self._report, self._teacher = report, teacher
+        self._report, self._teacher, self._objective = report, teacher, objective
         self._opener = dataclasses.replace(
             Opener.of(run, model, places, world),
             teacher=teacher,
@@ -125,6 +128,7 @@ class Training:
         if run.mesh.sized(world.size).is_divided:
             from deepseek.train.divided import divide
 
+            assert isinstance(model, Decoder)
             self._divided = divide(run, model, world)
 
     def train(self) -> Path:
@@ -181,8 +185,10 @@ class Training:
         self._num_steps = num_steps = num_steps_of(stage, windows)
         if resumed is not None and position.step == 0:
             before = self._at_border(number, resumed)
+        objective = self._objective or NextTokens.of(stage, self.model, self._teacher)
+        objective.begin(self.model)
         if stage.adapter is not None:
-            insert_adapter(self.model, stage.adapter, self.run.seed + 7919 * number)
+            insert_adapter(self._decoder(), stage.adapter, self.run.seed + 7919 * number)
         trained = stage.trains if stage.adapter is None else TRAINED
         parameters = self._choose(trained)
         is_idle = self._divided is not None and not parameters
@@ -194,7 +200,9 @@ class Training:
             transport.load_state_dict(self._checkpoints.remembered(resumed))
         if stage.keeps_moments and position.step == 0:
             _carry_moments(before, optimizers)
-        batch_step = self._prepare_step(number, windows, parameters, optimizers, transport)
+        batch_step = self._prepare_step(
+            number, windows, parameters, optimizers, transport, objective
+        )
         whole = self.model if self._divided is None else self._divided.whole
         clock = _Clock(whole, stage, self._world.size)
         start = position.total_steps - position.step
@@ -209,6 +217,7 @@ class Training:
                 self._tell(clock.tick(result, step, num_steps, start + step))
                 done = Position(stage=number, step=step + 1, total_steps=start + step + 1)
                 self._maybe_save(done, num_steps, optimizers, transport)
+        objective.end(self.model)
         self._finish_stage(number, start + num_steps, optimizers)
         return optimizers
 
@@ -237,6 +246,7 @@ class Training:
         parameters: Sequence[tuple[str, nn.Parameter]],
         optimizers: Sequence[Optimizer],
         transport: Transport,
+        objective: Objective,
     ) -> BatchStep | DividedStep:
         stage = self.run.stages[number]
         if self._divided is not None:
@@ -252,10 +262,14 @@ class Training:
             world=self._world,
             transport=transport,
             seed=self.run.seed + 7919 * number,
-            teacher=self._teacher,
+            objective=objective,
         )
 
-    def _whole(self) -> Decoder:
+    def _decoder(self) -> Decoder:
+        assert isinstance(self.model, Decoder)
+        return self.model
+
+    def _whole(self) -> Decoder | Encoder:
         """Return the model; of a divided one the whole on the first worker."""
         if self._divided is None:
             return self.model
@@ -280,11 +294,11 @@ class Training:
         self.model.eval()
         if stage.adapter is not None:
             if self._world.is_first:
-                save_adapter(self.model, stage.adapter, self._places.adapter(stage.name))
-            merge_adapter(self.model)
+                save_adapter(self._decoder(), stage.adapter, self._places.adapter(stage.name))
+            merge_adapter(self._decoder())
         if stage.start_share:
             start = open_start(self.run, number, self._places)
-            average_with(self.model, start, stage.start_share)
+            average_with(self._decoder(), start, stage.start_share)
         whole = self._whole()
         if self._world.is_first:
             told = self._opener.report
@@ -316,7 +330,7 @@ class Training:
 
 
 class _Clock:
-    def __init__(self, model: Decoder, stage: Stage, workers: int) -> None:
+    def __init__(self, model: Decoder | Encoder, stage: Stage, workers: int) -> None:
         self._stage = stage
         self._flops = flops_per_token(model, stage.length)
         own = peak_flops(products_in(stage.precision), torch.get_num_threads())
@@ -367,9 +381,10 @@ def _carry_moments(before: Sequence[Optimizer], optimizers: Sequence[Optimizer])
 
 
 @contextlib.contextmanager
-def _recomputing(model: Decoder, is_on: bool) -> Iterator[None]:
+def _recomputing(model: Decoder | Encoder, is_on: bool) -> Iterator[None]:
     """Let the layers forget their insides until the backward pass needs them."""
-    layers: list[nn.Module] = list(model.model.layers) if is_on else []
+    stack = model.model.layers if isinstance(model, Decoder) else model.encoder.layer
+    layers: list[nn.Module] = list(stack) if is_on else []
     for layer in layers:
         forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         vars(layer)["forward"] = forward

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from deepseek.data import (
@@ -14,6 +14,7 @@ from deepseek.data import (
     TokenCorpus,
     Tokenizer,
     Windows,
+    one_a_row,
     packed,
     read_texts,
     text_files,
@@ -21,12 +22,12 @@ from deepseek.data import (
     write_corpus,
 )
 from deepseek.data.corpus import CARD
-from deepseek.data.texts import texts_sha256, tokenizer_sha256
+from deepseek.data.texts import Record, texts_sha256, tokenized_lines, tokenizer_sha256
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate import default_corpus
 from deepseek.hub.atomic import replace_file
 from deepseek.hub.store import safe_name
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.parallel import World
 from deepseek.train.config import PYTHON_TOPICS, TEACHER_TEXT, Run, Source, Stage
 from deepseek.train.places import Places
@@ -42,6 +43,8 @@ class Opener:
     world: World
     tokenizer: Tokenizer
     vocab_size: int
+    is_by_line: bool = False
+    """A sample is a line of text, as an encoder takes it."""
     teacher: Decoder | None = None
     goes_on: Callable[[], None] = lambda: None
     """Called between pieces of long work; raises where it is to stop."""
@@ -49,7 +52,7 @@ class Opener:
     """Told of long work before the first step: what, and the share that is done."""
 
     @classmethod
-    def of(cls, run: Run, model: Decoder, places: Places, world: World) -> Opener:
+    def of(cls, run: Run, model: Decoder | Encoder, places: Places, world: World) -> Opener:
         """Return one for the data of a model.
 
         Raises:
@@ -58,7 +61,8 @@ class Opener:
         if model.tokenizer is None:
             step = "Take a bundle with a tokenizer"
             raise ConfigError(describe("tokenizer", "the model", "there", None, step))
-        return cls(run, places, world, model.tokenizer, model.config.vocab_size)
+        size, is_by_line = model.config.vocab_size, isinstance(model, Encoder)
+        return cls(run, places, world, model.tokenizer, size, is_by_line)
 
     def open(self, number: int) -> Windows:
         """Return the data of a stage; the first worker tokenises what is not yet, the others wait.
@@ -96,10 +100,13 @@ class Opener:
         key_of = [text_hash, tokenizer_hash]
         first = next(iter(documents), None)
         documents = itertools.chain([] if first is None else [first], documents)
-        if first is not None and first.targets is not None:
+        fill = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        if self.is_by_line:
+            key_of.append(f"lines {stage.length}")
+            documents = one_a_row(documents, stage.length, fill)
+        elif first is not None and first.targets is not None:
             # conversations are kept whole, so their rows depend on the length
             key_of.append(str(stage.length))
-            fill = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
             documents = packed(documents, stage.length, fill)
         key = hashlib.sha256(" ".join(key_of).encode()).hexdigest()[:12]
         folder = self.places.data / f"{safe_name(Path(source.path).name)}-{key}"
@@ -120,12 +127,18 @@ class Opener:
             return self._written(source)
         if source.path == PYTHON_TOPICS:
             corpus = default_corpus()
-            return tokenized(iter(corpus.documents()), self.tokenizer), corpus.sha256
+            return self._tokens_of(iter(corpus.documents())), corpus.sha256
         files = text_files(Path(source.path))
-        return tokenized(read_texts(files), self.tokenizer), texts_sha256(files)
+        return self._tokens_of(read_texts(files)), texts_sha256(files)
+
+    def _tokens_of(self, texts: Iterator[Record]) -> Iterator[Document]:
+        return (tokenized_lines if self.is_by_line else tokenized)(texts, self.tokenizer)
 
     def _written(self, source: Source) -> tuple[Iterable[Document], str]:
         assert source.num_tokens is not None
+        if self.is_by_line:
+            must = "text that is there: an encoder writes none"
+            raise ConfigError(describe("data", "the run", must, source.path))
         teacher = self.run.teacher or self.run.model
         parts = f"{teacher} {source.num_tokens} {self.run.seed}"
         text_hash = hashlib.sha256(parts.encode()).hexdigest()

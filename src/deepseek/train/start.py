@@ -7,7 +7,7 @@ from pathlib import Path
 
 from deepseek.errors import ConfigError, describe
 from deepseek.hub.atomic import replace_file, writing
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.parallel import World
 from deepseek.train.capacity import memory_errors_told
@@ -15,6 +15,7 @@ from deepseek.train.checkpoint import Checkpoints
 from deepseek.train.config import Run
 from deepseek.train.ledger import StageProof, prove
 from deepseek.train.loop import Preparing, Report, Training, check_same_run, num_steps_of
+from deepseek.train.objective import Objective
 from deepseek.train.origin import open_model, open_teacher
 from deepseek.train.places import Places
 from deepseek.train.sources import Opener
@@ -45,12 +46,48 @@ def train(
         CapacityError: a checkpoint could not be written, or memory ran out.
         Interrupted: a signal came; the state is saved.
     """
+    world = world or World()
+    check_same_run(run, Places(Path(folder)))
+    model, teacher = open_model(run), open_teacher(run)
+    _check_gates(run, model)
+    return train_model(
+        run, model, folder, teacher=teacher, world=world, report=report, preparing=preparing
+    )
+
+
+def train_model(
+    run: Run,
+    model: Decoder | Encoder,
+    folder: str | Path,
+    *,
+    teacher: Decoder | None = None,
+    objective: Objective | None = None,
+    world: World | None = None,
+    report: Report = lambda progress: None,
+    preparing: Preparing = lambda words, share: None,
+) -> Path:
+    """Train a model that is there already, in place, and return the folder of the last stage's
+    bundle; the rest as `train`.
+
+    Args:
+        run: what is to be done; what it says of the start is only compared with the folder's run.
+        model: in float32, with a tokenizer, the same at every start; on the way it is what the
+            newest checkpoint holds. Left as it is where the folder's run is done.
+        folder: new, or one in which this run was begun.
+        teacher: that writes text, or that rows are taught by.
+        objective: what the steps lower; None for the loss of the tokens.
+        world, report, preparing: as `train` takes them.
+
+    Raises:
+        ConfigError: as `train`, and a teacher of another vocabulary.
+        FormatError: as `train`.
+        CapacityError: as `train`.
+        Interrupted: as `train`.
+    """
     keep_freed_memory()
     world = world or World()
     places = Places(Path(folder))
     check_same_run(run, places)
-    model, teacher = open_model(run), open_teacher(run)
-    _check_gates(run, model)
     if teacher is not None:
         check_teacher(model, teacher)
     if world.is_first:
@@ -59,7 +96,14 @@ def train(
             replace_file(places.run, json.dumps(run.to_dict(), indent=1).encode() + b"\n")
     world.barrier()
     training = Training(
-        run, model, places, world, report=report, preparing=preparing, teacher=teacher
+        run,
+        model,
+        places,
+        world,
+        report=report,
+        preparing=preparing,
+        teacher=teacher,
+        objective=objective,
     )
     with memory_errors_told(places):
         return training.train()

@@ -16,12 +16,11 @@ from torch.optim import Optimizer
 
 from deepseek.data import Samples, Windows
 from deepseek.errors import ConfigError, describe
-from deepseek.models import Decoder, GateWatch
-from deepseek.ops.cross_entropy import IGNORED
+from deepseek.models import Decoder, Encoder, GateWatch
 from deepseek.ops.hardware import products_in
 from deepseek.parallel import EarlySum, PairwiseSum, Transport, World
 from deepseek.train.config import Stage
-from deepseek.train.teacher import taught_loss
+from deepseek.train.objective import NextTokens, Objective, Part
 
 _NOTHING = contextlib.nullcontext()
 
@@ -82,7 +81,7 @@ class BatchStep:
 
     def __init__(
         self,
-        model: Decoder,
+        model: Decoder | Encoder,
         parameters: Sequence[tuple[str, nn.Parameter]],
         optimizers: Sequence[Optimizer],
         stage: Stage,
@@ -91,7 +90,7 @@ class BatchStep:
         world: World,
         transport: Transport,
         seed: int,
-        teacher: Decoder | None = None,
+        objective: Objective | None = None,
     ) -> None:
         """Prepare the steps.
 
@@ -104,7 +103,7 @@ class BatchStep:
             world: the workers.
             transport: adds up over them.
             seed: of dropout.
-            teacher: of the sources that have one.
+            objective: what is lowered; None for the loss of the tokens.
 
         Raises:
             ConfigError: there are more workers than parts of a batch, or a layer of the exit loss
@@ -117,9 +116,7 @@ class BatchStep:
             windows,
         )
         self._values = [value for _, value in parameters]
-        self._teacher = teacher
-        exits = stage.exit_loss
-        self._exit_weights = None if exits is None else exits.weights(model.config.num_layers)
+        self._objective = objective or NextTokens.of(stage, model, None)
         self._taught = np.array([source.target == "teacher" for source in stage.data])
         self._world, self._seed, self._transport = world, seed, transport
         self._is_early = stage.sends_early and world.size > 1
@@ -202,24 +199,21 @@ class BatchStep:
         it adds to the loss and, where there is a penalty, to the mean gate [1 or 2]."""
         first, stop = part
         samples, rows = batch.samples, slice(first - batch.start, stop - batch.start)
-        tokens = torch.from_numpy(samples.tokens[rows])
         counted = torch.from_numpy(samples.targets[rows])
-        is_taught = torch.from_numpy(self._taught[samples.places.source[rows]])
-        share = int(counted.sum())
-        if share == 0:
+        if not bool(counted.any()):
             return torch.zeros(self._num_told)
+        work = Part(
+            tokens=torch.from_numpy(samples.tokens[rows]),
+            counted=counted,
+            is_taught=torch.from_numpy(self._taught[samples.places.source[rows]]),
+            step=batch.step,
+        )
         # dropout depends on the part, not on who computes it
         torch.manual_seed((self._seed * 1_000_003 + batch.step) * 65_537 + first)
         is_bf16 = products_in(self._stage.precision) == torch.bfloat16
-        watch = GateWatch(self._model) if self._stage.gate_penalty else None
+        watch = self._watch()
         with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16), watch or _NOTHING:
-            if self._teacher is not None and bool(is_taught.any()):
-                total = taught_loss(self._model, self._teacher, tokens, counted, is_taught)
-                loss = total / batch.num_targets
-            else:
-                labels = torch.where(counted, tokens, IGNORED)
-                mean = self._model.loss(tokens, labels, self._exit_weights)
-                loss = mean * (share / batch.num_targets)
+            loss = self._objective.loss(self._model, work) / batch.num_targets
         if watch is None:
             loss.backward()
             return loss.detach().reshape(1)
@@ -227,6 +221,12 @@ class BatchStep:
         gates = watch.by_token()[:, :-1][counted[:, 1:]].sum() / batch.num_targets
         (loss + self._stage.gate_penalty * gates).backward()
         return torch.stack((loss, gates)).detach()
+
+    def _watch(self) -> GateWatch | None:
+        if not self._stage.gate_penalty:
+            return None
+        assert isinstance(self._model, Decoder)
+        return GateWatch(self._model)
 
     def _apply(self, gradients: Sequence[Tensor], factor: float) -> float:
         """Take the step and return the norm of the gradient; leave all as it is where that is not

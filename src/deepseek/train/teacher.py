@@ -12,7 +12,7 @@ from torch import Tensor
 from deepseek.data import Document, Tokenizer
 from deepseek.errors import ConfigError, describe
 from deepseek.generate import Sampling, generate
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.distillation import linear_divergence
 
@@ -61,7 +61,7 @@ def taught_loss(
     return total
 
 
-def check_teacher(model: Decoder, teacher: Decoder) -> None:
+def check_teacher(model: Decoder | Encoder, teacher: Decoder | Encoder) -> None:
     """Refuse a teacher that speaks of other tokens.
 
     Raises:

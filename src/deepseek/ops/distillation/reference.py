@@ -7,9 +7,15 @@ from torch import Tensor
 
 
 def linear_divergence_reference(
-    states: Tensor, weight: Tensor, taught: Tensor, teacher: Tensor, counts: Tensor
+    states: Tensor,
+    weight: Tensor,
+    taught: Tensor,
+    teacher: Tensor,
+    counts: Tensor,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """Return the sum over rows of KL(teacher || student) in nats, float32 scalar.
+    """Return the sum over rows of KL(teacher || student) in nats at a temperature, times its
+    square, float32 scalar.
 
     Args:
         states: of the student [N, H].
@@ -17,7 +23,9 @@ def linear_divergence_reference(
         taught: states of the teacher [N, G].
         teacher: weight of its head [V, G].
         counts: bool [N], which rows count.
+        temperature: by which logits of both are divided, above 0.
     """
-    ours = F.log_softmax(F.linear(states, weight).float(), -1)
-    theirs = F.log_softmax(F.linear(taught, teacher).float(), -1).detach()
-    return F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)[counts].sum()
+    ours = F.log_softmax(F.linear(states, weight).float() / temperature, -1)
+    theirs = F.log_softmax(F.linear(taught, teacher).float() / temperature, -1).detach()
+    each = F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+    return each[counts].sum() * temperature**2
