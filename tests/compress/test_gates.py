@@ -128,7 +128,9 @@ def test_size_counts_all_bytes(model: Decoder) -> None:
 def test_speed_refuses_what_is_slower(start: Path, model: Decoder) -> None:
     slow = hub.load(start, dtype="float32")
     assert isinstance(slow, Decoder)
-    gate = SpeedGate(prompt_tokens=16, new_tokens=4, rounds=3, least_decode=1e-6, least_prefill=1e-6)
+    gate = SpeedGate(
+        prompt_tokens=16, new_tokens=4, rounds=3, least_decode=1e-6, least_prefill=1e-6
+    )
     both = dataclasses.replace(contest(model, model), replaced=slow)
     assert judge(gate, both, quiet).holds
     assert not judge(gate.replace(least_decode=1e6), both, quiet).holds

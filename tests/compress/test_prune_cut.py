@@ -94,9 +94,7 @@ def test_width_that_carries_nothing_is_removed_with_steady_norms(tied: bool) -> 
     for name, dim in group.places:
         if not name.endswith("norm.weight"):
             zero_read(model, name, dim, torch.tensor(places))
-    kept = keep_best(
-        model, found, marked(found, "width", places), torch.ones(3), Shape(width=28)
-    )
+    kept = keep_best(model, found, marked(found, "width", places), torch.ones(3), Shape(width=28))
     smaller = cut(model, found, kept)
     steady_norms(model, smaller, found, kept, lambda: output(model))
     assert_logits_equal(output(smaller), output(model))
@@ -231,9 +229,7 @@ def test_the_engine_runs_what_was_cut(case: str) -> None:
     places = list(range(length))
     table = torch.zeros(1, 1, dtype=torch.int32).numpy()
     logits = engine.step(pages, IDS[0].tolist(), places, [0] * length, table, places)
-    torch.testing.assert_close(
-        torch.from_numpy(logits), output(smaller)[0], rtol=0, atol=2e-3
-    )
+    torch.testing.assert_close(torch.from_numpy(logits), output(smaller)[0], rtol=0, atol=2e-3)
 
 
 def test_the_original_is_left_alone() -> None:

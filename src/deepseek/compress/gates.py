@@ -248,9 +248,7 @@ def _unsure(item: Measurement, limit: float) -> str:
     return f"; too few to tell: about {needed} {counted} would"
 
 
-def _verdict(
-    kind: str, limits: Sequence[_Limit | None], found: Sequence[Measurement]
-) -> Verdict:
+def _verdict(kind: str, limits: Sequence[_Limit | None], found: Sequence[Measurement]) -> Verdict:
     asked = [limit for limit in limits if limit is not None]
     return Verdict(
         gate=kind,

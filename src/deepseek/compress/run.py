@@ -1,4 +1,4 @@
-"""Runs a pipeline in a folder: a bundle at every border, a ledger of what was done, and verdicts."""
+"""Runs a pipeline in a folder: a bundle at every border, a ledger of what was done, verdicts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import importlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,14 @@ from deepseek.compress.pipeline import Pipeline, settings_of, summary_of
 from deepseek.compress.stage import kind_of
 from deepseek.compress.stages import APPLY
 from deepseek.compress.work import Outcome, Report, Work
-from deepseek.errors import ConfigError, FormatError, VerifyError, describe
+from deepseek.errors import ConfigError, VerifyError, describe
 from deepseek.evaluate.base import CausalModel
 from deepseek.evaluate.engine_model import EngineModel
 from deepseek.generate.modules import engine_of, why_no_engine
-from deepseek.hub import Bundle
+from deepseek.hub import Bundle, Quantized
 from deepseek.hub.atomic import replace_file, writing
-from deepseek.models import Decoder, Encoder
-from deepseek.records import Measurement, Parent, StageRecord, Verdict
+from deepseek.models import Decoder
+from deepseek.records import Parent, StageRecord, Verdict
 
 _FLOOR_TOKENS, _FLOOR_WINDOW = 2048, 256
 
@@ -183,9 +182,12 @@ class _Run:
             license=parent.card.license,
             measurements=outcome,
             summary=f"{self.pipeline.model}: {summary_of(self.pipeline.stages[: number + 1])}",
-            quantized=work.quantized,
-            kv=self.pipeline.kv if is_last else None,
+            quantized=self._quantized(work, is_last=is_last),
         )
+
+    def _quantized(self, work: Work, *, is_last: bool) -> Quantized | None:
+        kv = self.pipeline.kv if is_last else None
+        return Quantized(work.quantized, kv) if work.quantized or kv else None
 
     def _write_line(
         self, number: int, parent: Bundle, bundle: Bundle, outcome: Outcome, seconds: float

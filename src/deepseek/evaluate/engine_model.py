@@ -62,8 +62,6 @@ class EngineModel:
             picked = places - first
             part = tokens[places].numpy()
             found.append(
-                self.engine.step(
-                    self._pages, part, places, np.zeros_like(places), table, picked
-                )
+                self.engine.step(self._pages, part, places, np.zeros_like(places), table, picked)
             )
         return torch.from_numpy(np.concatenate(found))

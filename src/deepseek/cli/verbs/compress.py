@@ -1,7 +1,7 @@
 """Make a model smaller, in stages, and prove that it still works.
 
-One model and a target, or a pipeline of stages and gates in a file. Exit code 1 when a gate does not
-hold; the bundle is there then, and its card says so.
+One model and a target, or a pipeline of stages and gates in a file. Exit code 1 when a gate does
+not hold; the bundle is there then, and its card says so.
 """
 
 from __future__ import annotations
