@@ -152,7 +152,7 @@ class Rounded(Stage):
 
 
 def test_stages_that_cannot_follow_are_refused(start: Path) -> None:
-    with pytest.raises(ConfigError, match="stage 2 .* lie on the grid of stage 'rounded'"):
+    with pytest.raises(ConfigError, match=r"stage 2 .* lie on the grid of stage 'rounded'"):
         pipeline(start, Rounded(), Noise())
     with pytest.raises(ConfigError, match="at least one"):
         pipeline(start)
@@ -176,5 +176,5 @@ def test_a_file_says_the_same_as_python(start: Path, tmp_path: Path) -> None:
     )
     assert read_pipeline(script) == asked
     path.write_text("model: x\nstages: [{kind: quantise}]\n")
-    with pytest.raises(ConfigError, match="kind of stages|one of"):
+    with pytest.raises(ConfigError, match="one of"):
         read_pipeline(path)

@@ -89,10 +89,13 @@ def _of_target(args: argparse.Namespace) -> Pipeline:
     from deepseek.compress import Calibration, Pipeline, Quantize, usual_gates
 
     bits = 4 if args.to == "int4" else 8
-    samples = {"text": args.text, "samples": args.samples, "seed": args.seed}
-    calibration = Calibration(**{key: value for key, value in samples.items() if value is not None})
+    method = args.method or ("learned" if bits == 4 else "round")
+    # rounding learns nothing: some samples tell how far the layers' outputs move
+    samples = args.samples or (4 if method == "round" else None)
+    given = {"text": args.text, "samples": samples, "seed": args.seed}
+    calibration = Calibration(**{key: value for key, value in given.items() if value is not None})
     settings = {
-        "method": args.method or ("learned" if bits == 4 else "round"),
+        "method": method,
         "group": args.group or (32 if bits == 4 else None),
         "head_bits": args.head_bits or 8,
     }
