@@ -94,9 +94,7 @@ def test_width_that_carries_nothing_is_removed_with_steady_norms(tied: bool) -> 
     for name, dim in group.places:
         if not name.endswith("norm.weight"):
             zero_read(model, name, dim, torch.tensor(places))
-    kept = keep_best(
-        model, found, marked(found, "width", places), torch.ones(3), Shape(width=28)
-    )
+    kept = keep_best(model, found, marked(found, "width", places), torch.ones(3), Shape(width=28))
     smaller = cut(model, found, kept)
     steady_norms(model, smaller, found, kept, lambda: output(model))
     assert_logits_equal(output(smaller), output(model))
@@ -176,6 +174,15 @@ def test_transformers_reads_an_encoder_that_was_cut(tmp_path: Path) -> None:
         assert_logits_equal(output(smaller), theirs(IDS).last_hidden_state)
 
 
+def test_a_llama_that_transformers_would_refuse_becomes_a_mistral() -> None:
+    assert cut_to(ours(reference("llama-tied-mha")), Shape(width=40)).config.family == "llama"
+    smaller = cut_to(ours(reference("llama-tied-mha")), SHAPES["llama-tied-mha"])
+    assert smaller.config.family == "mistral"
+    biased = ours(reference("llama-mqa-biased"))
+    with pytest.raises(ConfigError, match="a multiple of the 4 heads"):
+        cut_to(biased, Shape(width=42))
+
+
 @st.composite
 def decoders(draw: st.DrawFn) -> tuple[DecoderConfig, Shape]:
     """Draw a config and a shape to cut it to."""
@@ -231,9 +238,7 @@ def test_the_engine_runs_what_was_cut(case: str) -> None:
     places = list(range(length))
     table = torch.zeros(1, 1, dtype=torch.int32).numpy()
     logits = engine.step(pages, IDS[0].tolist(), places, [0] * length, table, places)
-    torch.testing.assert_close(
-        torch.from_numpy(logits), output(smaller)[0], rtol=0, atol=2e-3
-    )
+    torch.testing.assert_close(torch.from_numpy(logits), output(smaller)[0], rtol=0, atol=2e-3)
 
 
 def test_the_original_is_left_alone() -> None:
