@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from deepseek.compress import Calibration
+from deepseek.compress.calibration import Batch
 from deepseek.compress.prune import LatencyModel, Prune, Shape, Workload, structured
 from deepseek.compress.prune.cut import anatomy
 from deepseek.compress.prune.importance import input_squares, layer_scores, unit_scores
@@ -77,7 +78,7 @@ def test_magnitude_is_the_norm_of_the_unit() -> None:
         layer.v_proj.weight[8:16],
         layer.o_proj.weight[:, 16:32],
     ]
-    expected = torch.cat([part.flatten() for part in parts]).norm()
+    expected = torch.cat([part.detach().flatten() for part in parts]).norm()
     assert float(scores[found.parts.index("heads")][1]) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -85,8 +86,6 @@ def test_inputs_are_squared_without_padding() -> None:
     model = made(BERT)
     mask = torch.ones_like(IDS)
     mask[1, 5:] = 0
-    from deepseek.compress.calibration import Batch
-
     name = "encoder.layer.0.attention.self.query.weight"
     padded = input_squares(model, [Batch(IDS, mask)])[name]
     apart = input_squares(model, [Batch(IDS[:1], None), Batch(IDS[1:, :5], None)])[name]
