@@ -31,12 +31,14 @@ def unit_scores(
     activation: the mean square of what the unit gives times the squared norm of the weights that
     read it, as a share of the same of all units, summed over the layers' products that read it:
     what these products lose by it, were the units independent (Wanda's score, 2306.11695, section
-    3, squared and summed over a unit). The head is left out, and the pooler, which no product reads,
+    3, squared and summed over a unit). The head is left out; the pooler, which no product reads,
     goes by magnitude.
-    magnitude: the norm of all weights of the unit (DepGraph, 2301.12900, section 3.2). taylor: how
-    much the loss would change to first order if what reads the unit were zero, its absolute value
-    meant over batches (Molchanov et al., 1906.10771, equation 8; LLM-Pruner, 2305.11627, section
-    3.2); of experts, if all of the unit were.
+
+    magnitude: the norm of all weights of the unit (DepGraph, 2301.12900, section 3.2).
+
+    taylor: how much the loss would change to first order if what reads the unit were zero, its
+    absolute value meant over batches (Molchanov et al., 1906.10771, equation 8; LLM-Pruner,
+    2305.11627, section 3.2); of experts, if all of the unit were.
 
     Args:
         model: in eval mode; its gradients are None afterwards.
