@@ -189,7 +189,10 @@ def compared(args: argparse.Namespace) -> list[Measurement]:
     for method in args.methods:
         say(method, None)
         models[method], outcome = pruned(method, args)
-        found += [(item, method) for item in (*outcome, *measured(models[method], args))]
+        outcome += measured(models[method], args)
+        for item in outcome:
+            say(f"{method}: {item.name} {item.value:.6g}", None)
+        found += [(item, method) for item in outcome]
         if method in SPARSE:
             del models[method]  # it has the whole model's speed
     if args.new_tokens > 1:
