@@ -174,6 +174,15 @@ def test_transformers_reads_an_encoder_that_was_cut(tmp_path: Path) -> None:
         assert_logits_equal(output(smaller), theirs(IDS).last_hidden_state)
 
 
+def test_a_llama_that_transformers_would_refuse_becomes_a_mistral() -> None:
+    assert cut_to(ours(reference("llama-tied-mha")), Shape(width=40)).config.family == "llama"
+    smaller = cut_to(ours(reference("llama-tied-mha")), SHAPES["llama-tied-mha"])
+    assert smaller.config.family == "mistral"
+    biased = ours(reference("llama-mqa-biased"))
+    with pytest.raises(ConfigError, match="a multiple of the 4 heads"):
+        cut_to(biased, Shape(width=42))
+
+
 @st.composite
 def decoders(draw: st.DrawFn) -> tuple[DecoderConfig, Shape]:
     """Draw a config and a shape to cut it to."""

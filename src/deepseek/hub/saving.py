@@ -146,7 +146,7 @@ def save(
         if isinstance(model.config, EncoderConfig):
             write_pooling(model.config, fresh)
         if origin is not None:
-            _copy_companions(origin.path, fresh)
+            _copy_companions(origin, fresh, has_other_tokens=_has_other_tokens(model, origin))
         return write_tensors(fresh, pairs, max_shard_bytes)
 
     return write_bundle(Path(folder), write, about)
@@ -227,6 +227,8 @@ def _generation(model: Decoder | Encoder, config: Mapping[str, object]) -> dict[
     if isinstance(model.bundle, Bundle):
         with contextlib.suppress(FormatError):
             settings = dict(read_json(model.bundle.path / "generation_config.json"))
+        if _has_other_tokens(model, model.bundle):
+            settings = {key: settings[key] for key in settings if not key.endswith(_OF_TOKENS)}
     ids = {
         key: config[key]
         for key in ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -243,8 +245,20 @@ def _generation(model: Decoder | Encoder, config: Mapping[str, object]) -> dict[
     return ids | settings
 
 
-def _copy_companions(source: Path, fresh: Path) -> None:
+_OF_TOKENS = ("_token_id", "suppress_tokens", "_ids")
+"""Ends of generation settings that name tokens by their numbers."""
+
+
+def _has_other_tokens(model: Decoder | Encoder, origin: Bundle) -> bool:
+    """Tell whether a number stands for another token than in the bundle a model came from."""
+    return origin.config.get("vocab_size") != model.config.vocab_size
+
+
+def _copy_companions(origin: Bundle, fresh: Path, *, has_other_tokens: bool) -> None:
+    source = origin.path
     for name in COMPANIONS:
+        if has_other_tokens and name == "vocab.txt":
+            continue
         if (source / name).is_file() and not (fresh / name).exists():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, fresh / name)

@@ -31,11 +31,14 @@ def unit_scores(
     activation: the mean square of what the unit gives times the squared norm of the weights that
     read it, as a share of the same of all units, summed over the layers' products that read it:
     what these products lose by it, were the units independent (Wanda's score, 2306.11695, section
-    3, squared and summed over a unit). The head is left out: its many rows would outweigh all else.
-    magnitude: the norm of all weights of the unit (DepGraph, 2301.12900, section 3.2). taylor: how
-    much the loss would change to first order if what reads the unit were zero, its absolute value
-    meant over batches (Molchanov et al., 1906.10771, equation 8; LLM-Pruner, 2305.11627, section
-    3.2); of experts, if all of the unit were.
+    3, squared and summed over a unit). The head is left out; the pooler, which no product reads,
+    goes by magnitude.
+
+    magnitude: the norm of all weights of the unit (DepGraph, 2301.12900, section 3.2).
+
+    taylor: how much the loss would change to first order if what reads the unit were zero, its
+    absolute value meant over batches (Molchanov et al., 1906.10771, equation 8; LLM-Pruner,
+    2305.11627, section 3.2); of experts, if all of the unit were.
 
     Args:
         model: in eval mode; its gradients are None afterwards.
@@ -79,6 +82,9 @@ def _activation(
     squares = input_squares(model, batches, goes_on)
     scores = []
     for group, part in zip(found.groups, found.parts, strict=True):
+        if part == "pooler":  # nothing in the model reads it
+            scores.append(_magnitude(model, group))
+            continue
         total = torch.zeros(group.num_units)
         read = [dimension for dimension in group.read if dimension[0] in squares]
         if not read:

@@ -161,6 +161,9 @@ def resized(config: AnyConfig, shape: Shape, layers: Sequence[int]) -> AnyConfig
         config: before.
         shape: of `filled`.
         layers: which are kept, counted from 0, in order.
+
+    Raises:
+        ConfigError: transformers would refuse it.
     """
     if isinstance(config, EncoderConfig):
         return config.replace(
@@ -192,7 +195,18 @@ def resized(config: AnyConfig, shape: Shape, layers: Sequence[int]) -> AnyConfig
             num_active_groups=min(experts.num_active_groups, groups),
             dense_layers=_renumbered(experts.dense_layers, layers),
         )
-    return config.replace(**changes)
+    return _readable(config.replace(**changes))
+
+
+def _readable(config: DecoderConfig) -> DecoderConfig:
+    """Return a config that transformers reads. It refuses a Llama whose width is no multiple of its
+    heads, though it computes with `head_dim`; Mistral is the same model and is not refused."""
+    if config.family != "llama" or config.hidden_size % config.num_heads == 0:
+        return config
+    if config.qkv_bias or config.output_bias or config.mlp_bias:
+        must = f"a multiple of the {config.num_heads} heads, where a Llama has biases"
+        raise ConfigError(describe("width", "Shape", must, config.hidden_size))
+    return config.replace(family="mistral")
 
 
 def _renumbered(some: Iterable[int], layers: Sequence[int]) -> tuple[int, ...]:
