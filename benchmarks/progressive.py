@@ -1,30 +1,36 @@
 """Progressive distillation against one-shot distillation: steps to the same loss.
 
     python benchmarks/progressive.py --seeds 0 1 2
-    python benchmarks/progressive.py --seeds 0 1 2 --steps 1000 --json
+    python benchmarks/progressive.py --seeds 0 1 2 --steps 2000 --json
 
 Models of bytes, trained here from nothing on the text inside Python, with the same samples in the
-same order: a teacher, and students that begin alike. One-shot: the teacher is trained to its end,
-then a student learns from it. Progressive: another teacher of the same beginning is trained, and
-in the same steps a student learns from it as it is in each of them, or from so many checkpoints of
-it. The mark is the loss, in nats of a byte of text that was kept back, that the one-shot student
-has at its end; a loss is read as the mean of the newest three points of a curve.
+same order at a constant rate: teachers of one beginning, and students of one. One-shot: the teacher
+is trained, then a student learns from it, both for `--steps`. Progressive: in each step a teacher
+learns and a student learns from it, as it is then or from its newest checkpoint, for as many steps
+as one-shot has in all. `tokens` stands where a student also learns the text itself, which one-shot
+does too: the mark is the least loss that a one-shot student has at its end, in nats of a byte of
+text that was kept back, read as the mean of the newest three points of a curve.
 
-Told for each seed: the student's steps to the mark, as a share fewer than one-shot's; and the same
-where the steps that the teacher is trained before count too, which progressive distillation does
-not have. A mark that is not reached is told as such: the share is then that of all steps.
+Told for each seed of those that reach the mark: by how many steps fewer, of the student and of both
+(one-shot's teacher is trained before), and by how much less time of the processor, of both and
+without the measuring on the way. What is negative takes longer.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import shlex
+import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -35,7 +41,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from deepseek import hub, train
 from deepseek.cli.models import positive
 from deepseek.compress import Work
-from deepseek.compress.distil import Distil, Progressive, distil, progress
+from deepseek.compress.distil import Distil, Imitation, Progressive, distil, progress
 from deepseek.data import Tokenizer
 from deepseek.errors import DeepseekError
 from deepseek.evaluate import default_corpus
@@ -45,9 +51,19 @@ from deepseek.optim import AdamW, Constant
 from deepseek.records import Measurement, summarize
 
 COMMAND = shlex.join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
-CHECKPOINTS: dict[str, int | None] = {"progressive": None, "progressive-4": 4}
-"""Contenders, and how many states of the teacher each learns from."""
-ONE_SHOT = "one-shot"
+ONE_SHOT = {"one-shot": 0.0, "one-shot-tokens": 1.0}
+"""How much of a student's loss is that of the text."""
+PROGRESSIVE: dict[str, tuple[float, int | None]] = {
+    "progressive": (0.0, None),
+    "progressive-tokens": (1.0, None),
+    "progressive-tokens-8": (1.0, 8),
+}
+"""The same, and how many states of the teacher are learned from."""
+SHARES = {
+    "fewer_student_steps": "fewer student steps",
+    "fewer_steps_in_all": "fewer steps in all",
+    "less_cpu_in_all": "less time in all",
+}
 SMOOTH = 3
 Curve = list[tuple[int, float]]
 """Steps, and the loss behind them."""
@@ -110,18 +126,10 @@ def loss_of(model: Decoder, held_out: torch.Tensor) -> float:
     return float(model.loss(held_out, held_out))
 
 
-def trained_teacher(folder: Path, seed: int, texts: Texts, args: argparse.Namespace) -> Path:
-    """Return the bundle of a teacher that has learned the text."""
-    stage = train.Stage(
-        name="teacher", data=(train.Source(path=str(texts.learned)),), **settings(args)
-    )
-    run = train.Run(model="random", stages=(stage,), seed=seed, checkpoint_every=args.steps)
-    return train.train_model(run, model_of(args.teacher, 4, seed, args.length), folder / "teacher")
-
-
-def settings(args: argparse.Namespace) -> dict[str, object]:
+def settings(texts: Texts, args: argparse.Namespace) -> dict[str, Any]:
     """Return what all contenders share."""
     return {
+        "data": (train.Source(path=str(texts.learned)),),
         "steps": args.steps,
         "length": args.length,
         "batch": args.batch,
@@ -131,30 +139,81 @@ def settings(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def curve_of(
-    name: str, start: Path, folder: Path, seed: int, texts: Texts, args: argparse.Namespace
-) -> Curve:
-    """Return a student's losses on the way, learning in one way."""
-    student = model_of(args.student, 2, seed + 1000, args.length)
-    curve: Curve = [(0, loss_of(student, texts.held_out))]
-    step = 0
+def trained_teacher(folder: Path, seed: int, texts: Texts, args: argparse.Namespace) -> Path:
+    """Return the bundle of a teacher that has learned the text."""
+    stage = train.Stage(name="teacher", **settings(texts, args))
+    run = train.Run(model="random", stages=(stage,), seed=seed, checkpoint_every=args.steps)
+    return train.train_model(run, teacher_of(seed, args), folder / "teacher")
 
-    def goes_on() -> None:
-        nonlocal step
-        step += 1
-        if step % args.every == 0:
-            curve.append((step, loss_of(student, texts.held_out)))
-            if not args.json and step % (10 * args.every) == 0:
-                print(f"{name}, seed {seed}: step {step}, {curve[-1][1]:.4f}", file=sys.stderr)
 
-    work = Work(model=student, start=start, folder=folder / name, seed=seed, goes_on=goes_on)
-    common = {**settings(args), "checkpoint_every": args.steps}
-    common["data"] = (train.Source(path=str(texts.learned)),)
-    if name == ONE_SHOT:
-        distil(Distil(**common), work)  # type: ignore[arg-type]
-    else:
-        progress(Progressive(checkpoints=CHECKPOINTS[name], **common), work)  # type: ignore[arg-type]
-    return curve
+def teacher_of(seed: int, args: argparse.Namespace) -> Decoder:
+    """Return what teachers begin as."""
+    return model_of(args.teacher, 3, seed, args.length)
+
+
+class Reached(Exception):
+    """A student has come to the mark."""
+
+
+class Student:
+    """A student that is measured while it learns."""
+
+    def __init__(self, seed: int, texts: Texts, args: argparse.Namespace) -> None:
+        self.model = model_of(args.student, 2, seed + 1000, args.length)
+        self._held_out, self._every = texts.held_out, args.every
+        self.curve: Curve = [(0, loss_of(self.model, self._held_out))]
+        self.mark = -math.inf
+        """Where it stops."""
+        self._step, self._start, self._measuring = 0, time.process_time(), 0.0
+
+    def goes_on(self) -> None:
+        """Count a step, measure, and raise where the mark is reached."""
+        self._step += 1
+        if self._step % self._every:
+            return
+        start = time.process_time()
+        self.curve.append((self._step, loss_of(self.model, self._held_out)))
+        self._measuring += time.process_time() - start
+        if steps_to(self.curve, self.mark) is not None:
+            raise Reached
+
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of the processor so far, but for the measuring."""
+        return time.process_time() - self._start - self._measuring
+
+
+def taught(
+    name: str, start: Path, seed: int, texts: Texts, args: argparse.Namespace, mark: float
+) -> Student:
+    """Return a student that has learned in one way, up to the mark.
+
+    Args:
+        name: of the contender.
+        start: the teacher's bundle.
+        seed: of student and samples.
+        texts: to learn and to measure on.
+        args: the settings.
+        mark: a loss.
+    """
+    student = Student(seed, texts, args)
+    student.mark = mark
+    work = Work(
+        model=student.model,
+        start=start,
+        folder=texts.learned.with_name(name),
+        seed=seed,
+        goes_on=student.goes_on,
+    )
+    common = {**settings(texts, args), "checkpoint_every": 2 * args.steps}
+    if name in ONE_SHOT:
+        distil(Distil(**common, imitation=Imitation(tokens=ONE_SHOT[name])), work)
+        return student
+    tokens, checkpoints = PROGRESSIVE[name]
+    common["steps"] = 2 * args.steps
+    with contextlib.suppress(Reached):
+        progress(Progressive(**common, tokens=tokens, checkpoints=checkpoints), work)
+    return student
 
 
 def smoothed(curve: Curve) -> Curve:
@@ -182,34 +241,40 @@ def steps_to(curve: Curve, mark: float) -> float | None:
 def measured(folder: Path, seed: int, args: argparse.Namespace) -> list[Measurement]:
     """Train a seed's contenders in a folder, and return what each reached."""
     texts = split(folder, args.length, args.rows)
-    start = folder / "start"
-    hub.save(model_of(args.teacher, 4, seed, args.length), start)
-    teacher = trained_teacher(folder, seed, texts, args)
-    shot = curve_of(ONE_SHOT, teacher, folder, seed, texts, args)
-    mark = smoothed(shot)[-1][1]
-    about: dict[str, object] = {"seed": seed, "steps": args.steps, "batch": args.batch}
-    about |= {"length": args.length, "rate": args.rate, "teacher_width": args.teacher}
-    about |= {"student_width": args.student}
-    found = []
+    about = {name: value for name, value in vars(args).items() if name not in ("seeds", "json")}
+    found: list[Measurement] = []
 
-    def note(contender: str, name: str, value: float, unit: str, **more: object) -> None:
-        conditions = {**about, "contender": contender, **more}
+    def note(contender: str, name: str, value: float, unit: str) -> None:
+        conditions = {**about, "seed": seed, "contender": contender}
         found.append(
             Measurement(name=name, value=value, unit=unit, conditions=conditions, command=COMMAND)
         )
+        print(f"seed {seed}: {contender}: {name} {value:.4f}", file=sys.stderr)
 
+    before = time.process_time()
+    teacher = trained_teacher(folder, seed, texts, args)
+    teacher_s = time.process_time() - before
     whole = hub.load(teacher, dtype="float32")
     assert isinstance(whole, Decoder)
     note("teacher", "nats_per_byte", loss_of(whole, texts.held_out), "nats")
-    note(ONE_SHOT, "nats_per_byte", mark, "nats")
-    for name in CHECKPOINTS:
-        curve = curve_of(name, start, folder, seed, texts, args)
-        note(name, "nats_per_byte", smoothed(curve)[-1][1], "nats")
-        taken = steps_to(curve, mark)
-        steps = float(args.steps) if taken is None else taken
-        reached = {"mark": mark, "is_reached": taken is not None}
-        note(name, "fewer_student_steps", 1 - steps / args.steps, "1", **reached)
-        note(name, "fewer_steps_in_all", 1 - steps / (2 * args.steps), "1", **reached)
+    shots = {}
+    for name in ONE_SHOT:
+        student = taught(name, teacher, seed, texts, args, -math.inf)
+        shots[smoothed(student.curve)[-1][1]] = student
+        note(name, "nats_per_byte", smoothed(student.curve)[-1][1], "nats")
+    mark = min(shots)
+    shot_s = teacher_s + shots[mark].cpu_s
+    start = folder / "start"
+    hub.save(teacher_of(seed, args), start)
+    for name in PROGRESSIVE:
+        student = taught(name, start, seed, texts, args, mark)
+        note(name, "nats_per_byte", smoothed(student.curve)[-1][1], "nats")
+        steps = steps_to(student.curve, mark)
+        note(name, "reached", float(steps is not None), "1")
+        if steps is not None:
+            note(name, "fewer_student_steps", 1 - steps / args.steps, "1")
+            note(name, "fewer_steps_in_all", 1 - steps / (2 * args.steps), "1")
+            note(name, "less_cpu_in_all", 1 - student.cpu_s / shot_s, "1")
     return found
 
 
@@ -218,31 +283,32 @@ def over_seeds(found: Sequence[Measurement]) -> list[Measurement]:
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for item in found:
         groups.setdefault((str(item.conditions["contender"]), item.name), []).append(item)
-    medians = []
-    for (contender, name), items in groups.items():
-        conditions: dict[str, object] = {"contender": contender, "seeds": len(items)}
-        if "is_reached" in items[0].conditions:
-            conditions["reached"] = sum(bool(each.conditions["is_reached"]) for each in items)
-        values = [each.value for each in items]
-        medians.append(summarize(f"median_{name}", values, items[0].unit, conditions=conditions))
-    return medians
+    return [
+        summarize(
+            f"median_{name}",
+            [each.value for each in items],
+            items[0].unit,
+            conditions={"contender": contender, "seeds": len(items)},
+            command=COMMAND,
+        )
+        for (contender, name), items in groups.items()
+    ]
 
 
 def show(found: Sequence[Measurement]) -> None:
     """Print a line for each contender."""
-    table = Table(
-        "contender", "nats a byte", "fewer student steps", "fewer steps in all", "reached"
-    )
-    rows: dict[str, dict[str, Measurement]] = {}
-    for item in over_seeds(found):
-        rows.setdefault(str(item.conditions["contender"]), {})[item.name] = item
-    for contender, items in rows.items():
-        cells = [f"{items['median_nats_per_byte'].value:.4f}"]
-        for name in ("median_fewer_student_steps", "median_fewer_steps_in_all"):
-            cells.append(f"{items[name].value:.1%}" if name in items else "")
-        last = items.get("median_fewer_student_steps")
-        if last is not None:
-            cells.append(f"{last.conditions['reached']} of {last.conditions['seeds']}")
+    table = Table("contender", "nats a byte", *SHARES.values(), "seeds that reached the mark")
+    rows: dict[str, dict[str, list[float]]] = {}
+    for item in found:
+        row = rows.setdefault(str(item.conditions["contender"]), {})
+        row.setdefault(item.name, []).append(item.value)
+    for contender, row in rows.items():
+        cells = [f"{statistics.median(row['nats_per_byte']):.4f}"]
+        for name in SHARES:
+            values = row.get(name)
+            cells.append(f"{statistics.median(values):.1%}" if values else "")
+        reached = row.get("reached")
+        cells.append(f"{sum(reached):.0f} of {len(reached)}" if reached else "")
         table.add_row(contender, *cells)
     Console().print(table)
 
@@ -251,11 +317,13 @@ def main() -> int:
     """Train, measure, show or print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=positive, default=400, help="of each contender")
-    parser.add_argument("--batch", type=positive, default=16)
+    parser.add_argument(
+        "--steps", type=positive, default=400, help="of one-shot's teacher and student"
+    )
+    parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--length", type=positive, default=128, help="bytes of a sample")
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--teacher", type=positive, default=128, help="width, a multiple of 32")
+    parser.add_argument("--teacher", type=positive, default=96, help="width, a multiple of 32")
     parser.add_argument("--student", type=positive, default=64, help="width, a multiple of 32")
     parser.add_argument("--every", type=positive, default=10, help="steps between measurements")
     parser.add_argument("--rows", type=positive, default=64, help="samples of a measurement")

@@ -77,13 +77,15 @@ def test_a_decoders_distance_is_the_sum_of_its_parts() -> None:
     """Of a student that is narrower, with fewer heads and layers, through the whole objective."""
     teacher = decoder(1, num_layers=4)
     student = decoder(2, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8)
-    imitation = Imitation(logits=0.5, temperature=2.0, hidden=0.25, relations=2.0, relation_heads=2)
+    imitation = Imitation(
+        logits=0.5, temperature=2.0, tokens=0.3, hidden=0.25, relations=2.0, relation_heads=2
+    )
     tokens = torch.randint(0, 258, (3, 10))
     counted = torch.rand(3, 10) > 0.3
     counted[:, 0] = False
     loss = ImitationLoss(imitation, teacher, seed=3)
     loss.begin(student)
-    maps = [each.weight for each in student.get_submodule("lesson").children()]
+    maps = list(student.get_submodule("lesson").parameters())
     found = loss.loss(student, part_of(tokens, counted))
     found.backward()
     assert all(value.grad is None for value in teacher.parameters())
@@ -111,12 +113,14 @@ def test_a_decoders_distance_is_the_sum_of_its_parts() -> None:
         mask=None,
         is_causal=True,
     )
-    expected = 0.5 * divergence + 0.25 * hidden + 2 * related
+    losses = -ours.logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    expected = 0.5 * divergence + 0.3 * losses[at].sum() + 0.25 * hidden + 2 * related
     expected.backward()
     assert_close(found, expected)
     for name, value in student.named_parameters():
-        assert value.grad is not None and gradients[name] is not None
-        assert_close(gradients[name] / 10, value.grad / 10)
+        gradient = gradients[name]
+        assert value.grad is not None and gradient is not None
+        assert_close(gradient / 10, value.grad / 10)
     loss.end(student)
     assert "lesson" not in dict(student.named_children())
 
@@ -163,7 +167,7 @@ def test_what_cannot_be_imitated_is_said() -> None:
     def begin(imitation: Imitation, model: Decoder | Encoder, teacher: Decoder | Encoder) -> None:
         ImitationLoss(imitation, teacher, seed=0).begin(model)
 
-    with pytest.raises(ConfigError, match=r"logits.*0 for an encoder"):
+    with pytest.raises(ConfigError, match=r"logits and tokens.*0 for an encoder"):
         begin(Imitation(logits=1.0), encoder(1), encoder(2))
     with pytest.raises(ConfigError, match="weights"):
         begin(Imitation(hidden=0.0), encoder(1), encoder(2))

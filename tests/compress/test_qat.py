@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import hypothesis.strategies as st
 import pytest
@@ -76,7 +77,9 @@ def test_stored_numbers_are_those_of_the_pass(seed: int, bits: int, groups: int)
 
 @pytest.mark.parametrize("is_symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_fitted_grid_is_no_worse_than_the_whole_range(bits: int, is_symmetric: bool) -> None:
+def test_a_fitted_grid_is_no_worse_than_the_whole_range(
+    bits: Literal[4, 8], is_symmetric: bool
+) -> None:
     weight = torch.randn(6, 64)
     weight[0], weight[1, :32] = 0.0, weight[1, :32].abs() + 1
     found = fitted(weight, Grid(bits=bits, group=32, is_symmetric=is_symmetric))

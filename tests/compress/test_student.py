@@ -65,10 +65,8 @@ def test_channels_that_do_nothing_are_left_out() -> None:
 def test_heads_keep_their_groups() -> None:
     teacher = decoder(1, num_heads=8, num_kv_heads=4)
     small = student_of(teacher, Student(num_heads=2, num_kv_heads=2))
-    theirs, ours = (
-        teacher.model.layers[0].self_attn,
-        small.get_submodule("model.layers.0.self_attn"),
-    )
+    place = "model.layers.0.self_attn"
+    theirs, ours = teacher.get_submodule(place), small.get_submodule(place)
     assert isinstance(small, Decoder)
 
     def heads(layer: torch.nn.Module, name: str, count: int) -> torch.Tensor:
@@ -110,14 +108,14 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         ({"num_heads": 3}, "num_kv_heads"),
     ):
         with pytest.raises(ConfigError, match=name):
-            student_of(decoder(1), Student(**sizes))
+            student_of(decoder(1), Student.from_dict(sizes))
     for sizes, name in (
         ({"num_kv_heads": 2}, "num_kv_heads"),
         ({"hidden_size": 30}, "hidden_size"),
         ({"num_heads": 2}, "num_heads"),
     ):
         with pytest.raises(ConfigError, match=name):
-            student_of(encoder(1), Student(**sizes))
+            student_of(encoder(1), Student.from_dict(sizes))
     with pytest.raises(ConfigError, match="sizes"):
         Student()
     with pytest.raises(ConfigError, match="num_layers"):

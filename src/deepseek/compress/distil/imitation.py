@@ -19,6 +19,7 @@ from deepseek.compress.distil.relations import (
 from deepseek.config import Config
 from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder, Encoder
+from deepseek.ops.cross_entropy import IGNORED, linear_cross_entropy
 from deepseek.ops.distillation import linear_divergence
 from deepseek.train import Part
 
@@ -37,6 +38,8 @@ class Imitation(Config):
 
     logits: float | None = None
     """Of KL(teacher || model) of the next token. None for 1 with a decoder; an encoder has none."""
+    tokens: float = 0.0
+    """Of the cross-entropy of the text's own next token; an encoder has none."""
     temperature: float = 1.0
     """Of the logits of both."""
     hidden: float | None = None
@@ -55,7 +58,7 @@ class Imitation(Config):
     all of them, up to 16."""
 
     def __post_init__(self) -> None:
-        for name in ("logits", "hidden", "relations"):
+        for name in ("logits", "tokens", "hidden", "relations"):
             weight = getattr(self, name)
             if weight is not None and not 0 <= weight < math.inf:
                 raise ConfigError(describe(name, "Imitation", "from 0 on", weight))
@@ -69,8 +72,9 @@ class Imitation(Config):
             ConfigError: nothing would be imitated, or an encoder's logits.
         """
         is_decoder = isinstance(model, Decoder)
-        if self.logits and not is_decoder:
-            raise ConfigError(describe("logits", "Imitation", "0 for an encoder", self.logits))
+        if (self.logits or self.tokens) and not is_decoder:
+            got = f"{self.logits} and {self.tokens}"
+            raise ConfigError(describe("logits and tokens", "Imitation", "0 for an encoder", got))
         logits = float(is_decoder) if self.logits is None else self.logits
         hidden = float(not is_decoder) if self.hidden is None else self.hidden
         if not (logits or hidden or self.relations):
@@ -154,6 +158,13 @@ class ImitationLoss:
                 self._teacher.lm_head.weight.detach(),
                 inputs.counts.flatten(),
                 wants.temperature,
+            )
+        if wants.tokens:
+            assert isinstance(model, Decoder)
+            labels = torch.where(part.counted[:, 1:], part.tokens[:, 1:], IGNORED).flatten()
+            states = seen.states[-1][:, :-1].flatten(0, 1)
+            total = total + wants.tokens * linear_cross_entropy(
+                states, model.lm_head.weight, labels
             )
         with torch.autocast(part.tokens.device.type, enabled=False):
             if wants.hidden:

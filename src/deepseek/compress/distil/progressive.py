@@ -36,6 +36,9 @@ class Progressive(Learning):
     begins; None for a new one in every step."""
     temperature: float = 1.0
     """Of the logits of both."""
+    tokens: float = 0.0
+    """Weight of the student's own loss of the text's tokens, beside its distance from the teacher:
+    what it learns from while the teacher knows little."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,6 +47,8 @@ class Progressive(Learning):
             raise ConfigError(describe("checkpoints", "Progressive", must, self.checkpoints))
         if self.temperature <= 0:
             raise ConfigError(describe("temperature", "Progressive", "positive", self.temperature))
+        if self.tokens < 0:
+            raise ConfigError(describe("tokens", "Progressive", "from 0 on", self.tokens))
 
 
 def progress(stage: Progressive, work: Work) -> Outcome:
@@ -108,9 +113,13 @@ class _Together:
             head = lesson.checkpoint.lm_head.weight
             with torch.no_grad():
                 states = lesson.checkpoint.final_states(tokens)[:, :-1]
+        student, weight = model.final_states(tokens)[:, :-1].flatten(0, 1), model.lm_head.weight
+        if self._stage.tokens:
+            alone = linear_cross_entropy(student, weight, labels.flatten())
+            own = own + self._stage.tokens * alone
         return own + linear_divergence(
-            model.final_states(tokens)[:, :-1].flatten(0, 1),
-            model.lm_head.weight,
+            student,
+            weight,
             states.detach().flatten(0, 1),
             head.detach(),
             counted.flatten(),
