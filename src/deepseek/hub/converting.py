@@ -15,6 +15,7 @@ from deepseek.hub.bundle import Bundle, read_json
 from deepseek.hub.gguf import GgufFile, read_gguf
 from deepseek.hub.gguf_model import generation_config, hf_config, hf_tensors, tensor_shapes
 from deepseek.hub.gguf_tokenizer import read_tokenizer
+from deepseek.hub.grids import read_grids, without_grids
 from deepseek.hub.loading import DTYPES, check_weights
 from deepseek.hub.names import NamedModel
 from deepseek.hub.safetensors import TensorEntry, read_entries, write_tensors
@@ -91,8 +92,11 @@ def _from_gguf(
 
 def _from_folder(fetched: Fetched, target: Path, about: About, report: Report) -> Bundle:
     entries = read_entries(fetched.path)
-    shapes = {name: torch.empty(entry.shape, device="meta") for name, entry in entries.items()}
-    check_weights(read_json(fetched.path / "config.json"), shapes, str(fetched.path))
+    config = read_json(fetched.path / "config.json")
+    grids = read_grids(fetched.path, config, entries)
+    weights = {**without_grids(entries, grids), **grids}
+    shapes = {name: torch.empty(each.shape, device="meta") for name, each in weights.items()}
+    check_weights(config, shapes, str(fetched.path))
     names = _files(fetched.path, entries)
 
     def write(fresh: Path) -> Mapping[str, FileRecord]:

@@ -67,10 +67,11 @@ class About:
 class Quantized:
     """Weights that `save` writes as they lie on their grids.
 
-    transformers and vLLM read such a folder where no embedding is among them. With an embedding
-    (and a tied head, which is the same weight) the folder is much smaller, and transformers 5.23
-    reads it only with `CompressedTensorsConfig(dequantize=True)` and only where all weights have
-    one grid; `deepseek.load` and `deepseek.save` make a folder of plain numbers of it.
+    What transformers 5.23 with compressed-tensors 0.20 reads of it: symmetric linear weights on any
+    grids, as it is; weights that all have one grid, embedding, tied head and zero points included,
+    with `quantization_config=CompressedTensorsConfig(dequantize=True)`. It fails on others (an
+    embedding beside other grids; zero points beside other grids): `deepseek.load` and
+    `deepseek.save` make a folder of plain numbers for it. vLLM takes linear weights alone.
     """
 
     weights: Mapping[str, QuantizedWeight]

@@ -29,6 +29,8 @@ CASES = (
         for storage in ("float32", "bfloat16", "int8", "int4")
         for rows in (1, 512)
     ),
+    Case(operation="linear", storage="int8", group=64, keeps_grid=True),
+    Case(operation="linear", storage="int4", keeps_grid=True),
     Case(operation="attention", storage="bfloat16", rows=1),
     Case(operation="attention", storage="int8", rows=1),
     Case(operation="attention", storage="bfloat16", rows=512),

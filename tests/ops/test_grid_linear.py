@@ -1,0 +1,176 @@
+"""Weights that keep their own grid against the specification: odd shapes, all instruction sets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deepseek.errors import ConfigError, ShapeError
+from deepseek.ops.grid import Grid, halves_of, why_not_exact
+from deepseek.ops.linear.reference import grid_linear_reference
+from deepseek.ops.quantized import QuantizedWeight, short_scale
+from deepseek.ops.scheme import Form, grid_form
+from tests.ops.native import ISAS, NEEDS_KERNELS, Native
+
+KINDS = [(4, 32), (4, 64), (4, 128), (4, 192), (8, 32), (8, 64), (8, 128), (8, None), (4, None)]
+"""Bits and group; None for one scale a row."""
+
+
+def draw(bits: int, rows: int, width: int, group: int, seed: int) -> QuantizedWeight:
+    """Return a weight of random codes; a scale may be 0, a zero point at either end."""
+    rng = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, width), generator=rng, dtype=torch.uint8)
+    scale = short_scale(torch.rand((rows, width // group), generator=rng) ** 4)
+    scale[0, 0] = 0
+    zero = torch.full(scale.shape, 128, dtype=torch.uint8)
+    if bits == 4:
+        zero = torch.randint(0, 16, scale.shape, generator=rng, dtype=torch.uint8)
+    return QuantizedWeight(bits, codes, scale, zero)
+
+
+def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndarray) -> np.ndarray:
+    instructions = [
+        {"op": "embed", "output": 0, "weights": [0]},
+        {"op": "linear", "input": 0, "output": -1, "weights": [1], "selected": 1},
+    ]
+    rows, columns = len(inputs), len(weight.codes)
+    native = Native(isa, [inputs.shape[1]], instructions, vocab=max(rows, columns))
+    native.weight(inputs)
+    add_codes(native, weight, bias)
+    native.program.start()
+    found = native.run(list(range(rows)))
+    assert np.isnan(found[:, columns:]).all(), "wrote past its columns"
+    return found[:, :columns]
+
+
+def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None = None) -> None:
+    form = grid_form(weight.bits, weight.group, weight.codes.shape[1])
+    assert form is not None
+    scale, least = (part.view(np.uint16) for part in halves_of(weight.grid(), form))
+    codes = weight.codes.numpy()
+    native.program.add_codes(form.storage, form.group, codes, scale, least, bias)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+@settings(max_examples=8, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33, 70]),
+    columns=st.integers(1, 150),
+    groups=st.integers(1, 4),
+    odd=st.integers(1, 200),
+    seed=st.integers(0, 2**16),
+)
+def test_products_are_the_specification(
+    isa: str,
+    bits: int,
+    group: int | None,
+    rows: int,
+    columns: int,
+    groups: int,
+    odd: int,
+    seed: int,
+) -> None:
+    width = odd if group is None else group * groups
+    weight = draw(bits, columns, width, group or width, seed)
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((rows, width)).astype(np.float32)
+    bias = rng.standard_normal(columns).astype(np.float32)
+    found = product(isa, inputs, weight, bias)
+    expected = grid_linear_reference(torch.from_numpy(inputs), weight, torch.from_numpy(bias))
+    # a level of an input in the middle between two may be rounded either way
+    size = np.abs(inputs).max() / 127 * weight.values().abs().amax(1).numpy()
+    off = np.abs(found - expected.numpy())
+    assert (off <= 1e-4 * (1 + np.abs(expected.numpy())) + 1.01 * size).all()
+    assert np.median(off) <= 1e-4 * (1 + np.abs(expected.numpy()).max())
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_the_numbers_are_those_of_the_grid(isa: str, bits: int, group: int | None) -> None:
+    """Inputs of one channel each, which int8 holds exactly, read the weight back to the bit of a
+    float32 sum."""
+    width = 100 if group is None else 2 * group
+    weight = draw(bits, 50, width, group or width, 5)
+    found = product(isa, np.eye(width, dtype=np.float32) * 127, weight, np.zeros(50, np.float32))
+    values = weight.values().numpy().T
+    np.testing.assert_allclose(found / 127, values, rtol=1e-6, atol=1e-6 * np.abs(values).max())
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(("bits", "group"), KINDS)
+def test_an_embedding_is_read_back_to_the_bit(bits: int, group: int | None) -> None:
+    width = 100 if group is None else 2 * group
+    weight = draw(bits, 70, width, group or width, 7)
+    instructions = [
+        {"op": "embed", "output": 0, "weights": [0]},
+        {"op": "linear", "input": 0, "output": -1, "weights": [1], "selected": 1},
+    ]
+    native = Native(ISAS[-1], [width], instructions, vocab=max(70, width))
+    add_codes(native, weight)
+    native.weight(np.eye(width, dtype=np.float32))
+    native.program.start()
+    found = native.run(list(range(70)))[:, :width]
+    assert np.array_equal(found, weight.values().numpy())
+
+
+@NEEDS_KERNELS
+def test_what_does_not_fit_is_refused() -> None:
+    native = Native(ISAS[-1], [64], [], vocab=8)
+    codes, halves = np.zeros((8, 64), np.uint8), np.zeros((8, 2), np.uint16)
+    for settings_ in (("int8", 64, codes, halves), ("int4", 31, codes, halves)):
+        with pytest.raises(ValueError, match="must be"):
+            native.program.add_codes(*settings_, halves, None)
+    with pytest.raises(ValueError, match="int8 or int4"):
+        native.program.add_codes("float32", 32, codes, halves, halves, None)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "width", "form"),
+    [
+        (4, 32, 64, Form("int4", 32)),
+        (8, 32, 64, Form("int8", 32)),
+        (8, 576, 576, Form("int8", 64)),
+        (8, 100, 100, Form("int8", 64)),
+        (4, 96, 192, Form("int4", 32)),
+        (4, 256, 512, Form("int4", 64)),
+        (4, 16, 64, None),
+        (4, 48, 96, None),
+    ],
+)
+def test_forms_of_grids(bits: int, group: int, width: int, form: Form | None) -> None:
+    assert grid_form(bits, group, width) == form
+
+
+def test_the_reference_refuses_groups_that_nothing_holds() -> None:
+    with pytest.raises(ShapeError, match="group"):
+        grid_linear_reference(torch.zeros(1, 64), draw(4, 3, 64, 16, 0))
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**16), size=st.floats(1e-3, 100))
+def test_short_scales_are_held_exactly(seed: int, size: float) -> None:
+    weight = draw(4, 4, 64, 32, seed)
+    scale = short_scale(weight.scale * size)
+    kept = scale.abs() * (weight.zero > 0) >= 2**-14  # above float16's smallest normal number
+    kept &= scale * 15 < 2**15
+    scale = torch.where(kept, scale, torch.zeros_like(scale))
+    assert why_not_exact(4, scale.numpy(), weight.zero.numpy()) is None
+
+
+@pytest.mark.parametrize(
+    ("bits", "scale", "zero", "word"),
+    [(4, 0.1, 8, "scales"), (8, 0.5, 127, "128"), (4, 1.2001953125, 13, "product")],
+)
+def test_grids_that_float16_does_not_hold(bits: int, scale: float, zero: int, word: str) -> None:
+    scales, zeros = np.full((1, 1), scale, np.float32), np.full((1, 1), zero, np.uint8)
+    reason = why_not_exact(bits, scales, zeros)
+    assert reason is not None
+    assert word in reason
+    with pytest.raises(ConfigError, match=word):
+        halves_of(Grid(bits, np.zeros((1, 32), np.uint8), scales, zeros), Form("int4", 32))
