@@ -57,7 +57,6 @@ from deepseek.models import Decoder
 from deepseek.models.layers import Attention, FeedForward
 from deepseek.records import Measurement
 
-INT8 = {"bits": 8, "group": None}
 RECIPES: Mapping[str, Quantize] = {
     "round-int8": Quantize(method="round", bits=8, group=None),
     "gptq-int8": Quantize(method="gptq", bits=8, group=None),
@@ -176,19 +175,19 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
             )  # fmt: skip
             stage, began, used = RECIPES[name], time.perf_counter(), time.process_time()
             outcome = quantize(stage, work, calibration(text.learned, stage))
-        conditions = {**about, "scheme": name}
+        conditions = {**about, "scheme": name, "threads": torch.get_num_threads()}
         took = time.perf_counter() - began, time.process_time() - used
         outcome += tuple(
-            Measurement(name=each, value=value, unit="s", conditions={"threads": torch.get_num_threads()})
+            Measurement(name=each, value=value, unit="s")
             for each, value in zip(("quantizing_s", "quantizing_processor_s"), took, strict=True)
-        )  # fmt: skip
+        )
         found += [
             dataclasses.replace(each, conditions={**each.conditions, **conditions})
             for each in outcome
         ]
         for label, windows in texts.items():
             scores = score(reference, model, windows)
-            if not found or not any(each.name == "perplexity" for each in found):
+            if not any(each.name == "perplexity" for each in found):
                 found += model_figures(reference, scores, about)
             figures = scheme_figures(scores, conditions | ({"text": label} if label else {}))
             found += [
@@ -209,7 +208,8 @@ def show(found: Sequence[Measurement]) -> None:
         f"weights by {100 * error.value:.2g} %"
     )
     table = Table(
-        "recipe", "perplexity ratio", "95 %", "KL, nats", "same top", "other text", "bits", "MB", "s",
+        "recipe", "perplexity ratio", "95 %", "KL, nats", "same top", "other text", "bits", "MB",
+        "s",
         title=escape(title), title_justify="left", box=None, pad_edge=False,
     )  # fmt: skip
     for name in dict.fromkeys(scheme for scheme, _ in figures if scheme is not None):

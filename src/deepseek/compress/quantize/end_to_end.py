@@ -63,8 +63,8 @@ class _Final(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the states of the tokens that are no padding [tokens, hidden]."""
         if isinstance(self.model, Encoder):
-            states = self.model(*batch).last_hidden_state
-            return states.flatten(0, 1) if batch[1] is None else states[batch[1].bool()]
+            states, mask = self.model(*batch).last_hidden_state, batch.attention_mask
+            return states.flatten(0, 1) if mask is None else states[mask.bool()]
         return self.model.final_states(batch.input_ids).flatten(0, 1)
 
 

@@ -71,10 +71,11 @@ def watching(
     modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Show what goes into modules while they run: name and inputs [..., K]."""
-    handles = [
-        module.register_forward_pre_hook(lambda _, given, name=name: see(name, given[0]))
-        for name, module in modules.items()
-    ]
+
+    def shown(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, given: see(name, given[0])
+
+    handles = [each.register_forward_pre_hook(shown(name)) for name, each in modules.items()]
     try:
         yield
     finally:

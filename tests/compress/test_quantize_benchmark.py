@@ -1,0 +1,76 @@
+"""The benchmark of quantization: the order of channels, its gates, and the whole of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import compress_quantize as benchmark
+from benchmarks.quality import WINDOW, rounding_error
+from deepseek import hub
+from deepseek.compress.quantize import Learned
+from deepseek.errors import ConfigError
+from deepseek.models import ExpertsConfig
+from deepseek.ops.linear.reference import round_int4
+from tests.compress.small import WIDE, small_decoder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"tie_embeddings": True}, {"qkv_bias": True, "mlp_bias": True, "num_kv_heads": 1}],
+)
+def test_another_order_of_channels_keeps_the_function_and_leaves_the_grid(
+    changes: dict[str, object],
+) -> None:
+    model = small_decoder(WIDE.replace(**changes))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter.data)
+        if ".layers." in name and parameter.dim() == 2:
+            parameter.data = round_int4(parameter.data, 32)
+    ids = torch.randint(256, (2, 20))
+    moved = copy.deepcopy(model).double()
+    benchmark.put_in_another_order(moved)
+    with torch.no_grad():
+        torch.testing.assert_close(moved(ids).logits, model.double()(ids).logits)
+    assert rounding_error(model.float()) < 1e-4
+    assert rounding_error(moved.float()) > 1e-3
+
+
+def test_unknown_parts_are_refused() -> None:
+    model = small_decoder(
+        WIDE.replace(experts=ExpertsConfig(num_experts=2, num_active=1, width=32))
+    )
+    with pytest.raises(ConfigError, match="as-is"):
+        benchmark.put_in_another_order(model)
+
+
+def test_it_measures_every_recipe_and_fails_above_a_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    hub.save(small_decoder(WIDE.replace(max_positions=WINDOW)), folder, name="small")
+    text.write_text("some words, and then some others. " * 70)
+    quick = benchmark.RECIPES["learned-int4"].replace(learned=Learned(steps=2), end_to_end=None)
+    recipes = {**benchmark.RECIPES, "learned-int4": quick}
+    monkeypatch.setattr(benchmark, "RECIPES", recipes)
+    chosen = ["round-int8", "round-int4", "gptq-int4", "learned-int4"]
+    words = ["--model", str(folder), "--text", str(text), "--tokens", "1024", "--recipes", *chosen]
+    words += ["--other", str(text), "--gate", "round-int4=0.1", "--json"]
+    assert benchmark.main(words) == 1
+    printed = json.loads(capsys.readouterr().out)
+    ratios = {
+        each["conditions"]["scheme"]: each["value"]
+        for each in printed["measurements"]
+        if each["name"] == "perplexity_ratio"
+    }
+    assert list(ratios) == chosen
+    assert abs(ratios["round-int8"] - 1) < abs(ratios["round-int4"] - 1)
+    assert printed["over_gates"] and "round-int4" in printed["over_gates"][0]
+    assert benchmark.main(words[:-3]) == 0
+    assert "learned-int4" in capsys.readouterr().out
