@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from deepseek.generate import Engine
     from deepseek.serve.adapters import AdapterRegistry
     from deepseek.serve.durable import DurableState
-    from deepseek.serve.state.batch_runner import BatchRunner
+    from deepseek.serve.running import Worker
 
 
 @dataclasses.dataclass
@@ -66,12 +66,12 @@ class Beside:
 
         return {} if self.state is None else upload_bytes(self.state.files)
 
-    def add_state(self, app: FastAPI) -> BatchRunner | None:
-        """Add the routes that need state to an application; return what runs its batches."""
+    def add_state(self, app: FastAPI) -> list[Worker]:
+        """Add the routes that need state to an application; return what works beside them."""
         from deepseek.serve.api.stateful import add_state
 
         if self.state is None:
-            return None
+            return []
         return add_state(
             app,
             files=self.state.files,

@@ -305,7 +305,7 @@ async def _serve(
             routers=beside.routers,
             admin_routers=beside.admin_routers,
         )
-        batches = beside.add_state(app)
+        workers = beside.add_state(app)
         config = make_server(app, settings, host=args.host, port=args.port).config
         host = f"[{args.host}]" if ":" in args.host else args.host
 
@@ -316,7 +316,7 @@ async def _serve(
             config,
             service,
             drain_s=args.drain_seconds,
-            batches=batches,
+            workers=workers,
             on_start=told,
             on_drain=out.note,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -123,8 +122,7 @@ def create_inner_app(outer: FastAPI, routers: Sequence[RouterMaker] = ()) -> Fas
         routers: further routes.
     """
     service: Service = outer.state.service
-    runner = service.runner.without_limits()
-    inner = dataclasses.replace(service, runner=runner)
+    inner = service.without_limits()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     add_error_handlers(app)
     for make in (chat_router, completions_router, *routers):
