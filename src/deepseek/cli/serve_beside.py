@@ -81,8 +81,15 @@ class Beside:
         )
 
 
-def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
+def load_adapters(
+    engine: Engine, asked: Sequence[str], reference: Engine | None = None
+) -> AdapterRegistry:
     """Return a registry with the adapters that `NAME=FOLDER` words name, all loaded.
+
+    Args:
+        engine: computes with them.
+        asked: the words.
+        reference: audits with them, where that is another one.
 
     Raises:
         ConfigError: a word of another form, or an adapter that does not fit.
@@ -90,7 +97,7 @@ def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
     """
     from deepseek.serve.adapters import AdapterRegistry
 
-    registry = AdapterRegistry(engine)
+    registry = AdapterRegistry(engine, reference)
     for word in asked:
         name, sign, folder = word.partition("=")
         if not sign or not folder:

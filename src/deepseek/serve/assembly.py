@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, describe
-from deepseek.generate import Engine
+from deepseek.serve.stepping import StepEngine
 from deepseek.serve.api.metrics import Metrics
 from deepseek.serve.audit import Auditor
 from deepseek.serve.automatic import Asked, Values, choose_values
@@ -24,15 +24,15 @@ from deepseek.serve.telemetry import Telemetry
 
 
 def build_service(
-    engine: Engine,
+    engine: StepEngine,
     asked: Asked,
     *,
     model: str,
     guesses: bool = True,
-    draft: Engine | None = None,
+    draft: StepEngine | None = None,
     resolve_adapter: Callable[[str], str] | None = None,
     audit_every: int | None = None,
-    reference: Engine | None = None,
+    reference: StepEngine | None = None,
     price_per_hour: float | None = None,
 ) -> tuple[Service, Values]:
     """Return a service on an engine, not started, and the values that were chosen for it.
