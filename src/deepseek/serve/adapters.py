@@ -16,8 +16,8 @@ import threading
 from pathlib import Path
 
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.serve.stepping import StepEngine
 from deepseek.hub.adapter import read_adapter
+from deepseek.serve.stepping import StepEngine
 
 MAX_ADAPTERS = 32
 MAX_BYTES = 1 << 30

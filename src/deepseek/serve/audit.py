@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deepseek.serve.stepping import StepEngine
 from deepseek.generate.adapters import EngineAdapter
 from deepseek.generate.engine import PAGE_SIZE
 from deepseek.serve.generation import TokenChoice
+from deepseek.serve.stepping import StepEngine
 
 NUM_TOP = 20
 """Most probable tokens that are compared one by one; all others count as one."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.serve.stepping import StepEngine
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import cgroup_cores
+from deepseek.serve.stepping import StepEngine
 
 LONGEST_STEP_S = 0.15
 """What a step that reads prompts may take, so that answers beside it go on smoothly."""

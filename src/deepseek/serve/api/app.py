@@ -84,15 +84,8 @@ def create_app(
         on_event=on_event or _ignore,
         clock=clock,
     )
-    service = Service(
-        generator=generator,
-        settings=settings,
-        reader=Reader(generator, settings, adapters, router),
-        runner=runner,
-        metrics=metrics,
-        texts=TokenTexts(generator.tokenizer),
-        started=int(time.time()),
-    )
+    reader = Reader(generator, settings, adapters, router)
+    service = _service(generator, settings, runner, metrics, reader)
     app = FastAPI(
         title="deepseek",
         description="OpenAI-compatible answers of one model.",
@@ -111,6 +104,20 @@ def create_app(
             app.include_router(make(service), prefix=ADMIN_PREFIX)
     app.openapi = lambda: _document(app, settings.public_paths)
     return app
+
+
+def _service(
+    generator: Generator, settings: ApiSettings, runner: Runner, metrics: Metrics, reader: Reader
+) -> Service:
+    return Service(
+        generator=generator,
+        settings=settings,
+        reader=reader,
+        runner=runner,
+        metrics=metrics,
+        texts=TokenTexts(generator.tokenizer),
+        started=int(time.time()),
+    )
 
 
 def create_inner_app(outer: FastAPI, routers: Sequence[RouterMaker] = ()) -> FastAPI:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek.errors import ConfigError, describe
-from deepseek.serve.stepping import StepEngine
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import kernels
 from deepseek.serve.core.cost import Average
 from deepseek.serve.core.request import Request
+from deepseek.serve.stepping import StepEngine
 
 MOST_TEXTS = 4
 """Requests that it follows at once; guesses pay with few."""

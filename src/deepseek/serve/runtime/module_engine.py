@@ -2,8 +2,8 @@
 
 Its pages are those of `ops.attention`, so all that stands on pages (prefixes that are found again,
 requests that are turned back, audits) works as with an engine. Each row of a step is a pass of its
-own, so a request's numbers depend on nothing that runs beside it but the cuts of its prompt: PyTorch
-rounds a product of many rows otherwise than one of a single row. So answers are those of
+own, so no other request's numbers touch it. What runs beside it may cut its prompt elsewhere, and
+PyTorch rounds a product of many rows otherwise than one of a single row: answers are those of
 `generate` up to the last bits, not bit for bit.
 """
 
