@@ -1,9 +1,11 @@
 """Our server beside others: the same prompts, threads and users, by turns.
 
     python benchmarks/serve.py --peers peers.json --plot serve.svg
+    python benchmarks/serve.py --schemes int8 --guesses off text draft --draft FOLDER
 
 Each round starts every server anew, one after another, so that whatever else the machine does meets
-all of them; ratios are to the best peer of the same round. A round asks what no other asks.
+all of them; ratios are to the best peer of the same round, and of guesses ahead to the same server
+without them. A round asks what no other asks.
 `benchmarks/peers/README.md` says how each peer was set up and what FILE holds. It fails when a
 request does, or when an answer has not the tokens that were asked for.
 """
@@ -87,15 +89,28 @@ class Contender:
     name: str
     command: str
     is_ours: bool
+    baseline: str | None = None
+    """Name of the same server without guesses, where both are measured."""
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
-    """Return our schemes and the peers of the file."""
+    """Return our schemes, each with every kind of guesses, and the peers of the file."""
     found = []
     for scheme in options.schemes:
         words = [sys.executable, "-m", "deepseek", "serve", options.model, "--scheme", scheme]
         command = f"{shlex.join(words)} --threads {{threads}} --port {{port}} {options.ours}"
-        found.append(Contender(f"deepseek {scheme}", command, True))
+        name, more = f"deepseek {scheme}", {"text": "", "off": " --no-guesses"}
+        more["draft"] = f" --draft {shlex.quote(options.draft or '')}"
+        for kind in options.guesses:
+            is_compared = kind != "off" and "off" in options.guesses
+            found.append(
+                Contender(
+                    name if kind == "text" else f"{name} {kind}",
+                    command + more[kind],
+                    True,
+                    f"{name} off" if is_compared else None,
+                )
+            )
     peers = json.loads(options.peers.read_text()) if options.peers else {}
     found += [Contender(name, given["command"], False) for name, given in peers.items()]
     return found
@@ -177,11 +192,11 @@ def results(
                 found.append(
                     summarize(figure, values, unit, conditions=conditions, command=command)
                 )
-                peers = [rounds[each.name] for each in specs if not each.is_ours]
-                if figure in COMPARED and spec.is_ours and peers:
+                for word, others in compared(spec, specs) if figure in COMPARED else ():
+                    peers = [rounds[each] for each in others]
                     found.append(
                         summarize(
-                            f"{figure}_over_best_peer",
+                            f"{figure}_over_{word}",
                             ratios(values, figure, peers, is_more_better),
                             "1",
                             conditions=conditions,
@@ -189,6 +204,13 @@ def results(
                         )
                     )
     return found
+
+
+def compared(spec: Contender, specs: list[Contender]) -> list[tuple[str, list[str]]]:
+    """Return what a server is compared with: a word for it, and the servers' names."""
+    peers = [each.name for each in specs if not each.is_ours]
+    found = [("best_peer", peers)] if spec.is_ours and peers else []
+    return found if spec.baseline is None else [*found, ("no_guesses", [spec.baseline])]
 
 
 def ratios(
@@ -233,6 +255,14 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m", help="name of ours, the peers' in FILE")
     parser.add_argument("--peers", type=Path, metavar="FILE", help="ours alone without it")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument(
+        "--guesses",
+        nargs="+",
+        default=["text"],
+        choices=("off", "text", "draft"),
+        help="of ours: none, by what the text said before, by the model of --draft",
+    )
+    parser.add_argument("--draft", metavar="MODEL", help="of the same tokenizer")
     parser.add_argument("--ours", default="", metavar="OPTIONS", help="of deepseek serve")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--threads", type=positive, default=2)
@@ -240,6 +270,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if "draft" in options.guesses and options.draft is None:
+        parser.error("--guesses draft needs --draft MODEL")
     try:
         specs = contenders(options)
     except (OSError, ValueError, KeyError, TypeError) as error:

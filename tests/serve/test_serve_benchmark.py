@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serve import MODES, Contender, check, figures, ratios, results
+from benchmarks.serve import MODES, Contender, check, contenders, figures, ratios, results
 from deepseek.records import Measurement
 from deepseek.serve.load import Load, Outcome, Run
 from tests.house import REPO
@@ -75,6 +76,35 @@ def test_ratios_are_to_the_best_peer_of_the_round() -> None:
     peers = [[{"x": 10.0}, {"x": 4.0}], [{"x": 5.0}, {"x": 8.0}]]
     assert ratios([20.0, 4.0], "x", peers, True) == [2.0, 0.5]
     assert ratios([2.5, 8.0], "x", peers, False) == [2.0, 0.5]
+
+
+def options(*guesses: str, draft: str | None = None) -> argparse.Namespace:
+    asked: dict[str, Any] = {"schemes": ["int8"], "model": "m", "ours": "", "peers": None}
+    return argparse.Namespace(guesses=guesses, draft=draft, **asked)
+
+
+def test_guesses_are_compared_with_the_same_server_without_them() -> None:
+    off, text, draft = contenders(options("off", "text", "draft", draft="a folder"))
+    assert off.command.endswith("--no-guesses") and "--draft" not in text.command
+    assert draft.command.endswith("--draft 'a folder'")
+    specs = [off, text, draft]
+    figure = {"inter_token_p95_s": 1.0, "first_token_p95_s": 1.0}
+    samples = {
+        each.name: [{"copy": {"new_tokens_per_s": rate, **figure}}]
+        for each, rate in zip(specs, (20.0, 30.0, 10.0), strict=True)
+    }
+    found = {
+        each.conditions["engine"]: each.value
+        for each in results(samples, specs, {})
+        if each.name == "new_tokens_per_s_over_no_guesses"
+    }
+    assert found == {"deepseek int8": 1.5, "deepseek int8 draft": 0.5}
+    assert all(each.baseline is None for each in contenders(options("text", "draft", draft="x")))
+
+
+def test_a_draft_must_be_named(tmp_path: Path) -> None:
+    done = bench(tmp_path, "--guesses", "draft")
+    assert done.returncode == 2 and "needs --draft MODEL" in done.stderr
 
 
 def test_only_ours_is_compared() -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -80,6 +81,30 @@ def finished_lines(client: OpenAI, batch_id: str, timeout_s: float = 60) -> list
     return [each["custom_id"] for each in found]
 
 
+def ended_response(client: OpenAI, response_id: str, timeout_s: float = 60) -> str:
+    """Wait for a response in the background and return its text."""
+    deadline = time.monotonic() + timeout_s
+    while (found := client.responses.retrieve(response_id)).status in ("queued", "in_progress"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
+    assert found.status in ("completed", "incomplete"), found
+    return found.output_text
+
+
+def test_responses_in_the_background(server: LocalServer) -> None:
+    client = client_of(server)
+    asked: Any = {"model": "tiny", "temperature": 0, "max_output_tokens": 20}
+    waited = client.responses.create(input="Hello", **asked)
+    made = client.responses.create(input="Hello", background=True, **asked)
+    assert made.status == "queued"
+    assert ended_response(client, made.id) == waited.output_text
+    stream = client.responses.create(input="Hello", background=True, stream=True, **asked)
+    response_id = next(stream).response.id  # type: ignore[union-attr]
+    stream.close()
+    *_, last = client.responses.retrieve(response_id, stream=True, starting_after=0)
+    assert last.response.output_text == waited.output_text  # type: ignore[union-attr]
+
+
 def test_batches_responses_and_events(server: LocalServer, tmp_path: Path) -> None:
     client = client_of(server)
     batch = begin_batch(client, lines(5))
@@ -115,12 +140,20 @@ def test_kill_minus_9_in_the_middle_of_load_loses_no_line_and_no_response(
         client = client_of(server)
         kept = client.responses.create(model="tiny", input="Hello", max_output_tokens=4)
         batch = begin_batch(client, lines(30, max_tokens=20))
+        asked: Any = {"model": "tiny", "temperature": 0, "max_output_tokens": 200}
+        waited = [client.responses.create(input=str(number), **asked) for number in range(3)]
+        later = [
+            client.responses.create(input=str(number % 3), background=True, **asked).id
+            for number in range(12)
+        ]
         while client.batches.retrieve(batch).request_counts.completed < 3:  # type: ignore[union-attr]
             time.sleep(0.02)
         os.kill(server.pid, signal.SIGKILL)
     with local_server(bundle, options) as server:
         client = client_of(server)
         assert client.responses.retrieve(kept.id).output == kept.output
+        for number, name in enumerate(later):
+            assert ended_response(client, name) == waited[number % 3].output_text
         found = finished_lines(client, batch)
         assert sorted(found) == sorted(f"line {number}" for number in range(30))
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,11 @@ from deepseek.errors import ConfigError, describe
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from deepseek.generate import Engine
+    from deepseek.records import Event
     from deepseek.serve.adapters import AdapterRegistry
     from deepseek.serve.durable import DurableState
-    from deepseek.serve.state.batch_runner import BatchRunner
+    from deepseek.serve.running import Worker
+    from deepseek.serve.stepping import StepEngine
 
 
 @dataclasses.dataclass
@@ -66,12 +69,12 @@ class Beside:
 
         return {} if self.state is None else upload_bytes(self.state.files)
 
-    def add_state(self, app: FastAPI) -> BatchRunner | None:
-        """Add the routes that need state to an application; return what runs its batches."""
+    def add_state(self, app: FastAPI) -> list[Worker]:
+        """Add the routes that need state to an application; return what works beside them."""
         from deepseek.serve.api.stateful import add_state
 
         if self.state is None:
-            return None
+            return []
         return add_state(
             app,
             files=self.state.files,
@@ -81,8 +84,15 @@ class Beside:
         )
 
 
-def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
+def load_adapters(
+    engine: StepEngine, asked: Sequence[str], reference: StepEngine | None = None
+) -> AdapterRegistry:
     """Return a registry with the adapters that `NAME=FOLDER` words name, all loaded.
+
+    Args:
+        engine: computes with them.
+        asked: the words.
+        reference: audits with them, where that is another one.
 
     Raises:
         ConfigError: a word of another form, or an adapter that does not fit.
@@ -90,7 +100,7 @@ def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
     """
     from deepseek.serve.adapters import AdapterRegistry
 
-    registry = AdapterRegistry(engine)
+    registry = AdapterRegistry(engine, reference)
     for word in asked:
         name, sign, folder = word.partition("=")
         if not sign or not folder:
@@ -98,3 +108,21 @@ def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:
         registry.register(name, Path(folder))
         registry.load(name)
     return registry
+
+
+def event_sink(
+    args: argparse.Namespace, state: DurableState | None, stack: contextlib.ExitStack
+) -> Callable[[Event], None]:
+    """Return what takes the events of answers: usage, and a file where one was asked for."""
+    file = None
+    if args.events is not None:
+        path = Path(args.events)
+        file = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
+
+    def take(event: Event) -> None:
+        if state is not None:
+            state.count(event)
+        if file is not None:
+            file.write(json.dumps(event.to_dict()) + "\n")
+
+    return take

@@ -17,6 +17,7 @@ from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE, Engine
 from deepseek.generate.memory import Memory
 from deepseek.ops.cpu import kernels
 from deepseek.ops.sampling.config import Sampling
+from deepseek.ops.sampling.native import RowChooser
 
 
 class RowLike(Protocol):
@@ -115,10 +116,19 @@ class EngineBatch:
         memory: Memory | None = None,
     ) -> None:
         self._prompts = [row.prompt for row in rows]
-        self._choosers = [_Chooser(engine, row, sampling) for row in rows]
+        vocab_size, self._isa = engine.config.vocab_size, engine.instruction_set
+        self._choosers = [
+            RowChooser(
+                sampling,
+                row.prompt,
+                vocab_size,
+                row_generator(sampling.seed, row.number),
+                instruction_set=self._isa,
+            )
+            for row in rows
+        ]
         capacity = max(len(row.prompt) + row.tokens_left for row in rows)
         self._rows = RowPages(engine, len(rows), capacity, memory)
-        self._isa = engine.instruction_set
         self._is_greedy = sampling.is_greedy and not sampling.has_penalties
 
     def start(self) -> list[int]:
@@ -170,42 +180,11 @@ class EngineBatch:
             _check_finite(logits[np.arange(len(tokens)), tokens])
             return tokens
         _check_finite(logits.max(axis=1))
-        return [chooser.choose(row) for chooser, row in zip(self._choosers, logits, strict=True)]
-
-
-class _Chooser:
-    """How one row's tokens are chosen: its random numbers, and its history where it counts."""
-
-    def __init__(self, engine: Engine, row: RowLike, sampling: Sampling) -> None:
-        self._sampling, self._isa = sampling, engine.instruction_set
-        self._generator = row_generator(sampling.seed, row.number)
-        self._seen: np.ndarray | None = None
-        self._counts: np.ndarray | None = None
-        if sampling.has_penalties:
-            self._seen = np.zeros(engine.config.vocab_size, np.uint8)
-            self._seen[row.prompt] = 1
-            self._counts = np.zeros(engine.config.vocab_size, np.float32)
-
-    def choose(self, logits: np.ndarray) -> int:
-        sampling = self._sampling
-        token = kernels().choose(
-            isa=self._isa,
-            logits=logits,
-            temperature=sampling.temperature,
-            top_k=min(sampling.top_k, len(logits)),
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition=sampling.repetition_penalty,
-            frequency=sampling.frequency_penalty,
-            presence=sampling.presence_penalty,
-            seen=self._seen,
-            counts=self._counts,
-            uniform=0.0 if sampling.is_greedy else self._generator.random(),
-        )
-        if self._seen is not None and self._counts is not None:
-            self._seen[token] = 1
-            self._counts[token] += 1
-        return token
+        tokens = []
+        for chooser, row in zip(self._choosers, logits, strict=True):
+            tokens.append(chooser.choose(row))
+            chooser.take(tokens[-1])
+        return tokens
 
 
 def row_generator(seed: int | None, row: int) -> random.Random:

@@ -9,14 +9,15 @@ last of these requests.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import threading
 from pathlib import Path
 
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.generate import Engine
 from deepseek.hub.adapter import read_adapter
+from deepseek.serve.stepping import StepEngine
 
 MAX_ADAPTERS = 32
 MAX_BYTES = 1 << 30
@@ -46,15 +47,22 @@ class AdapterRegistry:
 
     Args:
         engine: computes with them.
+        reference: of the same model, for audits: it gets every adapter as well; None for none.
         max_adapters: most that are loaded at a time.
         max_bytes: most bytes of all adapters in memory, those included that were dropped and are
             still in use.
     """
 
     def __init__(
-        self, engine: Engine, *, max_adapters: int = MAX_ADAPTERS, max_bytes: int = MAX_BYTES
+        self,
+        engine: StepEngine,
+        reference: StepEngine | None = None,
+        *,
+        max_adapters: int = MAX_ADAPTERS,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        self._engine, self._max_adapters, self._max_bytes = engine, max_adapters, max_bytes
+        self._engines = [engine] if reference is None else [engine, reference]
+        self._max_adapters, self._max_bytes = max_adapters, max_bytes
         self._folders: dict[str, Path] = {}
         self._loaded: dict[str, LoadedAdapter] = {}
         self._changes = threading.Lock()
@@ -101,15 +109,18 @@ class AdapterRegistry:
         if len(self._loaded) >= self._max_adapters:
             must, got = f"at most {self._max_adapters}", len(self._loaded) + 1
             raise CapacityError(describe("adapters", "the registry", must, got, "Drop another"))
-        adapter = read_adapter(folder, max_bytes=self._max_bytes - self._engine.adapter_bytes)
+        adapter = read_adapter(folder, max_bytes=self._max_bytes - self._num_bytes)
         # half of the digest: nobody finds two adapters that share it
         known_by = f"{name}@{adapter.fingerprint[:32]}"
-        self._engine.add_adapter(known_by, adapter.updates)
-        if self._engine.adapter_bytes > self._max_bytes:
-            got = self._engine.adapter_bytes
-            self._engine.drop_adapter(known_by)
-            must = f"at most {self._max_bytes}"
-            raise CapacityError(describe("bytes", "all adapters", must, got, "Drop another"))
+        with contextlib.ExitStack() as undo:
+            for engine in self._engines:
+                engine.add_adapter(known_by, adapter.updates)
+                undo.callback(engine.drop_adapter, known_by)
+            got = self._num_bytes
+            if got > self._max_bytes:
+                must = f"at most {self._max_bytes}"
+                raise CapacityError(describe("bytes", "all adapters", must, got, "Drop another"))
+            undo.pop_all()
         self._loaded[name] = LoadedAdapter(
             name=name,
             id=known_by,
@@ -131,7 +142,12 @@ class AdapterRegistry:
             if adapter is None:
                 must = "one that is loaded"
                 raise ConfigError(describe("adapter", "the registry", must, name))
-            self._engine.drop_adapter(adapter.id)
+            for engine in self._engines:
+                engine.drop_adapter(adapter.id)
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(engine.adapter_bytes for engine in self._engines)
 
     def resolve(self, name: str) -> str:
         """Return the id of the adapter of a name, as a request carries it.

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError, describe
-from deepseek.generate import Engine
 from deepseek.serve.api.metrics import Metrics
 from deepseek.serve.audit import Auditor
 from deepseek.serve.automatic import Asked, Values, choose_values
@@ -20,19 +19,20 @@ from deepseek.serve.runtime.engine_executor import EngineExecutor
 from deepseek.serve.runtime.grammar import Grammars
 from deepseek.serve.runtime.model_drafter import ModelDrafter
 from deepseek.serve.service import Service
+from deepseek.serve.stepping import StepEngine
 from deepseek.serve.telemetry import Telemetry
 
 
 def build_service(
-    engine: Engine,
+    engine: StepEngine,
     asked: Asked,
     *,
     model: str,
     guesses: bool = True,
-    draft: Engine | None = None,
+    draft: StepEngine | None = None,
     resolve_adapter: Callable[[str], str] | None = None,
     audit_every: int | None = None,
-    reference: Engine | None = None,
+    reference: StepEngine | None = None,
     price_per_hour: float | None = None,
 ) -> tuple[Service, Values]:
     """Return a service on an engine, not started, and the values that were chosen for it.
@@ -58,17 +58,11 @@ def build_service(
         raise ConfigError(describe("MODEL", "the server", "one with a tokenizer", None, step))
     values = choose_values(engine, asked)
     executor = EngineExecutor(engine, values.pages.value)
-    config = SchedulerConfig(
-        context=executor.context,
-        max_running=values.max_running.value,
-        max_step_tokens=values.step_tokens.value,
-        max_waiting=values.max_waiting.value,
-    )
-    pool = PagePool(executor.num_pages, executor.page_size)
-    drafter: Drafter = PromptLookup()
-    if draft is not None:
-        drafter = ModelDrafter(draft, config.context, engine.config.vocab_size)
-    scheduler = Scheduler(config, pool, drafter if guesses else None)
+    vocab_size = engine.config.vocab_size
+    drafter: Drafter | None = PromptLookup() if guesses else None
+    if guesses and draft is not None:
+        drafter = ModelDrafter(draft, executor.context, vocab_size)
+    scheduler = _scheduler(executor, values, drafter)
     metrics = Metrics(model)
     telemetry = Telemetry(metrics, scheduler, price_per_hour=price_per_hour)
     auditor = None
@@ -78,14 +72,24 @@ def build_service(
         scheduler,
         executor,
         tokenizer=tokenizer,
-        vocab_size=engine.config.vocab_size,
-        compile_grammar=_compiler(tokenizer, engine.config.vocab_size),
+        vocab_size=vocab_size,
+        compile_grammar=_compiler(tokenizer, vocab_size),
         resolve_adapter=resolve_adapter,
         metrics=metrics,
         on_step=telemetry.on_step,
         auditor=auditor,
     )
     return service, values
+
+
+def _scheduler(executor: EngineExecutor, values: Values, drafter: Drafter | None) -> Scheduler:
+    config = SchedulerConfig(
+        context=executor.context,
+        max_running=values.max_running.value,
+        max_step_tokens=values.step_tokens.value,
+        max_waiting=values.max_waiting.value,
+    )
+    return Scheduler(config, PagePool(executor.num_pages, executor.page_size), drafter)
 
 
 def _compiler(tokenizer: Tokenizer, vocab_size: int) -> Callable[[Grammar], Matcher]:

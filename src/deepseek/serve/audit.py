@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from deepseek.generate import Engine
+from deepseek.generate.adapters import EngineAdapter
 from deepseek.generate.engine import PAGE_SIZE
 from deepseek.serve.generation import TokenChoice
+from deepseek.serve.stepping import StepEngine
 
 NUM_TOP = 20
 """Most probable tokens that are compared one by one; all others count as one."""
@@ -41,6 +42,8 @@ class _Answer:
     tokens: list[int]
     num_prompt: int
     choices: Sequence[TokenChoice]
+    adapter: EngineAdapter | None
+    """Held until it has been read, so that it may be dropped meanwhile."""
     num_read: int = 0
     kls: list[float] = dataclasses.field(default_factory=list)
     num_agreeing: int = 0
@@ -53,13 +56,13 @@ class Auditor:
 
     Args:
         engine: computes the reference: the one that serves, or one of the same model that is less
-            quantized.
+            quantized; it has the adapters that answers are made with.
         every: answers of which one is audited.
         on_result: gets what came out.
     """
 
     def __init__(
-        self, engine: Engine, every: int, on_result: Callable[[AuditResult], None]
+        self, engine: StepEngine, every: int, on_result: Callable[[AuditResult], None]
     ) -> None:
         self._engine, self._every, self._on_result = engine, every, on_result
         num_pages = -(-engine.config.max_positions // PAGE_SIZE)
@@ -68,7 +71,8 @@ class Auditor:
         self._waiting: deque[_Answer] = deque()
         self._num_asked = 0
         self.num_dropped = 0
-        """Answers that were chosen and never read again, because others came meanwhile."""
+        """Answers that were chosen and never read again: others came meanwhile, or their adapter
+        was gone."""
 
     def wants_next(self) -> bool:
         """Return whether the answer that begins now is one to audit; its tokens then need `NUM_TOP`
@@ -76,12 +80,24 @@ class Auditor:
         self._num_asked += 1
         return self._num_asked % self._every == 0
 
-    def take(self, prompt: Sequence[int], choices: Sequence[TokenChoice]) -> None:
-        """Keep an answer to read it again; of too many the oldest is dropped."""
+    def take(
+        self, prompt: Sequence[int], choices: Sequence[TokenChoice], adapter: str | None = None
+    ) -> None:
+        """Keep an answer to read it again; of too many the oldest is dropped.
+
+        Args:
+            prompt: its ids.
+            choices: its tokens, with `NUM_TOP` logprobs.
+            adapter: the id of the adapter that it was made with.
+        """
         if not choices:
             return
+        held = None if adapter is None else self._engine.adapters.get(adapter)
+        if adapter is not None and held is None:
+            self.num_dropped += 1
+            return
         tokens = [*prompt, *(choice.token_id for choice in choices[:-1])]
-        self._waiting.append(_Answer(tokens, len(prompt), choices))
+        self._waiting.append(_Answer(tokens, len(prompt), choices, held))
         if len(self._waiting) > MOST_WAITING:
             self._waiting.popleft()
             self.num_dropped += 1
@@ -108,7 +124,11 @@ class Auditor:
         positions, rows = np.arange(start, stop), np.zeros(stop - start)
         selected = np.arange(first, stop) - start
         part = answer.tokens[start:stop]
-        logits = self._engine.step(self._pages, part, positions, rows, self._table, selected)
+        held = answer.adapter
+        numbers = None if held is None else np.full(stop - start, held.number)
+        logits = self._engine.step(
+            self._pages, part, positions, rows, self._table, selected, numbers
+        )
         for place, row in enumerate(logits, first - answer.num_prompt + 1):
             choice = answer.choices[place]
             answer.kls.append(divergence(choice, row))

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.generate import Engine
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import cgroup_cores
+from deepseek.serve.stepping import StepEngine
 
 LONGEST_STEP_S = 0.15
 """What a step that reads prompts may take, so that answers beside it go on smoothly."""
@@ -56,7 +56,7 @@ class Values:
         return [getattr(self, field.name) for field in dataclasses.fields(self)]
 
 
-def choose_values(engine: Engine, asked: Asked) -> Values:
+def choose_values(engine: StepEngine, asked: Asked) -> Values:
     """Return the settings for an engine on this machine.
 
     Raises:
@@ -84,13 +84,13 @@ def choose_values(engine: Engine, asked: Asked) -> Values:
     )
 
 
-def _threads(engine: Engine) -> Value:
+def _threads(engine: StepEngine) -> Value:
     quota = cgroup_cores()
     limit = "" if quota is None else f", of which its control group may use {quota:g}"
     return Value("threads", engine.threads, f"cores of this process{limit}, or as asked")
 
 
-def _pages(engine: Engine, asked: int | None, running: int) -> Value:
+def _pages(engine: StepEngine, asked: int | None, running: int) -> Value:
     page_bytes = int(engine.new_pages(1).num_bytes)
     whole = -(-engine.config.max_positions // PAGE_SIZE)
     if asked is not None:
@@ -109,7 +109,7 @@ def _pages(engine: Engine, asked: int | None, running: int) -> Value:
     return Value("pages", count, f"{room:,.0f} MiB of {PAGE_SIZE}-token pages: {why}")
 
 
-def _step_tokens(engine: Engine, asked: int | None) -> Value:
+def _step_tokens(engine: StepEngine, asked: int | None) -> Value:
     if asked is not None:
         return Value("step_tokens", min(asked, MAX_STEP_TOKENS), "as asked")
     rate = _tokens_per_s(engine)
@@ -119,7 +119,7 @@ def _step_tokens(engine: Engine, asked: int | None) -> Value:
     return Value("step_tokens", count, why)
 
 
-def _tokens_per_s(engine: Engine) -> float:
+def _tokens_per_s(engine: StepEngine) -> float:
     """Return how fast this machine reads a prompt, by the fastest of a few steps: what else runs at
     the start does not count."""
     table = np.arange(_MEASURED_TOKENS // PAGE_SIZE)[None]

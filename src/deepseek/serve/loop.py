@@ -222,8 +222,7 @@ class EngineLoop:
             reads_cache=wanted.prompt_logprobs is None,
         )
         self.scheduler.add(ticket.request, now_s)
-        is_plain = wanted.adapter is None  # the second reading knows no adapters
-        if self._auditor is not None and is_plain and self._auditor.wants_next():
+        if self._auditor is not None and self._auditor.wants_next():
             ticket.audited = []
             wanted = dataclasses.replace(wanted, logprobs=max(wanted.logprobs or 0, NUM_TOP))
         ticket.answer = Answer(wanted, self._tokenizer, self.executor.context, ticket.matcher)
@@ -286,7 +285,8 @@ class EngineLoop:
         assert ticket.audited is not None and self._auditor is not None
         ticket.audited += output.tokens
         if output.finish_reason in ("stop", "length"):
-            self._auditor.take(ticket.generation.prompt, ticket.audited)
+            asked = ticket.generation
+            self._auditor.take(asked.prompt, ticket.audited, asked.adapter)
             self._audits = True
         num_top = ticket.generation.logprobs or 0
         shown = (dataclasses.replace(each, top=each.top[:num_top]) for each in output.tokens)

@@ -6,15 +6,24 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import uvicorn
 
 from deepseek.serve.service import Service
 
-if TYPE_CHECKING:
-    from deepseek.serve.state.batch_runner import BatchRunner
+
+class Worker(Protocol):
+    """Works beside what clients wait for."""
+
+    async def run(self) -> None:
+        """Work until `stop` is called, and end what is under way."""
+        ...
+
+    def stop(self) -> None:
+        """Begin nothing more."""
+        ...
 
 
 class _Server(uvicorn.Server):
@@ -30,7 +39,7 @@ async def run_server(
     service: Service,
     *,
     drain_s: float,
-    batches: BatchRunner | None = None,
+    workers: Sequence[Worker] = (),
     on_start: Callable[[int], None],
     on_drain: Callable[[str], None],
 ) -> signal.Signals:
@@ -43,7 +52,7 @@ async def run_server(
         config: of uvicorn, with the application.
         service: not started.
         drain_s: seconds for what is under way.
-        batches: runs batches beside what clients ask for.
+        workers: work beside what clients wait for.
         on_start: called with the port, once requests are taken.
         on_drain: called with a word for the user when draining begins.
 
@@ -58,45 +67,64 @@ async def run_server(
 
     def stop(number: signal.Signals) -> None:
         received.append(number)
-        if len(received) == 1:
-            on_drain(f"{number.name}: finishing what is under way, at most {drain_s:g} s")
-            service.refuse()
-            if batches is not None:
-                batches.stop()
-            server.should_exit = True
-            events.call_later(drain_s, service.engine.abort)
-        else:
+        if len(received) > 1:
             service.engine.abort()
             server.force_exit = True
+            return
+        on_drain(f"{number.name}: finishing what is under way, at most {drain_s:g} s")
+        service.refuse()
+        for worker in workers:
+            worker.stop()
+        server.should_exit = True
+        events.call_later(drain_s, service.engine.abort)
 
     def died(error: BaseException) -> None:
         server.should_exit = True
 
     service.on_death = died
-    for number in (signal.SIGINT, signal.SIGTERM):
-        events.add_signal_handler(number, stop, number)
     try:
-        with _socket(config) as sock:
+        with _signals(stop), _socket(config) as sock:
             await service.start()
-            serving = asyncio.create_task(server.serve([sock]))
-            while not server.started and not serving.done():
-                await asyncio.sleep(0.01)
-            working = None
-            if server.started:
-                on_start(sock.getsockname()[1])
-                working = None if batches is None else asyncio.create_task(batches.run())
-            await serving
-            if batches is not None and working is not None:
-                batches.stop()
-                await working
+            await _serve(server, sock, workers, on_start)
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            events.remove_signal_handler(number)
         await service.stop(drains=False)
     death = service.engine.cause_of_death
     if death is not None:
         raise RuntimeError(f"the engine died: {type(death).__name__}: {death}") from death
     return received[0] if received else signal.SIGTERM
+
+
+async def _serve(
+    server: uvicorn.Server,
+    sock: socket.socket,
+    workers: Sequence[Worker],
+    on_start: Callable[[int], None],
+) -> None:
+    """Answer on a socket until the server is told to end, with workers beside from its start."""
+    serving = asyncio.create_task(server.serve([sock]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(0.01)
+    working: list[asyncio.Task[None]] = []
+    if server.started:
+        on_start(sock.getsockname()[1])
+        working = [asyncio.create_task(worker.run()) for worker in workers]
+    await serving
+    for worker in workers:
+        worker.stop()
+    await asyncio.gather(*working)
+
+
+@contextlib.contextmanager
+def _signals(stop: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Call `stop` with every SIGINT and SIGTERM."""
+    events, numbers = asyncio.get_running_loop(), (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        events.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            events.remove_signal_handler(number)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from fastapi import APIRouter, Depends, FastAPI, Header
 
 from deepseek.serve.api.app import add_error_handlers
 from deepseek.serve.api.errors import ApiError
+from deepseek.serve.running import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,20 @@ tenant_dependency = Depends(current_tenant)
 
 
 @contextlib.contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """Serve an app on loopback in a thread and yield its address."""
+def served(app: FastAPI, *workers: Worker) -> Iterator[str]:
+    """Serve an app on loopback in a thread, with workers beside, and yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+
+    async def work() -> None:
+        working = [asyncio.create_task(worker.run()) for worker in workers]
+        await server.serve([listener])
+        for worker in workers:
+            worker.stop()
+        await asyncio.gather(*working)
+
+    thread = threading.Thread(target=asyncio.run, args=(work(),))
     thread.start()
     deadline = time.monotonic() + 30
     while not server.started:
@@ -74,6 +83,10 @@ class FakeChat:
     error: Exception | None = None
     """Raised after the first chunk of a stream."""
     logprobs: list[dict[str, Any]] | None = None
+    refusals: list[ApiError] = dataclasses.field(default_factory=list)
+    """Raised one by one before it answers."""
+    is_held: bool = False
+    """Whether a stream waits behind each chunk."""
     asked: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tenants: list[str] = dataclasses.field(default_factory=list)
     closed: int = 0
@@ -84,6 +97,8 @@ class FakeChat:
         self.tenants.append(tenant.id)
         if len(body["messages"]) > self.most_messages:
             raise ApiError(400, "Too long.", code="context_length_exceeded")
+        if self.refusals:
+            raise self.refusals.pop(0)
         if body.get("stream"):
             return self._chunks()
         choice: dict[str, Any] = {
@@ -100,6 +115,8 @@ class FakeChat:
             for word in (self.message.get("content") or "").split(" ") if self.message else ():
                 yield _chunk({"content": word}, logprobs=self.logprobs)
                 await asyncio.sleep(0)
+                while self.is_held:
+                    await asyncio.sleep(0.005)
                 if self.error:
                     raise self.error
             for index, call in enumerate(self.message.get("tool_calls") or ()):

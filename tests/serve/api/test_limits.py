@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,11 @@ from hypothesis import strategies as st
 
 from deepseek.serve.api import TenantLimits
 from deepseek.serve.api.limits import TokenBucket
+from deepseek.serve.api.stateful import add_state
+from deepseek.serve.state.batches import BatchStore
+from deepseek.serve.state.database import open_database
+from deepseek.serve.state.files import FileStore
+from deepseek.serve.state.responses import ResponseStore
 from tests.serve.api.support import (
     HELLO,
     OTHER_KEY,
@@ -157,3 +163,25 @@ def test_a_clock_that_goes_back_gives_nothing() -> None:
     assert bucket.take(1) > 0
     clock.now += 1
     assert bucket.take(1) == 0
+
+
+def test_a_response_in_the_background_is_charged_when_it_comes(tmp_path: Path) -> None:
+    clock = FakeClock()
+    app = limited(clock, tokens_per_minute=200)
+    database = open_database(tmp_path / "state.sqlite")
+    files = FileStore(database, tmp_path / "files")
+    add_state(app, files=files, batches=BatchStore(files), responses=ResponseStore(database))
+    asked = {"model": "tiny", "input": "Hi", "background": True, "max_output_tokens": 120}
+    first = post(app, "/v1/responses", asked).json()
+    assert first["status"] == "queued"
+    error = error_of(post(app, "/v1/responses", asked), 429)
+    assert error["code"] == "rate_limit_exceeded"
+    other = {"Authorization": f"Bearer {OTHER_KEY}"}
+    assert post(app, "/v1/responses", asked, headers=other).json()["status"] == "queued"
+    call(app, "POST", f"/v1/responses/{first['id']}/cancel")  # it had not begun: nothing was used
+    assert post(app, "/v1/responses", asked).json()["status"] == "queued"
+    wrong = asked | {"model": "another"}
+    assert error_of(post(app, "/v1/responses", wrong, headers=other), 404)
+    long = asked | {"input": "x" * 5000}
+    assert error_of(post(app, "/v1/responses", long, headers=other), 400)
+    database.close()

@@ -147,7 +147,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "too many items": {"input": [{"role": "user", "content": "x"}] * 4097},
     "an unknown field": {"n": 2},
     "a conversation": {"conversation": "conv_1"},
-    "background": {"background": True},
+    "a word for background": {"background": "later"},
     "another tool": {"tools": [{"type": "web_search"}]},
     "too many tools": {"tools": [{"type": "function", "name": "f"}] * 129},
     "a bad name": {"tools": [{"type": "function", "name": "a b"}]},

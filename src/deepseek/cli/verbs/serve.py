@@ -10,38 +10,34 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import math
-import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deepseek.cli.models import (
-    add_attention_argument,
-    add_scheme_argument,
-    positive,
-    ready,
-)
+from deepseek.cli.models import add_attention_argument, add_scheme_argument, positive
 from deepseek.cli.output import Output
-from deepseek.cli.serve_beside import Beside, load_adapters
+from deepseek.cli.serve_access import key_store
+from deepseek.cli.serve_beside import Beside, event_sink, load_adapters
+from deepseek.cli.serve_engine import served_engine
+from deepseek.cli.serve_options import (
+    add_engine_arguments,
+    add_key_arguments,
+    add_state_arguments,
+    not_negative,
+    port,
+)
 from deepseek.errors import ConfigError, describe, missing_extra
 
 if TYPE_CHECKING:
-    from deepseek.generate import Engine
-    from deepseek.records import Event
+    from deepseek.cli.serve_engine import Served
     from deepseek.serve.adapters import AdapterRegistry
-    from deepseek.serve.api import Tenant
+    from deepseek.serve.api.auth import KeyStore
     from deepseek.serve.automatic import Values
     from deepseek.serve.durable import DurableState
     from deepseek.serve.service import Service
-    from deepseek.serve.state.keys import ApiKey
 
 EXAMPLE = "deepseek serve smollm2-135m --scheme int8 --port 8000"
-KEYS_VARIABLE, ADMIN_VARIABLE = "DEEPSEEK_API_KEYS", "DEEPSEEK_ADMIN_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,16 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, help="stretch the context to so many tokens")
     parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=_port, default=8000, help="0 for any free one (8000)")
+    parser.add_argument("--port", type=port, default=8000, help="0 for any free one (8000)")
     parser.add_argument("--name", help="what clients call the model (MODEL)")
     parser.add_argument(
         "--allow-host", action="append", default=[], help="a Host header that is answered too"
     )
     add_engine_arguments(parser)
     add_state_arguments(parser)
+    add_key_arguments(parser)
     parser.add_argument(
         "--drain-seconds",
-        type=_not_negative,
+        type=not_negative,
         default=30.0,
         help="for what is under way at the end (30)",
     )
@@ -69,82 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--explain", action="store_true", help="say why each value was chosen, and end"
     )
     parser.set_defaults(verb="serve")
-
-
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what decides how requests share the machine."""
-    group = parser.add_argument_group("the engine (what is not given is chosen, see --explain)")
-    group.add_argument("--pages", type=positive, help="pages of 64 tokens for keys and values")
-    group.add_argument("--max-running", type=positive, help="requests that run together")
-    group.add_argument("--max-waiting", type=positive, help="requests that wait; others get 503")
-    group.add_argument("--step-tokens", type=positive, help="most tokens of a step")
-    group.add_argument("--no-guesses", action="store_true", help="do not guess tokens ahead")
-    group.add_argument(
-        "--draft",
-        metavar="MODEL",
-        help="a small model of the same tokenizer that guesses ahead (what the text said before)",
-    )
-    group.add_argument(
-        "--audit", type=positive, metavar="N", help="read one answer in N again, and compare"
-    )
-    group.add_argument(
-        "--audit-scheme",
-        metavar="NAME",
-        help="scheme of the reference that audits compute (the one that serves)",
-    )
-    group.add_argument(
-        "--price-per-hour",
-        type=_not_negative,
-        metavar="PRICE",
-        help="of the machine, for cost a request",
-    )
-
-
-def add_state_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is kept between runs, and what is served beside the model."""
-    group = parser.add_argument_group("state and what is beside the model")
-    group.add_argument(
-        "--state",
-        metavar="FOLDER",
-        help="where keys, usage, files, batches and responses are kept; 'none' for nothing "
-        "($DEEPSEEK_HOME/serve/NAME)",
-    )
-    group.add_argument("--database", metavar="URL", help="of PostgreSQL, in place of SQLite")
-    group.add_argument("--events", metavar="FILE", help="append the event of every answer as JSON")
-    group.add_argument(
-        "--embeddings", metavar="MODEL", help="an encoder for /v1/embeddings and /v1/rerank"
-    )
-    group.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        metavar="NAME=FOLDER",
-        help="a low-rank adapter that can be asked for by its name",
-    )
-    keys = parser.add_argument_group("keys (does that alone, and ends)")
-    keys.add_argument("--add-key", metavar="NAME", help="make a key, shown once")
-    keys.add_argument("--key-admin", action="store_true", help="it opens the admin routes")
-    keys.add_argument("--key-requests", type=positive, metavar="N", help="a minute, for that key")
-    keys.add_argument("--key-tokens", type=positive, metavar="N", help="a minute, for that key")
-    keys.add_argument("--key-concurrency", type=positive, metavar="N", help="at once, for that key")
-    keys.add_argument("--revoke-key", metavar="ID", help="refuse a key from now on")
-    keys.add_argument("--list-keys", action="store_true", help="show all keys and what they used")
-
-
-def _port(word: str) -> int:
-    if not word.isdecimal() or int(word) > 65_535:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 65535; got {word!r}")
-    return int(word)
-
-
-def _not_negative(word: str) -> float:
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0; got {word!r}")
-    return value
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
@@ -161,24 +82,20 @@ def run(args: argparse.Namespace, out: Output) -> int:
             must = "a folder where keys are kept"
             raise ConfigError(describe("--state", "deepseek serve", must, args.state))
         return change_keys(args, state_folder(args), out)
-    engine = _engine(args, out, args.model, args.scheme)
+    served = served_engine(args, out, args.model, args.scheme)
+    if served.slow_because is not None:
+        out.note(f"{args.model} runs through its modules, which is slow: {served.slow_because}")
+    if args.explain:
+        return _explain(served, _service(args, served, out)[1], out)
     state = _state(args)
     try:
-        return _run(args, engine, state, out)
+        keys = key_store(args, state)
+        service, _, adapters = _service(args, served, out)
+        beside = Beside.of(args, state, adapters)
+        received = asyncio.run(_serve(args, service, beside, keys, out))
     finally:
         if state is not None:
             state.close()
-
-
-def _run(args: argparse.Namespace, engine: Engine, state: DurableState | None, out: Output) -> int:
-    has_keys = bool(_holders()) or (state is not None and any(_live_keys(state)))
-    _check_host(args, has_keys)
-    adapters = load_adapters(engine, args.adapter)
-    service, values = _service(args, engine, adapters, out)
-    if args.explain:
-        return _explain(values, out)
-    beside = Beside.of(args, state, adapters)
-    received = asyncio.run(_serve(args, service, beside, out, has_keys=has_keys))
     return 130 if received is signal.SIGINT else out.finish({"model": args.model})
 
 
@@ -193,63 +110,33 @@ def state_folder(args: argparse.Namespace) -> Path:
 
 
 def _state(args: argparse.Namespace) -> DurableState | None:
-    if args.state == "none" or args.explain:
+    if args.state == "none":
         return None
     from deepseek.serve.durable import DurableState
 
     return DurableState(state_folder(args), args.database)
 
 
-def _live_keys(state: DurableState) -> list[ApiKey]:
-    return [key for key in state.keys.list() if key.revoked_at is None]
-
-
-def _check_host(args: argparse.Namespace, has_keys: bool) -> None:
-    if args.host not in LOOPBACK and not has_keys:
-        must = "an address of this machine alone while there are no keys"
-        step = "Make one by --add-key NAME, or leave --host away"
-        raise ConfigError(describe("--host", "deepseek serve", must, args.host, step))
-
-
-def _engine(args: argparse.Namespace, out: Output, model: str, scheme: str | None) -> Engine:
-    from deepseek.face import load_engine
-
-    name = ready(model, out)
-    with out.progress() as progress:
-        engine = load_engine(
-            name,
-            scheme=scheme,
-            attention=args.attention,
-            threads=args.threads,
-            context=args.context,
-            progress=lambda share: progress("packing weights", share),
-        )
-    if engine is None:
-        must = "one that the engine runs"
-        step = f"See why not: deepseek explain {model}"
-        raise ConfigError(describe("MODEL", "deepseek serve", must, model, step))
-    return engine
-
-
 def _service(
-    args: argparse.Namespace, engine: Engine, adapters: AdapterRegistry, out: Output
-) -> tuple[Service, Values]:
+    args: argparse.Namespace, served: Served, out: Output
+) -> tuple[Service, Values, AdapterRegistry]:
     from deepseek.serve.assembly import build_service
     from deepseek.serve.automatic import Asked
 
+    reference = draft = None
+    if args.audit and args.audit_scheme and not args.explain:
+        reference = served_engine(args, out, args.model, args.audit_scheme).engine
+    if args.draft is not None and not args.explain:
+        draft = served_engine(args, out, args.draft, args.scheme).engine
+    adapters = load_adapters(served.engine, args.adapter, reference)
     asked = Asked(
         pages=args.pages,
         max_running=args.max_running,
         step_tokens=args.step_tokens,
         max_waiting=args.max_waiting,
     )
-    reference = draft = None
-    if args.audit and args.audit_scheme and not args.explain:
-        reference = _engine(args, out, args.model, args.audit_scheme)
-    if args.draft is not None and not args.explain:
-        draft = _engine(args, out, args.draft, args.scheme)
-    return build_service(
-        engine,
+    service, values = build_service(
+        served.engine,
         asked,
         model=args.name or args.model,
         guesses=not args.no_guesses,
@@ -259,10 +146,15 @@ def _service(
         reference=reference,
         price_per_hour=args.price_per_hour,
     )
+    return service, values, adapters
 
 
-def _explain(values: Values, out: Output) -> int:
-    rows = [(value.name, f"{value.value:,}", value.why) for value in values.listed()]
+def _explain(served: Served, values: Values, out: Output) -> int:
+    why = "packed weights and kernels of our own"
+    if served.slow_because is not None:
+        why = f"PyTorch, several times slower, for {served.slow_because}"
+    rows = [("steps by", "modules" if served.slow_because else "engine", why)]
+    rows += [(value.name, f"{value.value:,}", value.why) for value in values.listed()]
     out.table("How this machine would be used", ("value", "", "why"), rows)
     return out.finish(
         {"values": [{"name": name, "value": shown, "why": why} for name, shown, why in rows]}
@@ -270,21 +162,9 @@ def _explain(values: Values, out: Output) -> int:
 
 
 async def _serve(
-    args: argparse.Namespace,
-    service: Service,
-    beside: Beside,
-    out: Output,
-    *,
-    has_keys: bool,
+    args: argparse.Namespace, service: Service, beside: Beside, keys: KeyStore, out: Output
 ) -> signal.Signals:
-    from deepseek.serve.api import (
-        ApiSettings,
-        MemoryKeyStore,
-        OpenKeyStore,
-        create_app,
-        make_server,
-    )
-    from deepseek.serve.durable import AllKeys
+    from deepseek.serve.api import ApiSettings, create_app, make_server
     from deepseek.serve.running import run_server
 
     settings = ApiSettings(
@@ -292,63 +172,28 @@ async def _serve(
         hosts=(*ApiSettings.hosts, *args.allow_host),
         uploads=beside.uploads,
     )
-    stored = None if beside.state is None else beside.state.keys
-    keys = AllKeys(MemoryKeyStore(_holders()), stored) if has_keys else OpenKeyStore()
+    host = f"[{args.host}]" if ":" in args.host else args.host
+
+    def told(port: int) -> None:
+        out.note(f"{settings.model} answers on http://{host}:{port}/v1 (Ctrl-C to end)")
+
     with contextlib.ExitStack() as stack:
         app = create_app(
             service,
             settings=settings,
             keys=keys,
             metrics=service.metrics,
-            on_event=_event_sink(args, beside.state, stack),
+            on_event=event_sink(args, beside.state, stack),
             adapters=beside.adapter_names,
             routers=beside.routers,
             admin_routers=beside.admin_routers,
         )
-        batches = beside.add_state(app)
-        config = make_server(app, settings, host=args.host, port=args.port).config
-        host = f"[{args.host}]" if ":" in args.host else args.host
-
-        def told(port: int) -> None:
-            out.note(f"{settings.model} answers on http://{host}:{port}/v1 (Ctrl-C to end)")
-
+        workers = beside.add_state(app)
         return await run_server(
-            config,
+            make_server(app, settings, host=args.host, port=args.port).config,
             service,
             drain_s=args.drain_seconds,
-            batches=batches,
+            workers=workers,
             on_start=told,
             on_drain=out.note,
         )
-
-
-def _event_sink(
-    args: argparse.Namespace, state: DurableState | None, stack: contextlib.ExitStack
-) -> Callable[[Event], None]:
-    """Return what takes the events of answers: usage, and a file where one was asked for."""
-    file = None
-    if args.events is not None:
-        path = Path(args.events)
-        file = stack.enter_context(path.open("a", encoding="utf-8", buffering=1))
-
-    def take(event: Event) -> None:
-        if state is not None:
-            state.count(event)
-        if file is not None:
-            file.write(json.dumps(event.to_dict()) + "\n")
-
-    return take
-
-
-def _holders() -> dict[str, Tenant]:
-    """Return the holders of the keys of the environment, by the keys' hashes."""
-    from deepseek.serve.api import Tenant, hash_key
-
-    words = [word.strip() for word in os.environ.get(KEYS_VARIABLE, "").split(",")]
-    holders = {
-        hash_key(word): Tenant(id=f"key{number}") for number, word in enumerate(words, 1) if word
-    }
-    admin = os.environ.get(ADMIN_VARIABLE)
-    if admin:
-        holders[hash_key(admin)] = Tenant(id="admin", is_admin=True)
-    return holders

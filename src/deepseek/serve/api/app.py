@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,15 +84,8 @@ def create_app(
         on_event=on_event or _ignore,
         clock=clock,
     )
-    service = Service(
-        generator=generator,
-        settings=settings,
-        reader=Reader(generator, settings, adapters, router),
-        runner=runner,
-        metrics=metrics,
-        texts=TokenTexts(generator.tokenizer),
-        started=int(time.time()),
-    )
+    reader = Reader(generator, settings, adapters, router)
+    service = _service(generator, settings, runner, metrics, reader)
     app = FastAPI(
         title="deepseek",
         description="OpenAI-compatible answers of one model.",
@@ -114,6 +106,20 @@ def create_app(
     return app
 
 
+def _service(
+    generator: Generator, settings: ApiSettings, runner: Runner, metrics: Metrics, reader: Reader
+) -> Service:
+    return Service(
+        generator=generator,
+        settings=settings,
+        reader=reader,
+        runner=runner,
+        metrics=metrics,
+        texts=TokenTexts(generator.tokenizer),
+        started=int(time.time()),
+    )
+
+
 def create_inner_app(outer: FastAPI, routers: Sequence[RouterMaker] = ()) -> FastAPI:
     """Return the routes of an application without its guards and limits, for requests that the
     server makes of itself.
@@ -123,8 +129,7 @@ def create_inner_app(outer: FastAPI, routers: Sequence[RouterMaker] = ()) -> Fas
         routers: further routes.
     """
     service: Service = outer.state.service
-    runner = service.runner.without_limits()
-    inner = dataclasses.replace(service, runner=runner)
+    inner = service.without_limits()
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     add_error_handlers(app)
     for make in (chat_router, completions_router, *routers):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -39,12 +39,7 @@ async def chat(
     Raises:
         ApiError: it is refused; with `stream`, before the first chunk.
     """
-    try:
-        read = ChatBody.model_validate(dict(body))
-    except ValidationError as error:
-        raise validation_error(error.errors()) from error
-    plan = plan_tools(read)
-    job = await chat_job(service, read, plan, tenant, _new_id())
+    read, plan, job = await _read(service, tenant, body)
     texts = service.texts if read.logprobs else None
     outputs = service.runner.start(job)
     await outputs.begin()
@@ -54,6 +49,28 @@ async def chat(
         return (await chat_completion(job, outputs, plan, texts)).model_dump(mode="json")
     finally:
         await outputs.aclose()
+
+
+async def admit(service: Service, tenant: Tenant, body: Mapping[str, Any]) -> Callable[[int], None]:
+    """Charge a chat that is to be answered later; return what is to be called with the tokens that
+    it has used.
+
+    Raises:
+        ApiError: it would be refused.
+    """
+    _, _, job = await _read(service, tenant, body)
+    return service.runner.admit(job).settle
+
+
+async def _read(
+    service: Service, tenant: Tenant, body: Mapping[str, Any]
+) -> tuple[ChatBody, ToolPlan, Job]:
+    try:
+        read = ChatBody.model_validate(dict(body))
+    except ValidationError as error:
+        raise validation_error(error.errors()) from error
+    plan = plan_tools(read)
+    return read, plan, await chat_job(service, read, plan, tenant, _new_id())
 
 
 async def _chunks(

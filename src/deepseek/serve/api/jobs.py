@@ -98,6 +98,17 @@ class Runner:
         Raises:
             ApiError: 503, 429 or 400: it is not admitted.
         """
+        charge = self.admit(job)
+        self._metrics.observe("vllm:request_params_n", job.num_choices)
+        self._metrics.observe("vllm:request_params_max_tokens", job.requests[0].max_tokens)
+        return BegunStream(self._run(job, charge))
+
+    def admit(self, job: Job) -> Charge:
+        """Charge a job to its tenant, to be settled when it has ended.
+
+        Raises:
+            ApiError: 503, 429 or 400: it is not admitted.
+        """
         if not self._generator.is_ready():
             self._metrics.observe("vllm:admission_rejections", label="not_ready")
             raise not_ready(self._generator.retry_after_s())
@@ -105,10 +116,7 @@ class Runner:
         if job.cost > most:
             text = f"The request may use {job.cost} tokens, of at most {most} a request."
             raise bad_request(f"{text} Lower max_tokens or n.", "max_tokens")
-        charge = self.charge(job.tenant, job.cost)
-        self._metrics.observe("vllm:request_params_n", job.num_choices)
-        self._metrics.observe("vllm:request_params_max_tokens", job.requests[0].max_tokens)
-        return BegunStream(self._run(job, charge))
+        return self.charge(job.tenant, job.cost)
 
     def charge(self, tenant: Tenant, tokens: int) -> Charge:
         """Charge a tenant the most tokens that a request can use; to be settled.

@@ -28,8 +28,9 @@ async def response_events(
     response: Mapping[str, Any],
     chunks: AsyncGenerator[Mapping[str, Any]],
     save: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+    number: int = 0,
 ) -> AsyncGenerator[Event]:
-    """Yield the events of a response, numbered from 0.
+    """Yield the events of a response.
 
     Args:
         response: as it was begun.
@@ -37,10 +38,12 @@ async def response_events(
             ends the stream by `response.failed`, not in the middle.
         save: keeps the finished response and returns it as it is shown; called before the last
             event, so that whoever has seen that can go on from it.
+        number: of the first event; 2 where `queued_events` has told the first ones.
     """
-    writer = _Writer(response)
-    for event in writer.begin():
-        yield event
+    writer = _Writer(response, number)
+    if number == 0:
+        yield writer.event("response.created", response=dict(response))
+    yield writer.event("response.in_progress", response=dict(response))
     trouble: str | None = None
     async with contextlib.aclosing(chunks):
         try:
@@ -63,13 +66,20 @@ async def response_events(
     yield writer.event(f"response.{final['status']}", response=final)
 
 
+def queued_events(response: Mapping[str, Any]) -> list[Event]:
+    """Return the first events of a response that waits for its turn."""
+    writer = _Writer(response, 0)
+    kinds = "response.created", "response.queued"
+    return [writer.event(kind, response=dict(response)) for kind in kinds]
+
+
 class _Writer:
     """Puts chunks together and tells each step. One message is open at a time; calls stay open to
     the end, because chunks may go to and fro between them."""
 
-    def __init__(self, response: Mapping[str, Any]) -> None:
+    def __init__(self, response: Mapping[str, Any], number: int) -> None:
         self._response = response
-        self._number = 0
+        self._number = number
         self._output: list[Item] = []
         self._message: _Message | None = None
         self._calls: dict[int, _Call] = {}
@@ -81,10 +91,6 @@ class _Writer:
         made = {"type": kind, "sequence_number": self._number, **fields}
         self._number += 1
         return made
-
-    def begin(self) -> Iterator[Event]:
-        yield self.event("response.created", response=dict(self._response))
-        yield self.event("response.in_progress", response=dict(self._response))
 
     def add(self, chunk: Mapping[str, Any]) -> Iterator[Event]:
         """Yield the events of a chunk of the chat."""

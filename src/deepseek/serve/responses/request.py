@@ -156,7 +156,7 @@ class ResponseRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: Annotated[str, Field(min_length=1, max_length=256)]
     input: Text | Annotated[list[InputItem], Field(min_length=1, max_length=MOST_ITEMS)]
-    background: Literal[False] | None = None
+    background: bool | None = None
     include: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=16)] | None = (
         None
     )

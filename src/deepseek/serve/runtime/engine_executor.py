@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek.errors import CapacityError, ConfigError, describe
-from deepseek.generate import Engine
 from deepseek.generate.adapters import NO_ADAPTER, EngineAdapter
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import kernels
@@ -16,6 +15,7 @@ from deepseek.serve.core.request import Work
 from deepseek.serve.executor import Matcher, Result
 from deepseek.serve.generation import GenerationRequest, TokenChoice
 from deepseek.serve.runtime.sampler import Sampler, describe_choice
+from deepseek.serve.stepping import StepEngine
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ class EngineExecutor:
     page_size = PAGE_SIZE
     max_step_tokens = MAX_STEP_TOKENS
 
-    def __init__(self, engine: Engine, num_pages: int) -> None:
+    def __init__(self, engine: StepEngine, num_pages: int) -> None:
         self._engine, self.num_pages = engine, num_pages
         self.context = engine.config.max_positions
         self._pages = engine.new_pages(num_pages)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from deepseek.errors import ConfigError, describe
-from deepseek.generate import Engine
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import kernels
 from deepseek.serve.core.cost import Average
 from deepseek.serve.core.request import Request
+from deepseek.serve.stepping import StepEngine
 
 MOST_TEXTS = 4
 """Requests that it follows at once; guesses pay with few."""
@@ -38,7 +38,7 @@ class ModelDrafter:
         ConfigError: the small model's context is shorter, or it has other token ids.
     """
 
-    def __init__(self, engine: Engine, context: int, vocab_size: int) -> None:
+    def __init__(self, engine: StepEngine, context: int, vocab_size: int) -> None:
         if engine.config.vocab_size != vocab_size:
             must = f"one of the same {vocab_size} token ids"
             raise ConfigError(describe("--draft", "deepseek serve", must, engine.config.vocab_size))

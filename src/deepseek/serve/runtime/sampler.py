@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from deepseek.generate.batch import row_generator
-from deepseek.ops.cpu import kernels
+from deepseek.ops.sampling.native import RowChooser
 from deepseek.serve.executor import Matcher
 from deepseek.serve.generation import GenerationRequest, TokenChoice
 
@@ -37,25 +37,24 @@ class Sampler:
         instruction_set: str,
     ) -> None:
         self._sampling, self._matcher = request.sampling, matcher
-        self._isa = instruction_set
         self._num_top = request.logprobs or 0
-        self._generator = row_generator(request.sampling.seed, 0)
         self._biased = np.fromiter(request.logit_bias, np.int64)
         self._bias = np.fromiter(request.logit_bias.values(), np.float32)
         self._ends = np.fromiter(end_token_ids, np.int64)
         self._tokens_before_end = request.min_tokens
-        self._seen: np.ndarray | None = None
-        self._counts: np.ndarray | None = None
-        if self._sampling.has_penalties:
-            self._seen = np.zeros(vocab_size, np.uint8)
-            self._seen[list(request.prompt)] = 1
-            self._counts = np.zeros(vocab_size, np.float32)
+        self._chooser = RowChooser(
+            request.sampling,
+            request.prompt,
+            vocab_size,
+            row_generator(request.sampling.seed, 0),
+            instruction_set=instruction_set,
+        )
 
     @property
     def changes_logits(self) -> bool:
         """Whether it chooses from other logits than the model's own."""
-        asked = self._matcher is not None or self._seen is not None or self._bias.size > 0
-        return asked or self._tokens_before_end > 0
+        asked = self._matcher is not None or self._bias.size > 0 or self._tokens_before_end > 0
+        return asked or self._sampling.has_penalties
 
     def choose(
         self, logits: np.ndarray, largest: int, certainty: tuple[float, float]
@@ -85,29 +84,13 @@ class Sampler:
             logits[self._ends] = -np.inf
         if self._matcher is not None:
             self._matcher.mask(logits)
-        sampling = self._sampling
-        return kernels().choose(
-            isa=self._isa,
-            logits=logits,
-            temperature=sampling.temperature,
-            top_k=min(sampling.top_k, len(logits)),
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition=sampling.repetition_penalty,
-            frequency=sampling.frequency_penalty,
-            presence=sampling.presence_penalty,
-            seen=self._seen,
-            counts=self._counts,
-            uniform=0.0 if sampling.is_greedy else self._generator.random(),
-        )
+        return self._chooser.choose(logits)
 
     def _take(self, token: int) -> None:
         self._tokens_before_end -= 1
         if self._matcher is not None:
             self._matcher.take(token)
-        if self._seen is not None and self._counts is not None:
-            self._seen[token] = 1
-            self._counts[token] += 1
+        self._chooser.take(token)
 
 
 def describe_choice(

@@ -14,14 +14,12 @@ from deepseek.errors import DeepseekError, FormatError
 from deepseek.serve.state.batch_work import ActiveBatch, BatchWork, Task
 from deepseek.serve.state.batches import BatchStore
 from deepseek.serve.state.errors import NotFoundError
-from deepseek.serve.state.turns import Turns
+from deepseek.serve.state.turns import EVERYONE, Turns
 
 RunLine = Callable[[str, str, Mapping[str, Any]], Awaitable[tuple[int, Any]]]
 """Answers a request of a tenant to a URL: the status of HTTP and the body, JSON-ready."""
 
 _LOG = logging.getLogger(__name__)
-_EVERYONE = "\0"
-"""Stands in for a tenant where the whole server refuses; no tenant is called so."""
 _SWEEP_S = 600.0
 
 
@@ -79,7 +77,7 @@ class BatchRunner:
                 began = await self._step()
             except DeepseekError as error:
                 _LOG.error("batches wait: %s", error)
-                self._turns.refuse(_EVERYONE, self._clock())
+                self._turns.refuse(EVERYONE, self._clock())
             if not began:
                 await self._pause()
         await self._drain()
@@ -94,7 +92,7 @@ class BatchRunner:
             await asyncio.to_thread(self._work.sweep)
             self._swept_at = self._clock()
         batches = await asyncio.to_thread(self._work.active)
-        self._turns.keep_only({*(batch.tenant for batch in batches), _EVERYONE})
+        self._turns.keep_only({*(batch.tenant for batch in batches), EVERYONE})
         ready: list[ActiveBatch] = []
         for batch in batches:
             if batch.status == "validating":
@@ -110,7 +108,7 @@ class BatchRunner:
 
     async def _begin_one(self, batches: list[ActiveBatch]) -> bool:
         now = self._clock()
-        if not self._turns.order([_EVERYONE], now):
+        if not self._turns.order([EVERYONE], now):
             return False
         for tenant in self._turns.order([batch.tenant for batch in batches], now):
             for batch in batches:
@@ -140,7 +138,7 @@ class BatchRunner:
         if not running.cancelled() and (error := running.exception()):
             # The line is still pending.
             _LOG.error("line %d of %s runs again: %s", task.line, task.batch_id, error)
-            self._turns.refuse(_EVERYONE, self._clock())
+            self._turns.refuse(EVERYONE, self._clock())
 
     async def _answer(self, task: Task) -> None:
         try:
@@ -151,11 +149,11 @@ class BatchRunner:
             await _finished(self._work.record_error, task, "server_error", message)
             return
         if status_code in (429, 503):
-            who = task.tenant if status_code == 429 else _EVERYONE
+            who = task.tenant if status_code == 429 else EVERYONE
             self._turns.refuse(who, self._clock())
             return
         self._turns.accept(task.tenant)
-        self._turns.accept(_EVERYONE)
+        self._turns.accept(EVERYONE)
         await _finished(self._work.record, task, status_code, body)
 
     async def _give_up(self, batch_id: str) -> None:

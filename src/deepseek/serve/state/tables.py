@@ -137,3 +137,5 @@ class ResponseRow(Base):
     expires_at: Mapped[int] = mapped_column(Big, index=True)
     input_items: Mapped[str] = mapped_column(Text)
     response: Mapped[str] = mapped_column(Text)
+    request: Mapped[str | None] = mapped_column(Text)
+    """What a response in the background has yet to answer; None once it has ended."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Iterable
 
+EVERYONE = "\0"
+"""Stands in for a tenant where the whole server refuses; no tenant is called so."""
+
 
 class Turns:
     """Fair turns between tenants. Pure: the time is handed in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Response
@@ -13,33 +13,26 @@ from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
 from deepseek.errors import DeepseekError
-from deepseek.serve.api.errors import ApiError
+from deepseek.serve.api.background import Background
+from deepseek.serve.api.conversation import Chat, ask, conversation
+from deepseek.serve.api.errors import ApiError, bad_request
 from deepseek.serve.api.paging import Identified, page
 from deepseek.serve.api.store_errors import stores_errors
 from deepseek.serve.responses.answer import answered, begun
-from deepseek.serve.responses.chat import chat_body
 from deepseek.serve.responses.events import response_events
-from deepseek.serve.responses.items import (
-    Item,
-    chat_messages,
-    input_items,
-    without_oldest_turn,
-)
+from deepseek.serve.responses.items import Item, input_items
 from deepseek.serve.responses.request import ResponseRequest
 from deepseek.serve.state.responses import ResponseStore
 
-Answer = Mapping[str, Any] | AsyncGenerator[Mapping[str, Any]]
-Chat = Callable[[Any, dict[str, Any]], Awaitable[Answer]]
-"""Answers the body of POST /v1/chat/completions for whom `current_tenant` gives: a completion, or
-where the body says `stream`, its chunks. Refuses by an ApiError before the first chunk."""
-
 _LOG = logging.getLogger(__name__)
-_TOO_LONG = "context_length_exceeded"
 _SEND_TIMEOUT_S = 30
 
 
 def responses_router(
-    store: ResponseStore, chat: Chat, current_tenant: Callable[..., Any]
+    store: ResponseStore,
+    chat: Chat,
+    current_tenant: Callable[..., Any],
+    background: Background | None = None,
 ) -> APIRouter:
     """Return the routes of responses.
 
@@ -47,61 +40,78 @@ def responses_router(
         store: keeps them.
         chat: answers.
         current_tenant: a FastAPI dependency that gives whoever asks; its `id` is the tenant.
+        background: answers those that nobody waits for; None where there are none.
     """
     router = APIRouter(prefix="/v1/responses", tags=["responses"])
     whoever = Depends(current_tenant)
 
     @router.post("", response_model=None)
     async def create_response(body: ResponseRequest, tenant: Identified = whoever) -> Response:
-        """Answer, as one object or as a stream of events."""
+        """Answer, as one object or as a stream of events; or in the background."""
         items = input_items(body)
-        with stores_errors():
-            history = await _history(store, tenant.id, body.previous_response_id)
-            messages = chat_messages([*history, *items])
+        messages = await conversation(store, tenant.id, body.previous_response_id, items)
         response = begun(body)
+        if body.background:
+            if background is None:
+                raise bad_request("background is not possible in a batch.", "background")
+            await background.enter(tenant, body, response, items, messages)
+            return (
+                _stream(background.follow(response["id"]))
+                if body.stream
+                else JSONResponse(response)
+            )
 
         async def save(final: dict[str, Any]) -> dict[str, Any]:
-            if not body.is_stored:
-                return final
-            try:
-                await asyncio.to_thread(store.put, tenant.id, final, items)
-            except DeepseekError as error:
-                # The answer is there and is paid for; that it was not kept is said in it.
-                _LOG.error("response %s is not kept: %s", final["id"], error)
-                return {**final, "store": False}
-            return final
+            return await _kept(store, tenant.id, final, items) if body.is_stored else final
 
-        answer = await _ask(chat, tenant, body, messages)
+        answer = await ask(chat, tenant, body, messages)
         if isinstance(answer, Mapping):
             return JSONResponse(await save(answered(response, answer)))
-        events = _encoded(response_events(response, answer, save))
-        return EventSourceResponse(events, send_timeout=_SEND_TIMEOUT_S)
+        return _stream(response_events(response, answer, save))
 
-    @router.get("/{response_id}")
-    def get_response(
+    _add_kept(router, store, background, whoever)
+    return router
+
+
+def _add_kept(
+    router: APIRouter, store: ResponseStore, background: Background | None, whoever: Any
+) -> None:
+    """Add the routes of responses that are kept."""
+
+    @router.get("/{response_id}", response_model=None)
+    async def get_response(
         response_id: str,
         tenant: Identified = whoever,
         stream: bool = False,
-    ) -> dict[str, Any]:
-        """Give a kept response."""
-        if stream:
-            raise ApiError(400, "A kept response cannot be streamed again.", param="stream")
+        starting_after: Annotated[int, Query(ge=0, le=2**31 - 1)] | None = None,
+    ) -> Response:
+        """Give a kept response; or the events of one in the background, behind a number."""
         with stores_errors():
-            return store.get(tenant.id, response_id).response
+            found = await asyncio.to_thread(store.get, tenant.id, response_id)
+        if not stream:
+            return JSONResponse(found.response)
+        if background is None or not found.response.get("background"):
+            raise bad_request("A response that was waited for cannot be streamed again.", "stream")
+        after = -1 if starting_after is None else starting_after
+        return _stream(background.follow(response_id, after))
 
     @router.delete("/{response_id}")
-    def delete_response(response_id: str, tenant: Identified = whoever) -> dict[str, Any]:
-        """Remove a response."""
+    async def delete_response(response_id: str, tenant: Identified = whoever) -> dict[str, Any]:
+        """Remove a response; one in the background is given up."""
         with stores_errors():
-            store.delete(tenant.id, response_id)
+            await asyncio.to_thread(store.delete, tenant.id, response_id)
+        if background is not None:
+            await background.drop(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     @router.post("/{response_id}/cancel")
-    def cancel_response(response_id: str, tenant: Identified = whoever) -> dict[str, Any]:
-        """Refuse: only responses in the background can be cancelled, and there are none."""
+    async def cancel_response(response_id: str, tenant: Identified = whoever) -> dict[str, Any]:
+        """Cancel a response in the background; one that has ended stays as it is."""
+        if background is not None:
+            return await background.cancel(tenant.id, response_id)
         with stores_errors():
-            store.get(tenant.id, response_id)
-        raise ApiError(400, "Cannot cancel a synchronous response.", param="response_id")
+            await asyncio.to_thread(store.get, tenant.id, response_id)
+        raise bad_request("Cannot cancel a synchronous response.", "response_id")
 
     @router.get("/{response_id}/input_items")
     def list_input_items(
@@ -116,31 +126,25 @@ def responses_router(
             items = store.get(tenant.id, response_id).input_items
         return page(*_paged(items if order == "asc" else items[::-1], after, limit))
 
-    return router
+
+async def _kept(
+    store: ResponseStore, tenant: str, final: dict[str, Any], items: Sequence[Item]
+) -> dict[str, Any]:
+    """Keep a response and return it as it is shown."""
+    try:
+        await asyncio.to_thread(store.put, tenant, final, items)
+    except DeepseekError as error:
+        # The answer is there and is paid for; that it was not kept is said in it.
+        _LOG.error("response %s is not kept: %s", final["id"], error)
+        return {**final, "store": False}
+    return final
 
 
-async def _history(store: ResponseStore, tenant: str, previous: str | None) -> list[Item]:
-    if previous is None:
-        return []
-    return await asyncio.to_thread(store.history, tenant, previous)
+def _stream(events: AsyncIterator[Mapping[str, Any]]) -> Response:
+    return EventSourceResponse(_encoded(events), send_timeout=_SEND_TIMEOUT_S)
 
 
-async def _ask(
-    chat: Chat, tenant: Identified, body: ResponseRequest, messages: Sequence[Item]
-) -> Answer:
-    """Return the chat's answer. With `truncation: auto` a conversation that is too long loses its
-    oldest turns until it fits."""
-    while True:
-        try:
-            return await chat(tenant, chat_body(body, messages))
-        except ApiError as error:
-            shorter = without_oldest_turn(messages)
-            if error.code != _TOO_LONG or body.truncation != "auto" or shorter is None:
-                raise
-            messages = shorter
-
-
-async def _encoded(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:
+async def _encoded(events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[ServerSentEvent]:
     async for event in events:
         yield ServerSentEvent(data=json.dumps(event), event=event["type"], sep="\n")
 
