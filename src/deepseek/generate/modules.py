@@ -5,7 +5,8 @@ through its own forward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
 from deepseek.ops.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
+E = TypeVar("E")
 _KNOWN = frozenset(
     {
         Attention,
@@ -83,15 +85,22 @@ def module_batch(
     )
 
 
-class EngineSlot:
+class EngineSlot(Generic[E]):
     """Holds the engine of a model beside it; left behind when the model is copied or pickled."""
 
     def __init__(self) -> None:
         """Start without an engine."""
         self.key: object = None
-        self.engine: Engine | None = None
+        self.engine: E | None = None
 
-    def __reduce__(self) -> tuple[type[EngineSlot], tuple[()]]:
+    def get(self, key: object, build: Callable[[], E]) -> E:
+        """Return the engine of a key, built where the last one had another."""
+        if self.engine is None or self.key != key:
+            self.engine, self.key = None, None  # its memory goes before the next takes its own
+            self.engine, self.key = build(), key
+        return self.engine
+
+    def __reduce__(self) -> tuple[type[EngineSlot[E]], tuple[()]]:
         return EngineSlot, ()
 
 
@@ -118,16 +127,16 @@ def engine_of(model: nn.Module) -> Engine | None:
         _LOG.info("generation runs through the modules: %s", reason)
         return None
     scheme = asked or Scheme.named(str(model.dtype).removeprefix("torch."))
-    slot = vars(model).setdefault("engine_slot", EngineSlot())
+    slot: EngineSlot[Engine] = vars(model).setdefault("engine_slot", EngineSlot())
     threads = torch.get_num_threads()
     versions = [
         (each.data_ptr(), each._version) for each in (*model.parameters(), *model.buffers())
     ]
     routing = model.planner.routing if isinstance(model.planner, RoutedPlanner) else None
     key = (scheme, threads, model.config, routing, tuple(versions))
-    if slot.key != key:
-        slot.engine, slot.key = None, None
-        slot.engine = build_engine(
+    return slot.get(
+        key,
+        lambda: build_engine(
             model.config,
             weights_of(model),
             scheme,
@@ -135,9 +144,8 @@ def engine_of(model: nn.Module) -> Engine | None:
             bundle=model.bundle,
             threads=threads,
             routing=routing,
-        )
-        slot.key = key
-    return slot.engine
+        ),
+    )
 
 
 def why_no_engine(model: nn.Module) -> str | None:
@@ -160,8 +168,19 @@ def why_no_engine(model: nn.Module) -> str | None:
             return "its windows are not those of its config"
     if model.impl != "auto":
         return f"the execution {model.impl!r} of attention was asked for by name"
+    return why_not_plain(model, _KNOWN) or why_missing()
+
+
+def why_not_plain(model: nn.Module, known: frozenset[type[nn.Module]]) -> str | None:
+    """Return why a model may compute something else than its config says, or has weights that the
+    engine does not take; None if neither.
+
+    Args:
+        model: its modules and weights are looked at.
+        known: the classes whose mathematics the engine knows.
+    """
     for name, module in model.named_modules():
-        if type(module) not in _KNOWN:
+        if type(module) not in known:
             return f"{name} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has forward hooks"
@@ -169,11 +188,11 @@ def why_no_engine(model: nn.Module) -> str | None:
     if kinds not in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")}):
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         return f"the weights are {found}; the engine takes float32 or bfloat16 on the CPU"
-    return why_missing()
+    return None
 
 
-def weights_of(model: Decoder) -> Weights:
-    """Return what gives the weights of a decoder to `build_engine`, in place."""
+def weights_of(model: nn.Module) -> Weights:
+    """Return what gives the weights of a model to `build_engine`, in place."""
     parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
 
     def rows(name: str) -> Rows | None:

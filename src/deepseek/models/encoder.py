@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.models.config import EncoderConfig
+from deepseek.models.config import EncoderConfig, cut
 from deepseek.models.layers import embedding
 from deepseek.ops.attention import AttentionImpl, DenseKV, Layout, attention
 from deepseek.ops.linear import Linear
@@ -36,6 +37,8 @@ class EncoderOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None
     """Embedding output and each layer's: layers + 1 tensors [B, T, hidden]; None unless asked
     for."""
+    logits: Tensor | None = None
+    """[B, labels]: of the classes; None where there is no classifier."""
 
 
 class Embeddings(nn.Module):
@@ -118,7 +121,12 @@ class LayerStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it."""
+    """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it.
+
+    With `labels` in its config it classifies texts too, as transformers'
+    `BertForSequenceClassification` does: a linear map of the pooler's output. Deviation: no
+    dropout.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -128,8 +136,13 @@ class Encoder(nn.Module):
         self.pooler: nn.ModuleDict | None = None
         if config.has_pooler:
             self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        self.classifier: Linear | None = None
+        if config.labels:
+            self.classifier = Linear(config.hidden_size, len(config.labels))
         self.tokenizer: Tokenizer | None = None
         self.bundle: object | None = None
+        self.vectors: Callable[[Encoder, Sequence[Sequence[int]]], np.ndarray] | None = None
+        """Computes the vectors of texts in place of the modules: `load` sets it for a scheme."""
         self._initialize()
 
     def _initialize(self) -> None:
@@ -200,7 +213,22 @@ class Encoder(nn.Module):
             if output_hidden_states:
                 kept.append(states)
         pooled = None if self.pooler is None else torch.tanh(self.pooler["dense"](states[:, 0]))
-        return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None)
+        logits = None if self.classifier is None else self.classifier(pooled)
+        return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None, logits)
+
+    def use_labels(self, labels: Sequence[str]) -> None:
+        """Give the encoder a fresh classifier of classes of these names, in place of what it had.
+
+        Raises:
+            ConfigError: names that are not all different, none, or an encoder without a pooler.
+        """
+        if not labels:
+            raise ConfigError(describe("labels", "Encoder", "at least one", list(labels)))
+        self.config = self.config.replace(labels=tuple(labels))
+        self.classifier = Linear(self.config.hidden_size, len(labels))
+        nn.init.normal_(self.classifier.weight, std=self.config.init_std)
+        nn.init.zeros_(self.classifier.bias)
+        self.classifier.to(self.device, self.dtype)
 
     def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
         """Return one vector per text, [n, hidden], pooled and normalized as the config says,
@@ -218,7 +246,9 @@ class Encoder(nn.Module):
             step = "Load a bundle with a tokenizer, or call the model with input_ids"
             raise ConfigError(describe("tokenizer", "Encoder.embed", "loaded", None, step))
         limit = self.config.max_embed_tokens or self.config.max_positions
-        encoded = [self._cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
+        encoded = [cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
+        if self.vectors is not None:
+            return torch.from_numpy(self.vectors(self, encoded)).to(self.dtype)
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
         vectors = torch.empty(len(encoded), self.config.hidden_size, dtype=self.dtype)
         with torch.inference_mode():
@@ -226,11 +256,6 @@ class Encoder(nn.Module):
                 chosen = order[start : start + batch_size]
                 vectors[chosen] = self._embed_batch([encoded[index] for index in chosen])
         return vectors
-
-    @staticmethod
-    def _cut(ids: list[int], limit: int) -> list[int]:
-        """Return the first tokens of a text and the one that ends it, `limit` in all."""
-        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
 
     def _embed_batch(self, encoded: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(ids) for ids in encoded])
