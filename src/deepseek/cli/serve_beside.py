@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from deepseek.generate import Engine
     from deepseek.serve.adapters import AdapterRegistry
     from deepseek.serve.durable import DurableState
+    from deepseek.serve.embedding import Embedder
     from deepseek.serve.state.batch_runner import BatchRunner
 
 
@@ -34,8 +35,15 @@ class Beside:
         args: argparse.Namespace,
         state: DurableState | None,
         adapters: AdapterRegistry | None,
+        own: Callable[[], Embedder],
     ) -> Beside:
         """Return what the options ask for.
+
+        Args:
+            args: the options.
+            state: what is kept.
+            adapters: those that are loaded.
+            own: gives the embedder of the model that is served.
 
         Raises:
             ConfigError: the model for vectors is no encoder.
@@ -44,11 +52,8 @@ class Beside:
         from deepseek.serve.api.routes.embeddings import embeddings_router
 
         beside = cls(state, adapters)
-        if args.embeddings is not None:
-            from deepseek.serve.runtime.embedder import EncoderEmbedder
-
-            embedder = EncoderEmbedder(args.embeddings, Path(args.embeddings).name)
-            beside.routers.append(embeddings_router(embedder))
+        embedder = own() if args.embeddings is None else load_embedder(args)
+        beside.routers.append(embeddings_router(embedder))
         if adapters is not None:
             beside.admin_routers.append(adapters_router(adapters))
         if state is not None:
@@ -79,6 +84,20 @@ class Beside:
             responses=self.state.responses,
             routers=self.routers,
         )
+
+
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    """Return the embedder of the encoder that `--embeddings` names, on one thread: the others are
+    left to answers.
+
+    Raises:
+        ConfigError: it is no encoder, or has no tokenizer.
+    """
+    from deepseek.face import load_encoder_engine
+    from deepseek.serve.runtime.embedder import EncoderEmbedder
+
+    engine = load_encoder_engine(args.embeddings, scheme=args.embeddings_scheme, threads=1)
+    return EncoderEmbedder(engine, Path(args.embeddings).name)
 
 
 def load_adapters(engine: Engine, asked: Sequence[str]) -> AdapterRegistry:

@@ -123,11 +123,22 @@ class EncoderEngine:
         Raises:
             ConfigError: the model has no tokenizer.
         """
+        return self.vectors(self._encoded(texts))
+
+    def classify(self, texts: Sequence[str]) -> list[str]:
+        """Return the label of each text; long ones are cut as by `embed`.
+
+        Raises:
+            ConfigError: the model has no classifier or no tokenizer.
+        """
+        return [self.config.labels[i] for i in self.logits(self._encoded(texts)).argmax(-1)]
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
         if self.tokenizer is None:
-            step = "Load a bundle with a tokenizer, or call vectors with token ids"
-            raise ConfigError(describe("tokenizer", "EncoderEngine.embed", "loaded", None, step))
+            step = "Load a bundle with a tokenizer, or give token ids"
+            raise ConfigError(describe("tokenizer", "EncoderEngine", "loaded", None, step))
         limit = self.config.max_embed_tokens or self.config.max_positions
-        return self.vectors([cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))])
+        return [cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
 
     def _steps(self, texts: Texts, types: Texts | None) -> Iterator[tuple[list[int], _Step]]:
         """Return the texts of each step by number, those of like length together, and the step."""

@@ -84,6 +84,13 @@ def encoder_engine_of(model: Encoder, scheme: Scheme | None = None) -> EncoderEn
     )
 
 
-def vectors_by_engine(model: Encoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Return the vectors of token ids of texts, float32 [n, hidden], by the model's engine."""
-    return encoder_engine_of(model).vectors(texts)
+class EngineRunner:
+    """Computes what an encoder makes of texts on its engine. Is a `Runner`."""
+
+    def vectors(self, model: Encoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the vectors of texts: float32 [n, hidden]."""
+        return encoder_engine_of(model).vectors(texts)
+
+    def logits(self, model: Encoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return the logits of texts: float32 [n, labels]."""
+        return encoder_engine_of(model).logits(texts)

@@ -155,16 +155,44 @@ class Engine:
         Raises:
             ConfigError: numbers that do not fit together; nothing was computed.
         """
-        places = _int32(selected)
-        logits = np.empty((len(places), self.config.vocab_size), np.float32)
         table = np.ascontiguousarray(page_table, np.int32)
-        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, places)
+        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, _int32(selected))
+        numbers = None if adapters is None else _int32(adapters)
+        return self._run(pages, arrays, numbers, self.config.vocab_size, states=False)
+
+    def states(
+        self,
+        pages: Any,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        page_table: np.ndarray,
+        selected: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Append tokens to their rows' pages and return the states that the head would read, which
+        the last norm has made: float32 [selected, hidden].
+
+        Args and raises: as `step`.
+        """
+        table = np.ascontiguousarray(page_table, np.int32)
+        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, _int32(selected))
+        return self._run(pages, arrays, None, self.config.hidden_size, states=True)
+
+    def _run(
+        self,
+        pages: Any,
+        arrays: tuple[np.ndarray, ...],
+        adapters: np.ndarray | None,
+        width: int,
+        *,
+        states: bool,
+    ) -> np.ndarray:
+        output = np.empty((len(arrays[-1]), width), np.float32)
         try:
-            numbers = None if adapters is None else _int32(adapters)
-            self.native.run(pages, *arrays, logits, numbers)
+            self.native.run(pages, *arrays, output, adapters, states=states)
         except ValueError as error:
             raise ConfigError(describe("step", "Engine", "consistent", str(error))) from error
-        return logits
+        return output
 
     def add_adapter(self, name: str, updates: Mapping[str, LowRankUpdate]) -> EngineAdapter:
         """Load an adapter under a name, from any thread, while steps run.

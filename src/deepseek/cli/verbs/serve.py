@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from deepseek.serve.api import Tenant
     from deepseek.serve.automatic import Values
     from deepseek.serve.durable import DurableState
+    from deepseek.serve.embedding import Embedder
     from deepseek.serve.service import Service
     from deepseek.serve.state.keys import ApiKey
 
@@ -112,7 +113,21 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--database", metavar="URL", help="of PostgreSQL, in place of SQLite")
     group.add_argument("--events", metavar="FILE", help="append the event of every answer as JSON")
     group.add_argument(
-        "--embeddings", metavar="MODEL", help="an encoder for /v1/embeddings and /v1/rerank"
+        "--embeddings",
+        metavar="MODEL",
+        help="an encoder for /v1/embeddings and /v1/rerank (the model's own states)",
+    )
+    group.add_argument(
+        "--embeddings-scheme",
+        default="bfloat16",
+        metavar="NAME",
+        help="how that encoder is stored and computed (bfloat16)",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        default="mean",
+        help="which of the model's own states make a text's vector (mean)",
     )
     group.add_argument(
         "--adapter",
@@ -177,9 +192,16 @@ def _run(args: argparse.Namespace, engine: Engine, state: DurableState | None, o
     service, values = _service(args, engine, adapters, out)
     if args.explain:
         return _explain(values, out)
-    beside = Beside.of(args, state, adapters)
+    beside = Beside.of(args, state, adapters, lambda: _own_embedder(args, engine, service))
     received = asyncio.run(_serve(args, service, beside, out, has_keys=has_keys))
     return 130 if received is signal.SIGINT else out.finish({"model": args.model})
+
+
+def _own_embedder(args: argparse.Namespace, engine: Engine, service: Service) -> Embedder:
+    from deepseek.serve.runtime.embedder import DecoderEmbedder
+
+    name = args.name or args.model
+    return DecoderEmbedder(engine, name, service.engine.call, pooling=args.pooling)
 
 
 def state_folder(args: argparse.Namespace) -> Path:
