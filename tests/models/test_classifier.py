@@ -56,7 +56,7 @@ def test_transformers_reads_what_is_saved(tmp_path: Path) -> None:
         expected = model(tokens).logits
         assert_logits_equal(theirs(tokens).logits, expected)
         assert torch.equal(again(tokens).logits, expected)
-    assert again.config == model.config
+    assert again.config == model.config.replace(max_embed_tokens=80)
 
 
 def test_what_transformers_saves_is_read(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def _table(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for fields in rows:
                 yield rows.line_num, fields
         except csv.Error as error:
-            raise wrong_line(file, rows.line_num, "a row of a table", str(error)) from error
+            raise wrong_line(file, rows.line_num + 1, "a row of a table", str(error)) from error
 
 
 def _labelled(

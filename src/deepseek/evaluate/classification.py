@@ -13,10 +13,12 @@ import numpy as np
 from deepseek.data import LabelledText
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate.base import Condition, Progress
-from deepseek.evaluate.intervals import bootstrap_ratio, wilson
+from deepseek.evaluate.intervals import FloatArray, bootstrap_ratio, wilson
 from deepseek.records import Measurement, Spread
 
 TEXTS_AT_ONCE = 256
+_FEWEST_RIGHT = 20
+"""Below, a resample may have none."""
 
 Classify = Callable[[Sequence[str]], Sequence[str]]
 """Gives the label of each text: `Encoder.classify`, `EncoderEngine.classify`, or another."""
@@ -96,7 +98,7 @@ class PairedAccuracy:
     kept: float
     """Accuracy of the second as a share of the first's; NaN where the first is never right."""
     kept_spread: Spread | None
-    """95 % bootstrap interval over texts."""
+    """95 % bootstrap interval over texts; None where the first has fewer than 20 right."""
 
 
 def compare_accuracy(first: Sequence[bool], second: Sequence[bool]) -> PairedAccuracy:
@@ -108,8 +110,7 @@ def compare_accuracy(first: Sequence[bool], second: Sequence[bool]) -> PairedAcc
     Raises:
         ConfigError: no texts, or not the same number.
 
-    Source: McNemar, Psychometrika 12 (1947), 153, in its exact form; Newcombe, Statistics in
-    Medicine 17 (1998), 2635, method 10, for the interval of the difference.
+    Source: McNemar, Psychometrika 12 (1947), 153, in its exact form; `difference_interval`.
     """
     count = len(first)
     if not count or len(second) != count:
@@ -123,10 +124,10 @@ def compare_accuracy(first: Sequence[bool], second: Sequence[bool]) -> PairedAcc
         only_first,
         only_second,
         (only_second - only_first) / count,
-        _difference(ours, theirs),
+        difference_interval(ours, theirs),
         exact_mcnemar(only_first, only_second),
         float(theirs.sum()) / base if base else math.nan,
-        bootstrap_ratio(theirs, ours) if base else None,
+        bootstrap_ratio(theirs, ours) if base >= _FEWEST_RIGHT else None,
     )
 
 
@@ -138,8 +139,14 @@ def exact_mcnemar(only_first: int, only_second: int) -> float:
     return float(min(1, 2 * tail / 2**trials)) if trials else 1.0
 
 
-def _difference(first: np.ndarray, second: np.ndarray) -> Spread:
-    """Return Newcombe's interval of the second share less the first, of paired trials."""
+def difference_interval(first: FloatArray, second: FloatArray) -> Spread:
+    """Return the 95 % interval of the second share of successes less the first, of paired trials.
+
+    Args:
+        first, second: 1 for a success, 0 for none: [trials].
+
+    Source: Newcombe, Statistics in Medicine 17 (1998), 2635, method 10.
+    """
     count = len(first)
     both = float((first * second).sum())
     neither = float(((1 - first) * (1 - second)).sum())
