@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from deepseek.generate import Engine
+    from deepseek.generate import EncoderEngine, Engine
     from deepseek.generate.engine import Weights
     from deepseek.hub.bundle import Bundle
     from deepseek.hub.mapping import MappedTensor
@@ -30,7 +30,16 @@ if TYPE_CHECKING:
     from deepseek.ops.grid import GridSource
     from deepseek.ops.scheme import Form
 
-__all__ = ["EngineFacts", "attach_methods", "engine_facts", "load", "load_engine", "pull", "save"]
+__all__ = [
+    "EngineFacts",
+    "attach_methods",
+    "engine_facts",
+    "load",
+    "load_encoder_engine",
+    "load_engine",
+    "pull",
+    "save",
+]
 
 METHODS: dict[str, tuple[str, str]] = {"generate": ("deepseek.generate", "generate")}
 """Methods of a loaded decoder: name, and the module and function that run it."""
@@ -80,11 +89,69 @@ def load(
     )
     if asked is not None:
         vars(model)["scheme"] = asked
-        if reason := importlib.import_module("deepseek.generate.modules").why_no_engine(model):
+        if reason := _use_engine(model):
             step = "Load it without a scheme"
             must = "one that the engine runs"
             raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))
     return model
+
+
+def _use_engine(model: Decoder | Encoder) -> str | None:
+    """Let a model that asks for a scheme run on its engine; return why it has none."""
+    from deepseek.models import Encoder
+
+    if not isinstance(model, Encoder):
+        return importlib.import_module("deepseek.generate.modules").why_no_engine(model)
+    from deepseek.generate.encoder_modules import EngineRunner, why_no_encoder_engine
+
+    model.runner = EngineRunner()
+    return why_no_encoder_engine(model)
+
+
+def load_encoder_engine(
+    source: str | Path,
+    *,
+    scheme: str | Scheme | None = None,
+    threads: int | None = None,
+    verify: bool = False,
+    progress: Callable[[float], None] | None = None,
+) -> EncoderEngine:
+    """Return the engine of an encoder's bundle; torch is never imported.
+
+    Args: as of `load_engine`.
+
+    Raises:
+        ConfigError: an unknown name or scheme, or a model that has no such engine.
+        FormatError: a folder that is not a whole model.
+    """
+    from deepseek.data import Tokenizer
+    from deepseek.generate import build_encoder_engine
+    from deepseek.hub.bundle import Bundle
+    from deepseek.hub.sentence import with_pooling
+    from deepseek.models.config import EncoderConfig
+
+    asked = _as_scheme(scheme)
+    _fetch(source)
+    path = hub.resolve(source)
+    must = "an encoder that the engine runs"
+    if path.is_file():
+        raise ConfigError(describe("model", "load_encoder_engine", must, f"{path}, one file"))
+    bundle = Bundle.open(path, verify=verify)
+    facts = _facts_of_bundle(bundle, asked)
+    config = facts.config
+    if not isinstance(config, EncoderConfig):
+        raise ConfigError(describe("model", "load_encoder_engine", must, "a decoder"))
+    if facts.scheme is None:
+        must, step = "float32 or bfloat16 where no scheme is given", "Give one"
+        raise ConfigError(describe("weights", "load_encoder_engine", must, "others", step))
+    return build_encoder_engine(
+        with_pooling(config, bundle.path),
+        _weights_of(bundle, config),
+        facts.scheme,
+        tokenizer=Tokenizer.from_folder(bundle.path),
+        threads=threads,
+        progress=progress,
+    )
 
 
 def load_engine(
@@ -290,12 +357,12 @@ def _why_no_engine(
     from deepseek.ops.cpu import why_missing
 
     if not isinstance(config, DecoderConfig):
-        return "it is an encoder, and the engine runs decoders"
+        return "it is an encoder, whose engine (load_encoder_engine) generates nothing"
     unstored = f"the weights are {stored}; the engine takes float32 or bfloat16 as they are"
     return why_not_flat(config) or (unstored if scheme is None else why_missing())
 
 
-def _weights_of(bundle: Bundle, config: DecoderConfig) -> Weights:
+def _weights_of(bundle: Bundle, config: DecoderConfig | EncoderConfig) -> Weights:
     """Return what gives the weights in turn; what was asked for before is packed by then, and its
     pages go back."""
     from deepseek.generate.engine import Rows

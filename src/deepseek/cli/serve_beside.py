@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from deepseek.records import Event
     from deepseek.serve.adapters import AdapterRegistry
     from deepseek.serve.durable import DurableState
+    from deepseek.serve.embedding import Embedder
     from deepseek.serve.running import Worker
     from deepseek.serve.stepping import StepEngine
 
@@ -34,23 +35,22 @@ class Beside:
     @classmethod
     def of(
         cls,
-        args: argparse.Namespace,
         state: DurableState | None,
         adapters: AdapterRegistry | None,
+        embedder: Embedder | None,
     ) -> Beside:
-        """Return what the options ask for.
+        """Return the routes of what is there.
 
-        Raises:
-            ConfigError: the model for vectors is no encoder.
+        Args:
+            state: what is kept.
+            adapters: those that are loaded.
+            embedder: gives vectors.
         """
         from deepseek.serve.api.routes.admin import adapters_router, usage_router
         from deepseek.serve.api.routes.embeddings import embeddings_router
 
         beside = cls(state, adapters)
-        if args.embeddings is not None:
-            from deepseek.serve.runtime.embedder import EncoderEmbedder
-
-            embedder = EncoderEmbedder(args.embeddings, Path(args.embeddings).name)
+        if embedder is not None:
             beside.routers.append(embeddings_router(embedder))
         if adapters is not None:
             beside.admin_routers.append(adapters_router(adapters))
@@ -82,6 +82,20 @@ class Beside:
             responses=self.state.responses,
             routers=self.routers,
         )
+
+
+def load_embedder(args: argparse.Namespace) -> Embedder:
+    """Return the embedder of the encoder that `--embeddings` names, on one thread: the others are
+    left to answers.
+
+    Raises:
+        ConfigError: it is no encoder, or has no tokenizer.
+    """
+    from deepseek.face import load_encoder_engine
+    from deepseek.serve.runtime.embedder import EncoderEmbedder
+
+    engine = load_encoder_engine(args.embeddings, scheme=args.embeddings_scheme, threads=1)
+    return EncoderEmbedder(engine, Path(args.embeddings).name)
 
 
 def load_adapters(

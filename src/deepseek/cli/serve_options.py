@@ -49,7 +49,21 @@ def add_state_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--database", metavar="URL", help="of PostgreSQL, in place of SQLite")
     group.add_argument("--events", metavar="FILE", help="append the event of every answer as JSON")
     group.add_argument(
-        "--embeddings", metavar="MODEL", help="an encoder for /v1/embeddings and /v1/rerank"
+        "--embeddings",
+        metavar="MODEL",
+        help="an encoder for /v1/embeddings and /v1/rerank (the model's own states)",
+    )
+    group.add_argument(
+        "--embeddings-scheme",
+        default="bfloat16",
+        metavar="NAME",
+        help="how that encoder is stored and computed (bfloat16)",
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "last"),
+        default="mean",
+        help="which of the model's own states make a text's vector (mean)",
     )
     group.add_argument(
         "--adapter",

@@ -44,7 +44,7 @@ def read_texts(files: list[Path]) -> Iterator[Record]:
     """
     for file in files:
         if file.suffix != ".jsonl":
-            with _must_be_utf8(file):
+            with must_be_utf8(file):
                 yield file.read_text(encoding="utf-8")
             continue
         for number, fields in read_lines(file):
@@ -57,21 +57,22 @@ def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         FormatError: the file is not UTF-8, or a line is no object.
     """
-    with _must_be_utf8(file), file.open(encoding="utf-8") as lines:
+    with must_be_utf8(file), file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 fields = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise _wrong_line(file, number, "JSON", line.strip()) from error
+                raise wrong_line(file, number, "JSON", line.strip()) from error
             if not isinstance(fields, dict):
-                raise _wrong_line(file, number, "an object", fields)
+                raise wrong_line(file, number, "an object", fields)
             yield number, fields
 
 
 @contextlib.contextmanager
-def _must_be_utf8(file: Path) -> Iterator[None]:
+def must_be_utf8(file: Path) -> Iterator[None]:
+    """Raise a FormatError that names the file where what is read inside is not UTF-8."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -86,14 +87,15 @@ def _record_of(fields: dict[str, Any], file: Path, number: int) -> Record:
     messages = fields.get("messages")
     if not isinstance(messages, list):
         must = 'an object with a "text", or with the "messages" of a conversation'
-        raise _wrong_line(file, number, must, fields)
+        raise wrong_line(file, number, must, fields)
     for message in messages:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-            raise _wrong_line(file, number, "messages with a role each", message)
+            raise wrong_line(file, number, "messages with a role each", message)
     return messages
 
 
-def _wrong_line(file: Path, number: int, must: str, got: object) -> FormatError:
+def wrong_line(file: Path, number: int, must: str, got: object) -> FormatError:
+    """Return the error of a line of a file."""
     return FormatError(describe(f"line {number}", str(file), must, got))
 
 

@@ -8,6 +8,12 @@ from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
     from deepseek.evaluate.choice import multiple_choice
+    from deepseek.evaluate.classification import (
+        AccuracyResult,
+        PairedAccuracy,
+        accuracy,
+        compare_accuracy,
+    )
     from deepseek.evaluate.corpus import Corpus, default_corpus, read_corpus
     from deepseek.evaluate.early_exit import ExitScores, score_exits
     from deepseek.evaluate.exit_calibration import ExitCalibration, calibrate_exits
@@ -29,15 +35,19 @@ if TYPE_CHECKING:
     from deepseek.evaluate.tracking import variable_tracking
 
 __all__ = [
+    "AccuracyResult",
     "ChoiceItem",
     "Corpus",
     "ExitCalibration",
     "ExitScores",
     "MatchItem",
+    "PairedAccuracy",
     "SuiteSettings",
+    "accuracy",
     "addition_items",
     "attention_spans",
     "calibrate_exits",
+    "compare_accuracy",
     "copy_accuracy",
     "default_corpus",
     "divergence",
@@ -58,15 +68,19 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AccuracyResult": "classification",
     "ChoiceItem": "items",
     "Corpus": "corpus",
     "ExitCalibration": "exit_calibration",
     "ExitScores": "early_exit",
     "MatchItem": "items",
+    "PairedAccuracy": "classification",
     "SuiteSettings": "tasks",
+    "accuracy": "classification",
     "addition_items": "items",
     "attention_spans": "spans",
     "calibrate_exits": "exit_calibration",
+    "compare_accuracy": "classification",
     "copy_accuracy": "retrieval",
     "default_corpus": "corpus",
     "divergence": "kl_divergence",

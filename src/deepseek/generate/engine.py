@@ -157,16 +157,44 @@ class Engine:
         Raises:
             ConfigError: numbers that do not fit together; nothing was computed.
         """
-        places = _int32(selected)
-        logits = np.empty((len(places), self.config.vocab_size), np.float32)
         table = np.ascontiguousarray(page_table, np.int32)
-        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, places)
+        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, _int32(selected))
+        numbers = None if adapters is None else _int32(adapters)
+        return self._run(pages, arrays, numbers, self.config.vocab_size, states=False)
+
+    def states(
+        self,
+        pages: Any,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        rows: Sequence[int] | np.ndarray,
+        page_table: np.ndarray,
+        selected: Sequence[int] | np.ndarray,
+    ) -> np.ndarray:
+        """Append tokens to their rows' pages and return the states that the head would read, which
+        the last norm has made: float32 [selected, hidden].
+
+        Args and raises: as `step`.
+        """
+        table = np.ascontiguousarray(page_table, np.int32)
+        arrays = (_int32(tokens), _int32(positions), _int32(rows), table, _int32(selected))
+        return self._run(pages, arrays, None, self.config.hidden_size, states=True)
+
+    def _run(
+        self,
+        pages: Any,
+        arrays: tuple[np.ndarray, ...],
+        adapters: np.ndarray | None,
+        width: int,
+        *,
+        states: bool,
+    ) -> np.ndarray:
+        output = np.empty((len(arrays[-1]), width), np.float32)
         try:
-            numbers = None if adapters is None else _int32(adapters)
-            self.native.run(pages, *arrays, logits, numbers)
+            self.native.run(pages, *arrays, output, adapters, states=states)
         except ValueError as error:
             raise ConfigError(describe("step", "Engine", "consistent", str(error))) from error
-        return logits
+        return output
 
     def add_adapter(self, name: str, updates: Mapping[str, LowRankUpdate]) -> EngineAdapter:
         """Load an adapter under a name, from any thread, while steps run.
@@ -213,6 +241,18 @@ class Engine:
             raise ConfigError(describe("turn_back", "Engine", "consistent", str(error))) from error
 
 
+def checked_threads(threads: int | None) -> int:
+    """Return the threads to compute with, by default the cores that this process may use.
+
+    Raises:
+        ConfigError: fewer than 1, or more than `MAX_THREADS`.
+    """
+    threads = default_threads() if threads is None else threads
+    if not 1 <= threads <= MAX_THREADS:
+        raise ConfigError(describe("threads", "Engine", f"from 1 to {MAX_THREADS}", threads))
+    return threads
+
+
 def _int32(values: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values, np.int32)
 
@@ -254,23 +294,61 @@ def build_engine(
     if reason is not None:
         must = "one that the engine knows"
         raise ConfigError(describe("model", "Engine", must, reason, "Run it through its modules"))
-    threads = default_threads() if threads is None else threads
-    if not 1 <= threads <= MAX_THREADS:
-        raise ConfigError(describe("threads", "Engine", f"from 1 to {MAX_THREADS}", threads))
+    threads = checked_threads(threads)
     program = decoder_program(config)
-    shape = _native_shape(program.shape)
-    if routing is not None:
-        shape["route"] = _native_route(routing, config)
     isa = instruction_set or chosen_instruction_set()
+    native = compile_program(
+        program,
+        weights,
+        scheme,
+        max_tokens=MAX_STEP_TOKENS,
+        threads=threads,
+        instruction_set=isa,
+        progress=progress,
+        packed=packed,
+        route=None if routing is None else _native_route(routing, config),
+    )
+    is_packed = packed is not None
+    return Engine(config, scheme, program, isa, native, tokenizer, bundle, is_packed, routing)
+
+
+def compile_program(
+    program: Program,
+    weights: Weights,
+    scheme: Scheme,
+    *,
+    max_tokens: int,
+    threads: int,
+    instruction_set: str,
+    progress: Callable[[float], None] | None = None,
+    packed: Mapping[str, PackedBytes] | None = None,
+    route: dict[str, object] | None = None,
+) -> Any:
+    """Return the compiled program with its weights; each is read once and packed.
+
+    Args:
+        program: of a model.
+        weights, scheme, progress, packed: as in `build_engine`.
+        max_tokens: of a step.
+        threads: from 1 to `MAX_THREADS`.
+        instruction_set: one that runs here.
+        route: how attention chooses blocks; None for all.
+
+    Raises:
+        BackendError: the kernels were not built, or a weight is missing.
+    """
+    shape = _native_shape(program.shape)
+    if route is not None:
+        shape["route"] = route
     offsets, _ = plan_memory(program.instructions, program.widths)
     buffers = [(program.widths[name], offsets[name]) for name in offsets]
     book = _Numbers(list(offsets), program.instructions)
     native = kernels().make_program(
-        isa,
+        instruction_set,
         shape,
         buffers,
         [book.native(item) for item in program.instructions],
-        MAX_STEP_TOKENS,
+        max_tokens,
         threads,
     )
     forms = _forms(program, book.matrices, weights, scheme) | dict.fromkeys(
@@ -283,8 +361,7 @@ def build_engine(
     for name in book.vectors:
         native.add_vector(_vector(_needed(weights, name)))
     native.start()
-    is_packed = packed is not None
-    return Engine(config, scheme, program, isa, native, tokenizer, bundle, is_packed, routing)
+    return native
 
 
 MOST_HEADS_ROUTED = 16
@@ -313,11 +390,17 @@ def _native_shape(shape: ProgramShape) -> dict[str, object]:
         "head_dim": shape.head_dim,
         "layers": shape.num_layers,
         "vocab": shape.vocab_size,
+        "outputs": shape.num_outputs or shape.vocab_size,
+        "is_causal": shape.is_causal,
         "norm_eps": shape.norm_eps,
         "rope_factor": shape.rope_factor,
         "score_scale": shape.head_dim**-0.5,
         "inverse_frequencies": list(shape.inverse_frequencies),
     }
+
+
+_ACTIVATIONS = (None, "gelu", "gelu_new", "relu", "tanh")
+"""In the order of the native program's numbers."""
 
 
 class _Numbers:
@@ -326,7 +409,18 @@ class _Numbers:
     def __init__(self, buffers: list[str], instructions: Sequence[Instruction]) -> None:
         self._buffers = {name: place for place, name in enumerate(buffers)} | {LOGITS: -1}
         self.exact = {name for item in instructions if item.is_exact for name in item.weights}
-        named = ((item.norm, item.q_norm, item.k_norm, item.balance) for item in instructions)
+        named = (
+            (
+                each.norm,
+                each.bias,
+                each.positions,
+                each.types,
+                each.q_norm,
+                each.k_norm,
+                each.balance,
+            )
+            for each in instructions
+        )
         vectors = dict.fromkeys(name for each in named for name in each if name is not None)
         self.matrices, self.vectors = _matrices(instructions), list(vectors)
         self._matrices = {name: place for place, name in enumerate(self.matrices)}
@@ -340,6 +434,11 @@ class _Numbers:
             "output": self._buffers[item.output],
             "weights": [self._matrices[name] for name in item.weights],
             "norm": self._vectors.get(item.norm, -1),
+            "bias": self._vectors.get(item.bias, -1),
+            "positions": self._vectors.get(item.positions, -1),
+            "types": self._vectors.get(item.types, -1),
+            "is_head": int(item.is_head),
+            "activation": _ACTIVATIONS.index(item.activation),
             "q_norm": self._vectors.get(item.q_norm, -1),
             "k_norm": self._vectors.get(item.k_norm, -1),
             "adds": int(item.adds),
@@ -364,7 +463,7 @@ def _matrices(instructions: Sequence[Instruction]) -> list[str]:
 
 
 def _storage(name: str, scheme: Scheme) -> Storage:
-    is_head = name.startswith(("model.embed_tokens", "lm_head"))
+    is_head = name.startswith(("model.embed_tokens", "lm_head", "embeddings."))
     return scheme.head_storage if is_head else scheme.weights
 
 
@@ -483,9 +582,9 @@ def _of_stack(weights: Weights, name: str) -> Rows | None:
 
 
 def _vector(rows: Rows | GridSource) -> np.ndarray:
-    """Return a vector in float32."""
+    """Return a vector, or the rows of a table side by side, in float32."""
     assert isinstance(rows, Rows)
-    (count,) = rows.shape
+    count = math.prod(rows.shape)
     width = 4 if rows.dtype == "float32" else 2
     values = ctypes.string_at(rows.address, count * width)
     if rows.dtype == "bfloat16":

@@ -38,7 +38,7 @@ def decoder_program(config: DecoderConfig) -> Program:
     instructions = [Instruction(op="embed", output="states", weights=(EMBEDDING,))]
     for layer in range(config.num_layers):
         instructions += _layer(config, layer)
-    instructions = _picked(instructions)
+    instructions = picked(instructions)
     head = EMBEDDING if config.tie_embeddings else "lm_head.weight"
     instructions.append(
         Instruction(
@@ -48,6 +48,7 @@ def decoder_program(config: DecoderConfig) -> Program:
             weights=(head,),
             norm="model.norm.weight",
             rows="picked",
+            is_head=True,
         )
     )
     angles = rope_angles(config.rope, dim, config.max_positions)
@@ -110,7 +111,7 @@ def why_mixed(program: Program, forms: Mapping[str, Form | None]) -> str | None:
     return None
 
 
-def _picked(instructions: list[Instruction]) -> list[Instruction]:
+def picked(instructions: list[Instruction]) -> list[Instruction]:
     """Return the instructions with all behind the last attention on those rows alone whose logits
     were asked for: a prompt needs one."""
     start = max(place for place, item in enumerate(instructions) if item.op == "attend") + 1

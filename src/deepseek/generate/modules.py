@@ -5,7 +5,8 @@ through its own forward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from deepseek.ops.sampling import Sampling, TokenHistory, choose, choose_greedy
 from deepseek.ops.scheme import Scheme
 
 _LOG = logging.getLogger(__name__)
+E = TypeVar("E")
 _KNOWN = frozenset(
     {
         Attention,
@@ -84,17 +86,24 @@ def module_batch(
     )
 
 
-class EngineSlot:
+class EngineSlot(Generic[E]):
     """Holds the engine of a model beside it; left behind when the model is copied or pickled."""
 
     def __init__(self) -> None:
         """Start without an engine."""
         self.key: object = None
-        self.engine: Engine | None = None
+        self.engine: E | None = None
         self.why_no_grid: str | None = None
         """Empty where there is no reason, None where nobody has looked."""
 
-    def __reduce__(self) -> tuple[type[EngineSlot], tuple[()]]:
+    def get(self, key: object, build: Callable[[], E]) -> E:
+        """Return the engine of a key, built where the last one had another."""
+        if self.engine is None or self.key != key:
+            self.engine, self.key = None, None  # its memory goes before the next takes its own
+            self.engine, self.key = build(), key
+        return self.engine
+
+    def __reduce__(self) -> tuple[type[EngineSlot[E]], tuple[()]]:
         return EngineSlot, ()
 
 
@@ -120,17 +129,17 @@ def engine_of(model: nn.Module) -> Engine | None:
             raise ConfigError(describe("model", f"scheme {asked.name!r}", must, reason, step))
         _LOG.info("generation runs through the modules: %s", reason)
         return None
-    slot = vars(model).setdefault("engine_slot", EngineSlot())
+    slot: EngineSlot[Engine] = vars(model).setdefault("engine_slot", EngineSlot())
     threads = torch.get_num_threads()
     versions = [
         (each.data_ptr(), each._version) for each in (*model.parameters(), *model.buffers())
     ]
     routing = model.planner.routing if isinstance(model.planner, RoutedPlanner) else None
     key = (asked, threads, model.config, routing, tuple(versions))
-    if slot.key != key:
-        slot.engine, slot.key = None, None
+
+    def build() -> Engine:
         grids = grids_kept(model) if asked is None else {}
-        slot.engine = build_engine(
+        return build_engine(
             model.config,
             weights_of(model, grids),
             asked or _usual_scheme(model, has_grids=bool(grids)),
@@ -139,8 +148,8 @@ def engine_of(model: nn.Module) -> Engine | None:
             threads=threads,
             routing=routing,
         )
-        slot.key = key
-    return slot.engine
+
+    return slot.get(key, build)
 
 
 def _usual_scheme(model: Decoder, *, has_grids: bool) -> Scheme:
@@ -194,8 +203,19 @@ def why_no_engine(model: nn.Module) -> str | None:
             return "its windows are not those of its config"
     if model.impl != "auto":
         return f"the execution {model.impl!r} of attention was asked for by name"
+    return why_not_plain(model, _KNOWN) or why_missing() or _why_no_grid(model)
+
+
+def why_not_plain(model: nn.Module, known: frozenset[type[nn.Module]]) -> str | None:
+    """Return why a model may compute something else than its config says, or has weights that the
+    engine does not take; None if neither.
+
+    Args:
+        model: its modules and weights are looked at.
+        known: the classes whose mathematics the engine knows.
+    """
     for name, module in model.named_modules():
-        if type(module) not in _KNOWN:
+        if type(module) not in known:
             return f"{name} is a {type(module).__name__}"
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return f"{name or 'the model'} has forward hooks"
@@ -203,7 +223,7 @@ def why_no_engine(model: nn.Module) -> str | None:
     if kinds not in ({(torch.float32, "cpu")}, {(torch.bfloat16, "cpu")}):
         found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         return f"the weights are {found}; the engine takes float32 or bfloat16 on the CPU"
-    return why_missing() or _why_no_grid(model)
+    return None
 
 
 def _why_no_grid(model: Decoder) -> str | None:
@@ -218,11 +238,11 @@ def _why_no_grid(model: Decoder) -> str | None:
     return slot.why_no_grid or None
 
 
-def weights_of(model: Decoder, grids: Mapping[str, GridSource] | None = None) -> Weights:
-    """Return what gives the weights of a decoder to `build_engine`, in place.
+def weights_of(model: nn.Module, grids: Mapping[str, GridSource] | None = None) -> Weights:
+    """Return what gives the weights of a model to `build_engine`, in place.
 
     Args:
-        model: the decoder.
+        model: the decoder or encoder.
         grids: weights that keep their grid; the other matrices are then given in bfloat16 where it
             holds them, as they lie beside those in a folder.
     """

@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Op = Literal["embed", "linear", "swiglu", "attend", "experts", "copy"]
+Op = Literal["embed", "linear", "swiglu", "attend", "experts", "copy", "layer_norm"]
+
+Activation = Literal["gelu", "gelu_new", "relu", "tanh"]
+"""By the names that Hugging Face configs have for them."""
 
 RowSet = Literal["all", "pick", "picked"]
 """Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for,
@@ -30,10 +33,19 @@ class Instruction:
     """linear: side by side in the output; swiglu: gate and up; experts: gate, up and down of each
     in turn."""
     norm: str | None = None
-    """Weight of the RMS norm of the input."""
+    """Weight of the RMS norm of the input; layer_norm: its weight."""
+    bias: str | None = None
+    """layer_norm: its bias."""
+    positions: str | None = None
+    types: str | None = None
+    """embed: tables whose row of the token's position, and of its type, is added."""
+    activation: Activation | None = None
+    """linear: of the outputs."""
     adds: bool = False
     """Add to the output in place of setting it."""
     rows: RowSet = "all"
+    is_head: bool = False
+    """The first of the instructions that make the output of the last states."""
     layer: int = 0
     """attend: layer of the cache."""
     q_norm: str | None = None
@@ -73,9 +85,13 @@ class ProgramShape:
     vocab_size: int
     norm_eps: float
     inverse_frequencies: tuple[float, ...]
-    """Angle per position of each channel pair of a head."""
+    """Angle per position of each channel pair of a head; empty where heads are not rotated."""
     rope_factor: float = 1.0
     """Factor on cosines and sines."""
+    num_outputs: int | None = None
+    """Values of a token's output; None for the vocabulary."""
+    is_causal: bool = True
+    """A token sees those before it; or else all of its row, which is one step's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

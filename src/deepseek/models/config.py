@@ -257,6 +257,9 @@ class EncoderConfig(Config):
     activation: Literal["gelu", "gelu_new", "relu"] = "gelu"
     has_pooler: bool = True
     """The checkpoint carries the first token's pooling layer."""
+    labels: tuple[str, ...] = ()
+    """Names of the classes that the classifier tells apart, in the order of its logits; empty for
+    no classifier."""
     pooling: Literal["mean", "first"] = "mean"
     """How `embed` makes one vector of a text's states."""
     normalize: bool = True
@@ -275,3 +278,13 @@ class EncoderConfig(Config):
         if self.hidden_size % self.num_heads:
             must = f"a multiple of num_heads ({self.num_heads})"
             raise ConfigError(describe("hidden_size", "EncoderConfig", must, self.hidden_size))
+        if self.labels and not self.has_pooler:
+            must = "True where there are labels: the classifier reads its output"
+            raise ConfigError(describe("has_pooler", "EncoderConfig", must, self.has_pooler))
+        if len(set(self.labels)) < len(self.labels):
+            raise ConfigError(describe("labels", "EncoderConfig", "all different", self.labels))
+
+
+def cut(ids: list[int], limit: int) -> list[int]:
+    """Return the first token ids of a text and the one that ends it, `limit` in all."""
+    return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]

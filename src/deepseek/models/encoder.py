@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.models.config import EncoderConfig
+from deepseek.models.config import EncoderConfig, cut
 from deepseek.models.layers import embedding
 from deepseek.ops.attention import AttentionImpl, DenseKV, Layout, attention
 from deepseek.ops.linear import Linear
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from deepseek.data import Tokenizer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,6 +38,20 @@ class EncoderOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None
     """Embedding output and each layer's: layers + 1 tensors [B, T, hidden]; None unless asked
     for."""
+    logits: Tensor | None = None
+    """[B, labels]: of the classes; None where there is no classifier."""
+
+
+class Runner(Protocol):
+    """Computes what an encoder makes of token ids of texts."""
+
+    def vectors(self, model: Encoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return float32 [n, hidden], as `Encoder.embed` has them."""
+        ...
+
+    def logits(self, model: Encoder, texts: Sequence[Sequence[int]]) -> np.ndarray:
+        """Return float32 [n, labels]."""
+        ...
 
 
 class Embeddings(nn.Module):
@@ -118,7 +134,12 @@ class LayerStack(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it."""
+    """A BERT-type encoder. `tokenizer` and `bundle` are set by whoever loads it.
+
+    With `labels` in its config it classifies texts too, as transformers'
+    `BertForSequenceClassification` does: a linear map of the pooler's output. Deviation: no
+    dropout.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -128,8 +149,13 @@ class Encoder(nn.Module):
         self.pooler: nn.ModuleDict | None = None
         if config.has_pooler:
             self.pooler = nn.ModuleDict({"dense": Linear(config.hidden_size, config.hidden_size)})
+        self.classifier: Linear | None = None
+        if config.labels:
+            self.classifier = Linear(config.hidden_size, len(config.labels))
         self.tokenizer: Tokenizer | None = None
         self.bundle: object | None = None
+        self.runner: Runner | None = None
+        """Computes `embed` and `classify` in place of the modules: `load` sets it for a scheme."""
         self._initialize()
 
     def _initialize(self) -> None:
@@ -200,7 +226,22 @@ class Encoder(nn.Module):
             if output_hidden_states:
                 kept.append(states)
         pooled = None if self.pooler is None else torch.tanh(self.pooler["dense"](states[:, 0]))
-        return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None)
+        logits = None if self.classifier is None else self.classifier(pooled)
+        return EncoderOutput(states, pooled, tuple(kept) if output_hidden_states else None, logits)
+
+    def use_labels(self, labels: Sequence[str]) -> None:
+        """Give the encoder a fresh classifier of classes of these names, in place of what it had.
+
+        Raises:
+            ConfigError: names that are not all different, none, or an encoder without a pooler.
+        """
+        if not labels:
+            raise ConfigError(describe("labels", "Encoder", "at least one", list(labels)))
+        self.config = self.config.replace(labels=tuple(labels))
+        self.classifier = Linear(self.config.hidden_size, len(labels))
+        nn.init.normal_(self.classifier.weight, std=self.config.init_std)
+        nn.init.zeros_(self.classifier.bias)
+        self.classifier.to(self.device, self.dtype)
 
     def embed(self, texts: Sequence[str], *, batch_size: int = 32) -> Tensor:
         """Return one vector per text, [n, hidden], pooled and normalized as the config says,
@@ -211,36 +252,73 @@ class Encoder(nn.Module):
         Raises:
             ConfigError: the model has no tokenizer, or a single text was given.
         """
+        encoded = self._encoded(texts, "embed")
+        if self.runner is not None:
+            return torch.from_numpy(self.runner.vectors(self, encoded)).to(self.dtype)
+        return self._in_batches(encoded, batch_size, self.config.hidden_size, self._pooled)
+
+    def classify(self, texts: Sequence[str], *, batch_size: int = 32) -> list[str]:
+        """Return the label of each text, without gradient; long ones are cut as by `embed`.
+
+        Raises:
+            ConfigError: the model has no classifier or no tokenizer, or a single text was given.
+        """
+        labels = self.config.labels
+        if self.classifier is None:
+            step = "Load a bundle that has one, or train one with deepseek.train.fit_classifier"
+            raise ConfigError(describe("classifier", "Encoder.classify", "there", None, step))
+        encoded = self._encoded(texts, "classify")
+        if self.runner is not None:
+            logits = torch.from_numpy(self.runner.logits(self, encoded))
+        else:
+            logits = self._in_batches(encoded, batch_size, len(labels), self._logits)
+        return [labels[number] for number in logits.argmax(-1).tolist()]
+
+    def _encoded(self, texts: Sequence[str], method: str) -> list[list[int]]:
+        owner = f"Encoder.{method}"
         if isinstance(texts, str):
-            must = "a list of texts"
-            raise ConfigError(describe("texts", "Encoder.embed", must, texts, "Put it in a list"))
+            raise ConfigError(
+                describe("texts", owner, "a list of texts", texts, "Put it in a list")
+            )
         if self.tokenizer is None:
             step = "Load a bundle with a tokenizer, or call the model with input_ids"
-            raise ConfigError(describe("tokenizer", "Encoder.embed", "loaded", None, step))
+            raise ConfigError(describe("tokenizer", owner, "loaded", None, step))
         limit = self.config.max_embed_tokens or self.config.max_positions
-        encoded = [self._cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
+        return [cut(ids, limit) for ids in self.tokenizer.encode_batch(list(texts))]
+
+    def _in_batches(
+        self,
+        encoded: Sequence[Sequence[int]],
+        batch_size: int,
+        width: int,
+        compute: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Return what `compute` makes of the ids and the mask of each batch, [n, width], in the
+        order of the texts."""
         order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-        vectors = torch.empty(len(encoded), self.config.hidden_size, dtype=self.dtype)
+        found = torch.empty(len(encoded), width, dtype=self.dtype)
         with torch.inference_mode():
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                vectors[chosen] = self._embed_batch([encoded[index] for index in chosen])
-        return vectors
+                found[chosen] = compute(*self.padded([encoded[index] for index in chosen])).cpu()
+        return found
 
-    @staticmethod
-    def _cut(ids: list[int], limit: int) -> list[int]:
-        """Return the first tokens of a text and the one that ends it, `limit` in all."""
-        return ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]]
-
-    def _embed_batch(self, encoded: Sequence[Sequence[int]]) -> Tensor:
+    def padded(self, encoded: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return the ids of texts side by side and their mask, int64 [n, longest] each."""
         lengths = torch.tensor([len(ids) for ids in encoded])
         input_ids = torch.full((len(encoded), int(lengths.max())), self.config.pad_token_id or 0)
         for row, ids in enumerate(encoded):
             input_ids[row, : len(ids)] = torch.tensor(ids)
-        mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).to(self.device)
-        states = self(input_ids.to(self.device), mask).last_hidden_state
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        return input_ids.to(self.device), mask.long().to(self.device)
+
+    def _pooled(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        states = self(input_ids, mask).last_hidden_state
         if self.config.pooling == "first":
             pooled = states[:, 0]
         else:
-            pooled = (states * mask[..., None]).sum(1) / lengths[:, None].to(states)
+            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).to(states)
         return F.normalize(pooled, dim=-1) if self.config.normalize else pooled
+
+    def _logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return self(input_ids, mask).logits

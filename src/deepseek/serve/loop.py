@@ -9,6 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from deepseek.data import Tokenizer
 from deepseek.errors import DeepseekError
@@ -24,6 +26,8 @@ from deepseek.serve.generation import (
     Output,
     TokenChoice,
 )
+
+T = TypeVar("T")
 
 LOG = logging.getLogger("deepseek.serve")
 
@@ -81,6 +85,7 @@ class EngineLoop:
         self._on_step, self._on_death = on_step, on_death
         self._numbers = itertools.count()
         self._incoming: deque[tuple[str, Ticket]] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wakes = threading.Condition()
         self._under_way: dict[str, Ticket] = {}
         self._is_stopping = self._is_draining = self._audits = False
@@ -129,6 +134,22 @@ class EngineLoop:
             self._wakes.notify()
         return ticket
 
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine's thread between two steps; what it does must be short.
+
+        The future gets an `EngineError` where the engine ends before.
+
+        Raises:
+            EngineError: the engine is not running any more.
+        """
+        future: Future[T] = Future()
+        with self._wakes:
+            if self.death is not None or self._is_draining:
+                raise EngineError("The engine is not running any more. Try another server")
+            self._calls.append((function, future))
+            self._wakes.notify()
+        return future
+
     def cancel(self, ticket: Ticket) -> None:
         """Say that nobody waits for a request any more; nothing more is delivered for it."""
         with self._wakes:
@@ -149,7 +170,7 @@ class EngineLoop:
         """Wait until there is something to do; return False when the loop shall end."""
         with self._wakes:
             while not self._is_stopping:
-                if self._incoming or self._under_way:
+                if self._incoming or self._under_way or self._calls:
                     return True
                 if self._is_draining:
                     return False
@@ -163,6 +184,10 @@ class EngineLoop:
             self.death = error
             tickets = [ticket for kind, ticket in self._incoming if kind == "submit"]
             self._incoming.clear()
+            calls, self._calls = self._calls, deque()
+        for _, future in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError("The engine ended"))
         tickets += self._under_way.values()
         self._under_way.clear()
         told = error if isinstance(error, EngineError) else EngineError("The engine died")
@@ -173,6 +198,7 @@ class EngineLoop:
     def advance(self) -> None:
         """Take what came in and run one step; with nothing to do, a part of an audit."""
         given = self._take_incoming()
+        self._call_next()
         if self._auditor is not None and not self._under_way:
             self._audits = self._auditor.advance()
         start_s = self._clock()
@@ -191,6 +217,19 @@ class EngineLoop:
                 self._on_step(step, end_s - start_s)
         if given:
             self._deliver(given)
+
+    def _call_next(self) -> None:
+        """Run the oldest call, one between two steps."""
+        with self._wakes:
+            if not self._calls:
+                return
+            function, future = self._calls.popleft()
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
 
     def _take_incoming(self) -> list[Delivery]:
         with self._wakes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
+    from deepseek.train.classifier import ClassifierSettings, fit_classifier
     from deepseek.train.config import ExitLoss, LowRank, Run, Source, Stage, read_run
     from deepseek.train.loop import Progress
     from deepseek.train.objective import Objective, Part
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from deepseek.train.stopping import Interrupted
 
 __all__ = [
+    "ClassifierSettings",
     "ExitLoss",
     "Interrupted",
     "LowRank",
@@ -23,6 +25,7 @@ __all__ = [
     "Run",
     "Source",
     "Stage",
+    "fit_classifier",
     "prove_run",
     "read_run",
     "train",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ClassifierSettings": "classifier",
     "ExitLoss": "config",
     "Interrupted": "stopping",
     "LowRank": "config",
@@ -39,6 +43,7 @@ _HOMES = {
     "Run": "config",
     "Source": "config",
     "Stage": "config",
+    "fit_classifier": "classifier",
     "prove_run": "start",
     "read_run": "config",
     "train": "start",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from deepseek.cli.models import add_attention_argument, add_scheme_argument, positive
 from deepseek.cli.output import Output
 from deepseek.cli.serve_access import key_store
-from deepseek.cli.serve_beside import Beside, event_sink, load_adapters
+from deepseek.cli.serve_beside import Beside, event_sink, load_adapters, load_embedder
 from deepseek.cli.serve_engine import served_engine
 from deepseek.cli.serve_options import (
     add_engine_arguments,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from deepseek.serve.api.auth import KeyStore
     from deepseek.serve.automatic import Values
     from deepseek.serve.durable import DurableState
+    from deepseek.serve.embedding import Embedder
     from deepseek.serve.service import Service
 
 EXAMPLE = "deepseek serve smollm2-135m --scheme int8 --port 8000"
@@ -91,12 +92,27 @@ def run(args: argparse.Namespace, out: Output) -> int:
     try:
         keys = key_store(args, state)
         service, _, adapters = _service(args, served, out)
-        beside = Beside.of(args, state, adapters)
+        embedder = _embedder(args, served, service)
+        beside = Beside.of(state, adapters, embedder)
         received = asyncio.run(_serve(args, service, beside, keys, out))
     finally:
         if state is not None:
             state.close()
     return 130 if received is signal.SIGINT else out.finish({"model": args.model})
+
+
+def _embedder(args: argparse.Namespace, served: Served, service: Service) -> Embedder | None:
+    """Return what gives vectors: an encoder, or the states of the model itself; None where it runs
+    through its modules and no encoder was named."""
+    from deepseek.generate import Engine
+    from deepseek.serve.runtime.embedder import DecoderEmbedder
+
+    if args.embeddings is not None:
+        return load_embedder(args)
+    if not isinstance(served.engine, Engine):
+        return None
+    name = args.name or args.model
+    return DecoderEmbedder(served.engine, name, service.engine.call, pooling=args.pooling)
 
 
 def state_folder(args: argparse.Namespace) -> Path:

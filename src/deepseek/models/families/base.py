@@ -26,6 +26,10 @@ class Family:
     """Return the fields of theirs that say what ours says."""
     renames: tuple[tuple[str, str], ...] = ()
     """Regular expressions and replacements that turn their weight names into ours."""
+    classifier: str | None = None
+    """Class name in `architectures` of the model with a classifier of sequences."""
+    body: str = ""
+    """What stands before the names of that model's weights, those of the classifier apart."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of weights of theirs that the model does not use."""
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from deepseek.errors import FormatError, describe
 from deepseek.models.config import EncoderConfig
 from deepseek.models.families.base import Family, HFConfig, refuse, required
+
+_CLASSIFIER = "BertForSequenceClassification"
 
 
 def read_bert(hf: HFConfig) -> EncoderConfig:
     """Return the config of a BERT folder."""
     refuse(hf, "position_embedding_type", ("absolute",))
     refuse(hf, "hidden_act", ("gelu", "gelu_new", "relu"))
+    labels = _labels(hf) if _CLASSIFIER in (hf.get("architectures") or ()) else ()
     return EncoderConfig(
         vocab_size=required(hf, "vocab_size"),
         hidden_size=required(hf, "hidden_size"),
@@ -24,12 +28,25 @@ def read_bert(hf: HFConfig) -> EncoderConfig:
         activation=hf.get("hidden_act") or "gelu",
         init_std=float(hf.get("initializer_range") or 0.02),
         pad_token_id=hf.get("pad_token_id"),
+        labels=labels,
     )
+
+
+def _labels(hf: HFConfig) -> tuple[str, ...]:
+    """Return the names of a classifier's classes; without them transformers has two."""
+    refuse(hf, "problem_type", (None, "single_label_classification"))
+    names = {int(number): name for number, name in (hf.get("id2label") or {}).items()}
+    if not names:
+        return ("LABEL_0", "LABEL_1")
+    if sorted(names) != list(range(len(names))):
+        must = "numbered from 0 without a gap"
+        raise FormatError(describe("id2label", "config.json", must, sorted(names)[:5]))
+    return tuple(names[number] for number in range(len(names)))
 
 
 def write_bert(config: EncoderConfig) -> dict[str, Any]:
     """Return the BERT fields of a config."""
-    return {
+    written = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -43,6 +60,11 @@ def write_bert(config: EncoderConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
         "position_embedding_type": "absolute",
     }
+    if config.labels:
+        written["id2label"] = {str(number): name for number, name in enumerate(config.labels)}
+        written["label2id"] = {name: number for number, name in enumerate(config.labels)}
+        written["problem_type"] = "single_label_classification"
+    return written
 
 
 BERT = Family(
@@ -51,5 +73,7 @@ BERT = Family(
     read_bert,
     write_bert,
     renames=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+    classifier=_CLASSIFIER,
+    body="bert.",
     ignored=(r"position_ids$", r"^cls\."),
 )

@@ -13,7 +13,7 @@ from deepseek.models.config import DecoderConfig, EncoderConfig
 from deepseek.models.decoder import Decoder
 from deepseek.models.encoder import Encoder
 from deepseek.models.families.own import OWN
-from deepseek.models.families.table import our_name
+from deepseek.models.families.table import our_name, their_name
 
 _EXPERT = re.compile(
     r"^(?P<prefix>.*\.mlp\.experts)\.(?P<index>\d+)\.(?P<part>gate|up|down)_proj\.weight$"
@@ -86,7 +86,7 @@ def state_to_hf(
         match = None if config.family == OWN.model_type else _STACKED.match(name)
         if match is None:
             if not (tied and name == "lm_head.weight"):
-                written[name] = tensor
+                written[their_name(config, name)] = tensor
         elif match["part"] == "gate_up":
             for index, both in enumerate(tensor):
                 gate, up = both.chunk(2)

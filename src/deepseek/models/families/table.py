@@ -55,7 +55,9 @@ def config_to_hf(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
     family = FAMILIES[config.family]
     if isinstance(config, DecoderConfig) and config.family != OWN.model_type:
         _check_expressible(config, family)
-    header = {"model_type": family.model_type, "architectures": [family.architecture]}
+    has_classifier = isinstance(config, EncoderConfig) and config.labels
+    architecture = family.classifier if has_classifier else family.architecture
+    header = {"model_type": family.model_type, "architectures": [architecture]}
     return header | family.write(config)
 
 
@@ -80,6 +82,14 @@ def our_name(config: DecoderConfig | EncoderConfig, name: str) -> str | None:
     if config.family == DEEPSEEK_V3.model_type and _is_prediction_layer(name, config.num_layers):
         return None
     return name
+
+
+def their_name(config: DecoderConfig | EncoderConfig, name: str) -> str:
+    """Return the name that a weight of ours has in a checkpoint that this package writes."""
+    has_classifier = isinstance(config, EncoderConfig) and config.labels
+    if not has_classifier or name.startswith("classifier."):
+        return name
+    return FAMILIES[config.family].body + name
 
 
 def _is_prediction_layer(name: str, num_layers: int) -> bool:

@@ -47,12 +47,15 @@ Instruction instruction_of(const nb::dict& d) {
           : op == "swiglu" ? Op::swiglu
           : op == "attend" ? Op::attend
           : op == "copy"   ? Op::copy
+          : op == "layer_norm" ? Op::layer_norm
                            : Op::experts;
   auto number = [&](const char* name, int other) {
     return d.contains(name) ? nb::cast<int>(d[name]) : other;
   };
   in.in = number("input", 0), in.out = number("output", 0), in.norm = number("norm", -1);
   if (d.contains("weights")) in.weights = nb::cast<std::vector<int>>(d["weights"]);
+  in.bias = number("bias", -1), in.positions = number("positions", -1), in.types = number("types", -1);
+  in.is_head = number("is_head", 0), in.activation = Activation(number("activation", 0));
   in.adds = number("adds", 0), in.rows = RowSet(number("selected", 0));
   if (d.contains("closes_below")) in.closes_below = nb::cast<float>(d["closes_below"]);
   in.gates = number("gates", -1);
@@ -72,6 +75,8 @@ std::unique_ptr<Program> make_program(const std::string& isa, const nb::dict& sh
   s.heads = nb::cast<int>(shape["heads"]), s.kv_heads = nb::cast<int>(shape["kv_heads"]);
   s.head_dim = nb::cast<int>(shape["head_dim"]), s.layers = nb::cast<int>(shape["layers"]);
   s.vocab = nb::cast<int>(shape["vocab"]), s.norm_eps = nb::cast<float>(shape["norm_eps"]);
+  s.outputs = shape.contains("outputs") ? nb::cast<int>(shape["outputs"]) : s.vocab;
+  if (shape.contains("is_causal")) s.is_causal = nb::cast<bool>(shape["is_causal"]);
   s.rope_factor = nb::cast<float>(shape["rope_factor"]);
   s.score_scale = nb::cast<float>(shape["score_scale"]);
   s.inverse_frequencies = nb::cast<std::vector<float>>(shape["inverse_frequencies"]);
@@ -134,12 +139,17 @@ std::pair<uintptr_t, size_t> packed(const Program& program, size_t index) {
 
 void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
          Array<const int32_t> positions, Array<const int32_t> rows, Array<const int32_t> table,
-         Array<const int32_t> selected, Array<float> logits, std::optional<Array<const int32_t>> adapters) {
+         Array<const int32_t> selected, Array<float> logits, std::optional<Array<const int32_t>> adapters,
+         std::optional<Array<const int32_t>> types, bool states) {
+  if (types && types->size() != tokens.size())
+    throw std::invalid_argument("tokens and types must have one length");
+  if (states && !program.states_width()) throw std::invalid_argument("a program without a head has no states");
   if (adapters && adapters->size() != tokens.size())
     throw std::invalid_argument("tokens and adapters must have one length");
   if (positions.size() != tokens.size() || rows.size() != tokens.size() || table.ndim() != 2)
     throw std::invalid_argument("tokens, positions and rows must have one length");
-  if (logits.size() < selected.size() * size_t(program.shape().vocab))
+  int width = states ? program.states_width() : program.shape().outputs;
+  if (logits.size() < selected.size() * size_t(width))
     throw std::invalid_argument("logits must hold a row for each selected token");
   Step step;
   step.count = int(tokens.size());
@@ -150,6 +160,7 @@ void run(Program& program, KvPages& pages, Array<const int32_t> tokens,
   step.selected = selected.data(), step.num_selected = int(selected.size());
   step.logits = logits.data();
   step.adapters = adapters ? adapters->data() : nullptr;
+  step.types = types ? types->data() : nullptr, step.is_states = states;
   nb::gil_scoped_release release;
   program.run(step, pages);
 }
@@ -248,7 +259,8 @@ NB_MODULE(_cpu, m) {
            [](Program& p, Array<const float> v) { return p.add_vector(v.data(), int(v.size())); })
       .def("start", &Program::start)
       .def("run", &run, nb::arg("pages"), nb::arg("tokens"), nb::arg("positions"), nb::arg("rows"), nb::arg("table"),
-           nb::arg("selected"), nb::arg("logits"), nb::arg("adapters") = nb::none())
+           nb::arg("selected"), nb::arg("logits"), nb::arg("adapters") = nb::none(),
+           nb::arg("types") = nb::none(), nb::arg("states") = false)
       .def("add_adapter", &add_adapter, nb::arg("matrices"))
       .def("drop_adapter", &Program::drop_adapter, nb::arg("number"))
       .def_prop_ro("adapter_bytes", &Program::adapter_bytes)

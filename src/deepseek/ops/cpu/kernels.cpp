@@ -4,6 +4,7 @@
 #include "peak.h"
 #include "../attention/cpu/pages.h"
 #include "../attention/cpu/choice.h"
+#include "../linear/cpu/activations.h"
 #include "../linear/cpu/low_rank.h"
 #include "../linear/cpu/packing.h"
 #include "../linear/cpu/products.h"
@@ -28,6 +29,9 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .linear = DEEPSEEK_LINEAR,
+    .activate = activate,
+    .rms_norm = ::rms_norm,
+    .layer_norm = ::layer_norm,
     .silu_mul = silu_mul,
     .low_rank_down = low_rank_down,
     .low_rank_up = low_rank_up,

@@ -166,7 +166,7 @@ int Program::add_room(Kind kind, int group, bool rotated, int n, int k, const fl
 int Program::add_vector(const float* values, int count) {
   float* copy = (float*)allocate((count + 16) * sizeof(float));
   std::memcpy(copy, values, count * sizeof(float));
-  vectors_.push_back(copy);
+  vectors_.push_back(copy), vector_counts_.push_back(count);
   return int(vectors_.size()) - 1;
 }
 
@@ -234,6 +234,10 @@ void Program::check(const Step& s, const KvPages& pages) const {
   if (pages.most_chosen() < shape_.route.most() || pages.has_means() < shape_.route.has_means ||
       pages.has_summaries() < shape_.route.has_summaries)
     refuse("pages made for a program that is not routed");
+  check_tables(s);
+  if (!shape_.is_causal)
+    for (int i = 0; i < s.count; ++i)
+      if ((i == 0 || s.rows[i] != s.rows[i - 1]) && s.positions[i] != 0) refuse("a row must be whole");
   if (s.num_selected > max_tokens_) refuse("more tokens selected than a step takes");
   for (int i = 0; i < s.num_selected; ++i)
     if (s.selected[i] < 0 || s.selected[i] >= s.count) refuse("selected token out of range");
@@ -247,7 +251,7 @@ void Program::run(const Step& step, KvPages& pages) {
     int stop = i + 1;
     while (stop < step.count && step.rows[stop] == step.rows[i]) ++stop;
     pass.runs.push_back({i, stop - i, step.rows[i]});
-    pass.is_decode = pass.is_decode && stop - i == 1;
+    pass.is_decode = pass.is_decode && stop - i == 1 && shape_.is_causal;
     pass.last_position = std::max(pass.last_position, int(step.positions[stop - 1]));
     i = stop;
   }
@@ -265,6 +269,7 @@ void Program::run(const Step& step, KvPages& pages) {
 
 void Program::turn_back(KvPages& pages, const int32_t* numbers, int count, int positions) {
   auto refuse = [](const char* what) { throw std::invalid_argument(what); };
+  if (shape_.inverse_frequencies.empty()) refuse("heads that are not rotated cannot be turned back");
   if (positions < 0) refuse("pages are turned back by no less than 0 positions");
   for (int i = 0; i < count; ++i)
     if (numbers[i] < 0 || numbers[i] >= pages.num_pages) refuse("page outside the pool");
@@ -323,6 +328,7 @@ void Program::work(Pass& pass, int thread) {
   note(instructions_.size());
   for (int i = 0; i < int(instructions_.size()); ++i) {
     const Instruction& in = instructions_[i];
+    if (in.is_head && pass.step.is_states) return put_states(pass, in, thread);
     switch (in.op) {
       case Op::embed: embed(pass, in, thread); break;
       case Op::copy: copy(pass, in, thread); break;
@@ -330,6 +336,7 @@ void Program::work(Pass& pass, int thread) {
       case Op::swiglu: linear(pass, in, i, thread); break;
       case Op::attend: attend(pass, in, i, thread); break;
       case Op::experts: experts(pass, in, i, thread); break;
+      case Op::layer_norm: layer_norm(pass, in, thread); break;
     }
     pool_.barrier().wait();
     note(i);
@@ -337,7 +344,7 @@ void Program::work(Pass& pass, int thread) {
 }
 
 void Program::prepare_step(Pass& pass, int thread) {
-  int half = shape_.head_dim / 2;
+  int half = shape_.inverse_frequencies.empty() ? 0 : shape_.head_dim / 2;
   auto [start, stop] = share(pass.step.count, pool_.size(), thread);
   for (int t = start; t < stop; ++t)
     for (int i = 0; i < half; ++i) {
@@ -403,6 +410,7 @@ void Program::embed(Pass& pass, const Instruction& in, int thread) {
   for (int t = start; t < stop; ++t) {
     embed_row(w, pass.step.tokens[t], padded.data());
     std::memcpy(buffer(in.out) + size_t(t) * w.k, padded.data(), w.k * sizeof(float));
+    add_tables(pass, in, t);
   }
 }
 
@@ -417,11 +425,11 @@ int Program::source_of(const Pass& pass, const Instruction& in, int row) const {
 
 void Program::copy(Pass& pass, const Instruction& in, int thread) {
   auto [start, stop] = share(rows_of(pass, in), pool_.size(), thread);
-  int width = buffers_[in.out].width;
+  float* out = in.out < 0 ? pass.step.logits : buffer(in.out);
+  int width = buffers_[in.in].width;
   for (int r = start; r < stop; ++r) {
     int source = source_of(pass, in, r);
-    std::memcpy(buffer(in.out) + size_t(r) * width, buffer(in.in) + size_t(source) * width,
-                width * sizeof(float));
+    std::memcpy(out + size_t(r) * width, buffer(in.in) + size_t(source) * width, width * sizeof(float));
   }
 }
 
@@ -488,7 +496,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
     pool_.barrier().wait();
   }
   float* out = in.out < 0 ? pass.step.logits : buffer(in.out);
-  ptrdiff_t stride = in.out < 0 ? shape_.vocab : buffers_[in.out].width;
+  ptrdiff_t stride = in.out < 0 ? shape_.outputs : buffers_[in.out].width;
   Store store = in.adds ? Store::add : Store::set;
   // the panels of all weights of the instruction, side by side in the output
   int panels = 0;
@@ -502,7 +510,7 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
         if (p < part.panels()) {
           kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
           if (has_adapters) project_up(pass, in, place, p, 0, rows, target + p * kPanel, stride);
-          if (in.closes_below >= 0) become_gates(in, rows, p * kPanel, std::min(part.n, (p + 1) * kPanel));
+          finish_panel(in, rows, p * kPanel, std::min(part.n - p * kPanel, kPanel), target + p * kPanel, stride);
           return;
         }
         p -= part.panels(), target += part.n;
@@ -517,6 +525,13 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   } else {
     for (int p; (p = counters_[kCounters * index].fetch_add(1)) < panels;) unit(p);
   }
+}
+
+// What a product becomes while it is still near: `columns` from `first` on of each row, at `out`.
+void Program::finish_panel(const Instruction& in, int rows, int first, int columns, float* out, ptrdiff_t stride) {
+  if (in.closes_below >= 0) become_gates(in, rows, first, first + columns);
+  if (in.activation == Activation::none) return;
+  for (int r = 0; r < rows; ++r) kernels_.activate(in.activation, out + r * stride, columns);
 }
 
 // Makes gates of the columns first ... last - 1 of what was computed.
@@ -544,6 +559,7 @@ int Program::open_heads(const Instruction& in, int token, int first, int count, 
 }
 
 void Program::rope_head(const Pass&, int token, float* head, int norm) const {
+  if (shape_.inverse_frequencies.empty()) return;
   size_t angles = size_t(token) * (shape_.head_dim / 2);
   kernels_.rope(head, shape_.head_dim, &cosines_[angles], &sines_[angles],
                 norm < 0 ? nullptr : vectors_[norm], shape_.norm_eps);
@@ -628,8 +644,9 @@ void Program::attend_block(Pass& pass, const Instruction& in, const Run& run, in
     }
     int first = in.window > 0 ? std::max(0, position + 1 - in.window) : 0;
     places[count] = {token, head};
-    m.queries[count++] = {query_of(in, token, head), first, position + 1};
-    low = std::min(low, first), high = std::max(high, position + 1);
+    int behind = shape_.is_causal ? position + 1 : run.count;
+    m.queries[count++] = {query_of(in, token, head), first, behind};
+    low = std::min(low, first), high = std::max(high, behind);
   }
   if (!count) return;
   kernels_.load_queries(l, m.queries, count, m.scratch);

@@ -16,7 +16,7 @@
 
 namespace deepseek {
 
-enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4, copy = 5 };
+enum class Op : int { embed = 0, linear = 1, swiglu = 2, attend = 3, experts = 4, copy = 5, layer_norm = 6 };
 
 // Rows of an instruction: those of all tokens; of all tokens' those whose logits were asked for, side
 // by side in the output; or rows that were picked so before.
@@ -27,8 +27,12 @@ struct Instruction {
   Op op = Op::linear;
   int in = 0, out = 0;
   int norm = -1;                   // RMS norm of the input: index of a vector, -1 for none
+  int bias = -1;                   // layer_norm: what is added behind `norm`, which is its weight
+  int positions = -1, types = -1;  // embed: tables of a row for each position and token type, -1 for none
   std::vector<int> weights;        // swiglu: gate, up; experts: gate, up, down of each in turn
   bool adds = false;               // add to `out` in place of setting it
+  bool is_head = false;            // the first of those that make the step's output of its last states
+  Activation activation = Activation::none;  // linear: of its outputs
   RowSet rows = RowSet::all;
   float closes_below = -1.0f;      // linear: where not negative, outputs x become gates 2 / (1 + e^-x), 0 below it
   // attend
@@ -63,8 +67,10 @@ struct Route {
 
 struct Shape {
   int heads = 0, kv_heads = 0, head_dim = 0, layers = 0, vocab = 0;
+  int outputs = 0;          // of a selected token: the vocabulary, or what an encoder's head gives
+  bool is_causal = true;    // a token sees those before it; or else all of its row, which is one step's
   float norm_eps = 1e-6f, rope_factor = 1.0f, score_scale = 0.0f;
-  std::vector<float> inverse_frequencies;  // [head_dim / 2]
+  std::vector<float> inverse_frequencies;  // [head_dim / 2]; empty: heads are not rotated
   Route route;
 };
 
@@ -78,7 +84,9 @@ struct Step {
   int pages_per_row = 0;
   const int32_t* selected = nullptr;     // tokens whose logits are wanted
   int num_selected = 0;
-  float* logits = nullptr;               // [num_selected][vocab]
+  float* logits = nullptr;               // [num_selected][outputs], or [num_selected][width of the states]
+  bool is_states = false;                // the output is the states that the head would read, normed
+  const int32_t* types = nullptr;        // token type of each token; null: all are of type 0
   const int32_t* adapters = nullptr;     // number of each token's adapter, -1 for none; null: none has one
 };
 
@@ -163,6 +171,7 @@ class Program {
   const Shape& shape() const { return shape_; }
   const Kernels& kernels() const { return kernels_; }
   void embed_row(const Weight& w, int row, float* out) const;
+  int states_width() const;  // of the states that the head reads; 0 where there is no head
   const std::vector<Weight>& weights() const { return weights_; }
   // Seconds spent in each instruction, on thread 0, since the program was made.
   std::vector<double> seconds;
@@ -202,6 +211,7 @@ class Program {
   void copy(Pass& pass, const Instruction& in, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
+  void finish_panel(const Instruction& in, int rows, int first, int columns, float* out, ptrdiff_t stride);
   void become_gates(const Instruction& in, int rows, int first, int last);
   float gate_of(const Instruction& in, int token, int head) const;
   bool is_closed(const Instruction& in, int token, int head) const { return gate_of(in, token, head) == 0; }
@@ -217,6 +227,11 @@ class Program {
   void write_out(const Instruction& in, int token, int head, const float* sums, float total) const;
   Attend attend_of(const Pass& pass, const Instruction& in, const Run& run, int kv_head) const;
   void plan_blocks(Pass& pass) const;
+  // encoder.cpp: what encoders have beside these, and states as the output
+  void add_tables(const Pass& pass, const Instruction& in, int token) const;
+  void check_tables(const Step& step) const;
+  void layer_norm(const Pass& pass, const Instruction& in, int thread);
+  void put_states(const Pass& pass, const Instruction& head, int thread) const;
   // adapters.cpp: what adapters add to products
   bool can_adapt(int weight) const;
   void plan_adapters(Pass& pass);
@@ -279,6 +294,7 @@ class Program {
   size_t arena_used_ = 0;
   std::vector<Weight> weights_;
   std::vector<const float*> vectors_;
+  std::vector<int> vector_counts_;
   Memory states_, scratch_, partials_, scores_;
   std::vector<RouteMemory> routes_;
   size_t inputs_bytes_ = 0, thread_offset_ = 0, thread_bytes_ = 0, input_row_bytes_ = 0;

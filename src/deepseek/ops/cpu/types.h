@@ -76,6 +76,9 @@ struct Inputs {
 
 enum class Store : int { set = 0, add = 1 };
 
+// Of the outputs of a product; gelu_tanh is transformers' gelu_new.
+enum class Activation : int { none = 0, gelu = 1, gelu_tanh = 2, relu = 3, tanh = 4 };
+
 // What an adapter adds to the product of a weight [n, k]: scale * up (down x), in float32.
 // Source: Hu et al., "LoRA" (2106.09685), section 4.1; up and down are their B and A.
 struct LowRank {
@@ -145,6 +148,9 @@ struct Kernels {
   // Products ----------------------------------------------------------------------------------
   void (*linear)(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
                  float* out, ptrdiff_t stride, Store store);
+  void (*activate)(Activation kind, float* x, int count);
+  void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int count);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* out, int count);
   void (*silu_mul)(const float* gate, const float* up, float* out, int count);
   // hidden[i] = scale * down x[i] of `count` rows, in kRankBlock ranks from `rank` on.
   void (*low_rank_down)(const LowRank& a, const float* const* x, float* const* hidden, int count, int rank);

@@ -78,9 +78,7 @@ void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
       total = add_i(total, q);
       store_s8(target + i, q);
     }
-    int32_t lanes[kLanes], count = 0;
-    std::memcpy(lanes, &total, sizeof(lanes));
-    for (int i = 0; i < kLanes; ++i) count += lanes[i];
+    int32_t count = int32_t(sum(to_float(total)));  // exact: below 2^24
     scales[g] = scale;
     if (is_int8) int_terms[g] = -128 * count;
     else float_terms[g] = scale * float(count);
