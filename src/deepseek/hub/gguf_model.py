@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from deepseek.errors import FormatError, describe
+from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.hub.gguf import GgufFile
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ _LAYER_NAMES: Mapping[str, str] = {
     "ffn_down": "mlp.down_proj",
 }
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_OUR_TENSOR = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(weight|bias)")
 
 # (low frequency factor, high frequency factor, original length) of the published Llama 3 models
 _LLAMA3_SCALINGS = ((1.0, 4.0, 8192),)
@@ -210,6 +211,31 @@ def hf_name(file: GgufFile, name: str) -> str:
         must = f"a tensor of a {file.text('general.architecture')} model"
         raise FormatError(describe("tensor", str(file.path), must, name))
     return f"model.layers.{int(found[1])}.{_LAYER_NAMES[found[2]]}.{found[3]}"
+
+
+def gguf_name(name: str) -> str:
+    """Return the GGUF name of a weight of ours; the inverse of `hf_name`.
+
+    Raises:
+        ConfigError: the architectures have no such tensor.
+    """
+    for theirs, ours in _TOP_NAMES.items():
+        if ours == name:
+            return theirs
+    found = _OUR_TENSOR.fullmatch(name)
+    stem = next((key for key, ours in _LAYER_NAMES.items() if found and found[2] == ours), None)
+    if found is None or stem is None:
+        raise ConfigError(describe("weight", "GGUF", "one that its architectures have", name))
+    return f"blk.{found[1]}.{stem}.{found[3]}"
+
+
+def permuted_rows(rows: int, num_heads: int) -> npt.NDArray[np.int64]:
+    """Return the order in which `llama` files hold the rows of a query or key projection: those
+    that turn together side by side.
+
+    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py.
+    """
+    return np.arange(rows).reshape(num_heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def _weight(file: GgufFile, name: str, dtype: torch.dtype | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ those of the models' own `tokenizer.json`, which is also what llama.cpp follows.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from tokenizers import (
@@ -70,6 +71,36 @@ SPLITS: Mapping[str, Split] = {
     "tekken": Split(_TEKKEN, whole_words_first=True, bos=True),
 }
 """By `tokenizer.ggml.pre`."""
+
+
+def pre_tokenizer_name(backend: Tokenizer) -> str | None:
+    """Return the name by which GGUF says how a byte-level tokenizer cuts text; None where it has no
+    name for it.
+
+    Args:
+        backend: any tokenizer.
+    """
+    content = json.loads(backend.to_str())
+    first = content["pre_tokenizer"] or {}
+    steps = first.get("pretokenizers", [first])
+    kinds = [step.get("type") for step in steps]
+    if content["model"]["type"] != "BPE" or kinds[-1] != "ByteLevel":
+        return None
+    regex = next((step["pattern"].get("Regex") for step in steps if step["type"] == "Split"), None)
+    digits = any(step["type"] == "Digits" and step["individual_digits"] for step in steps)
+    found = Split(
+        regex,
+        single_digits=digits,
+        whole_words_first=content["model"]["ignore_merges"],
+        nfc=(content["normalizer"] or {}).get("type") == "NFC",
+    )
+    expected = ["Digits"] * digits + ["Split"] * (regex is not None) + ["ByteLevel"]
+    if kinds != expected or steps[-1]["use_regex"] != (regex is None):
+        return None
+    for name in ("smollm", *SPLITS):  # of those that cut alike, the one that is best known
+        if dataclasses.replace(SPLITS[name], bos=False) == found:
+            return name
+    return None
 
 
 def read_tokenizer(file: GgufFile) -> BundleTokenizer | None:
