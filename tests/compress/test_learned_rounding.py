@@ -159,6 +159,6 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for settings in ({"steps": 0}, {"batch": 0}, {"rate": 0.6}, {"scale_rate": -1.0}):
         with pytest.raises(ConfigError, match="Learned"):
             Learned(**settings)
-    for settings in ({"steps": 0}, {"rate": 0.0}):
+    for settings in ({"steps": 0}, {"rate": 0.0}, {"batch": 0}):
         with pytest.raises(ConfigError, match="EndToEnd"):
             EndToEnd(**settings)
