@@ -105,6 +105,12 @@ def test_the_output_error_is_that_of_the_outputs() -> None:
     assert output_error(weight, other, gram) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_symmetric_codes_of_eight_bits_all_have_a_negative() -> None:
+    weight = -torch.rand(20, 64) - torch.eye(20, 64) * 3
+    codes = round_weight(weight, Grid(8, None, True)).codes.int() - 128
+    assert int(codes.min()) >= -127
+
+
 def test_a_group_that_does_not_divide_a_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="divisor of the 48 channels"):
         fit(torch.zeros(2, 48), Grid(4, 32, False))

@@ -132,6 +132,19 @@ def test_a_model_gets_nearer_to_its_teacher_by_scales_alone(is_encoder: bool) ->
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_padding_teaches_nothing() -> None:
+    model, batches = small_encoder(), samples(padded=True)
+    teacher, weights = copy.deepcopy(model), rounded(model)
+    others = [each._replace(input_ids=each.input_ids * each.attention_mask) for each in batches]
+    assert not torch.equal(others[0].input_ids, batches[0].input_ids)
+    settings = EndToEnd(steps=5, rate=5e-3)
+    found = [
+        learn_scales(model, teacher, weights, each, settings, "float32", seed=0)
+        for each in (batches, others)
+    ]
+    assert all(torch.equal(found[0][name].scale, found[1][name].scale) for name in weights)
+
+
 def distance(model: Model, teacher: Model, batch: object) -> float:
     assert isinstance(batch, tuple)
     if isinstance(model, Encoder):
@@ -146,6 +159,6 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for settings in ({"steps": 0}, {"batch": 0}, {"rate": 0.6}, {"scale_rate": -1.0}):
         with pytest.raises(ConfigError, match="Learned"):
             Learned(**settings)
-    for settings in ({"steps": 0}, {"rate": 0.0}):
+    for settings in ({"steps": 0}, {"rate": 0.0}, {"batch": 0}):
         with pytest.raises(ConfigError, match="EndToEnd"):
             EndToEnd(**settings)

@@ -27,10 +27,13 @@ class EndToEnd(Config):
     steps: int = 100
     rate: float = 5e-4
     """Of Adam, in shares of each scale; falls to 0 in a line."""
+    batch: int = 2
+    """Samples of a step, at most those of `Learned.batch`."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(describe("steps", "EndToEnd", "at least 1", self.steps))
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(describe(name, "EndToEnd", "at least 1", getattr(self, name)))
         if not 0 < self.rate <= 0.1:
             must = "above 0 and at most 0.1"
             raise ConfigError(describe("rate", "EndToEnd", must, self.rate))
@@ -91,7 +94,7 @@ def learn_scales(
         model: holds the numbers of `quantized`; is not changed.
         teacher: the model as it was.
         quantized: the weights whose scales are learned.
-        batches: one a step.
+        batches: samples.
         settings: steps and rate.
         precision: of products.
         seed: of the order of the batches.
@@ -107,11 +110,12 @@ def learn_scales(
     logs = {name: torch.zeros_like(each.scale).requires_grad_() for name, each in quantized.items()}
     optimizer = torch.optim.Adam(list(logs.values()), lr=settings.rate, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
+    parts = [part for batch in batches for part in _split(batch, settings.batch)]
     order: list[int] = []
     for step in range(settings.steps):
         goes_on(step / settings.steps)
-        order = order or torch.randperm(len(batches), generator=generator).tolist()
-        batch = batches[order.pop()]
+        order = order or torch.randperm(len(parts), generator=generator).tolist()
+        batch = parts[order.pop()]
         values = {
             f"model.{name}": Scaled.apply(_short(each.scale, logs[name]), levels[name], dtype)
             for name, each in quantized.items()
@@ -130,6 +134,13 @@ def learn_scales(
         name: dataclasses.replace(each, scale=_short(each.scale, logs[name]).detach())
         for name, each in quantized.items()
     }
+
+
+def _split(batch: Batch, size: int) -> list[Batch]:
+    """Return a batch in parts of at most so many rows."""
+    ids, mask = batch
+    masks = [None] * len(ids) if mask is None else mask.split(size)
+    return [Batch(*part) for part in zip(ids.split(size), masks, strict=False)]
 
 
 def _short(scale: Tensor, change: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from deepseek.ops.quantized import QuantizedWeight, short_scale
 
 _SHRINKS = tuple(1 - step / 25 for step in range(13))
 """Shares of a group's own range that are tried."""
-_TOGETHER = 1 << 17
+_TOGETHER = 1 << 15
 """Numbers that are fitted together, so that what is tried stays in the cache."""
 _LEAST_SCALE = 2.0**-14
 """float16's least normal number."""

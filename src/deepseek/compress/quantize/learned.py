@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from deepseek.compress.quantize.walk import Flow, Precision, computing
 from deepseek.config import Config
 from deepseek.errors import ConfigError, describe
 from deepseek.ops.quantized import QuantizedWeight, short_scale
+
+_TOGETHER = 1 << 15
+"""Numbers that are worked on together, so that they stay in the cache."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,18 +65,23 @@ class Rounding:
         """The scales as they are stored [N, groups]."""
         return short_scale(self.start * self.ratio)
 
-    def _codes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes, which of them are not cut off, and the latent in steps of its scale."""
-        latent = self.latent / self.scale[..., None]
-        raw = (latent + self.offset).round_().add_(self.zero)
-        codes = raw.clamp(self.grid.bottom, self.grid.top)
-        return codes, raw == codes, latent
+    def _parts(self) -> Iterator[tuple[slice, _Part]]:
+        """Yield rows and what they are now, few enough of them to stay in the cache."""
+        scale = self.scale[..., None]
+        count = max(1, _TOGETHER // self.latent[0].numel())
+        for first in range(0, len(scale), count):
+            rows = slice(first, first + count)
+            latent = self.latent[rows] / scale[rows]
+            raw = (latent + self.offset[rows]).round_().add_(self.zero[rows])
+            codes = raw.clamp(self.grid.bottom, self.grid.top)
+            yield rows, _Part(codes, codes - self.zero[rows], raw == codes, latent, scale[rows])
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """Return the numbers [N, K] as a leaf that takes a gradient for `step`."""
-        self._made = self._codes()
-        levels = self._made[0] - self.zero
-        return (levels * self.scale[..., None]).flatten(-2).to(dtype).requires_grad_()
+        made = torch.empty(self.latent.shape, dtype=dtype)
+        for rows, part in self._parts():
+            made[rows] = part.levels * part.scale
+        return made.flatten(-2).requires_grad_()
 
     def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
         """Move each offset and scale against the sign of its gradient.
@@ -82,18 +91,35 @@ class Rounding:
             rate: how far an offset goes.
             scale_rate: how far a scale goes, in shares of where it began.
         """
-        codes, inside, latent = self._made
-        slope = gradient.unflatten(-1, (self.start.shape[1], -1)).float()
-        # d value / d scale with the rounding passed straight through
-        along = torch.where(inside, codes - self.zero - latent, codes - self.zero)
-        self.ratio.sub_((along * slope).sum(-1).sign_(), alpha=scale_rate).clamp_(0.5, 1.5)
-        self.offset.sub_(slope.sign_().mul_(inside), alpha=rate).clamp_(-0.5, 0.5)
+        slopes = gradient.unflatten(-1, self.latent.shape[1:])
+        turns = torch.empty_like(self.ratio)
+        for rows, part in self._parts():
+            slope = slopes[rows].float()
+            # d value / d scale with the rounding passed straight through
+            along = torch.where(part.inside, part.levels - part.latent, part.levels)
+            turns[rows] = (along * slope).sum(-1).sign_()
+            offset = self.offset[rows]
+            offset.sub_(slope.sign_().mul_(part.inside), alpha=rate).clamp_(-0.5, 0.5)
+        self.ratio.sub_(turns, alpha=scale_rate).clamp_(0.5, 1.5)
 
     def weight(self) -> QuantizedWeight:
         """Return the codes and scales as they are now."""
-        codes, _, _ = self._codes()
-        scales = Scales(self.scale, self.zero[..., 0])
-        return as_weight(codes.flatten(-2), self.grid, scales)
+        codes = torch.cat([part.codes for _, part in self._parts()])
+        return as_weight(codes.flatten(-2), self.grid, Scales(self.scale, self.zero[..., 0]))
+
+
+class _Part(NamedTuple):
+    """Some rows of a weight [n, groups, width] while they are being learned."""
+
+    codes: Tensor
+    levels: Tensor
+    """Codes less the zero point."""
+    inside: Tensor
+    """Which are not cut off."""
+    latent: Tensor
+    """In steps of the scale."""
+    scale: Tensor
+    """[n, groups, 1]."""
 
 
 def learn_rounding(

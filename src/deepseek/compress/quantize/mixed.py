@@ -13,7 +13,7 @@ from torch import Tensor
 from deepseek.compress.calibration import Batch
 from deepseek.compress.quantize.grid import Grid, round_weight
 from deepseek.compress.quantize.targets import Model, Unit, layers_of
-from deepseek.compress.quantize.walk import first_flows
+from deepseek.compress.quantize.walk import Precision, computing, first_flows
 from deepseek.config import Config
 from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.models import Encoder
@@ -89,6 +89,7 @@ def sensitivities(
     units: Sequence[Unit],
     grids: Mapping[int, Grid],
     batches: Sequence[Batch],
+    precision: Precision,
     goes_on: Callable[[float], None] = lambda share: None,
 ) -> list[dict[int, float]]:
     """Return what a model's output loses when one unit alone is rounded, by its bits.
@@ -102,12 +103,13 @@ def sensitivities(
         units: those that lie in layers.
         grids: by bits.
         batches: samples.
+        precision: of products.
         goes_on: called before each unit with the share that is done; may raise.
     """
     _, layers = layers_of(model)
     flows, found = first_flows(model, batches), []
     reached = 0
-    with torch.no_grad():
+    with torch.no_grad(), computing(precision):
         wanted = [_rest(model, flow.states, flow.about, 0) for flow in flows]
         for place, unit in enumerate(units):
             goes_on(place / len(units))

@@ -14,7 +14,7 @@ from deepseek.compress.calibration import Batch, Calibration, calibration_batche
 from deepseek.compress.quantize.awq import scale_salient
 from deepseek.compress.quantize.end_to_end import EndToEnd, learn_scales
 from deepseek.compress.quantize.folds import folds
-from deepseek.compress.quantize.gptq import gptq
+from deepseek.compress.quantize.gptq import Compensated, gptq
 from deepseek.compress.quantize.grid import Grid, Scales, round_weight
 from deepseek.compress.quantize.kept import KeptLayers
 from deepseek.compress.quantize.learned import Learned, Rounding, learn_rounding
@@ -152,7 +152,7 @@ def _grids(
         work.report("measuring what each unit loses", share)
 
     few = batches[: max(1, stage.mixed.samples // len(batches[0].input_ids))]
-    losses = sensitivities(work.model, inner, choices, few, goes_on)
+    losses = sensitivities(work.model, inner, choices, few, stage.precision, goes_on)
     options = [
         [
             Choice(sum(_bytes(work.model, name, choices[bits]) for name in unit.weights), loss)
@@ -272,7 +272,7 @@ class _Run:
     def _rounded(self, name: str) -> QuantizedWeight:
         return round_weight(self._values(name), self.grids[name])
 
-    def _compensated(self, name: str, gram: Tensor):
+    def _compensated(self, name: str, gram: Tensor) -> Compensated:
         stage = self.stage
         return gptq(
             self._values(name),

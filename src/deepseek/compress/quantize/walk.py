@@ -18,8 +18,10 @@ Precision = Literal["float32", "bfloat16"]
 
 def computing(precision: Precision) -> contextlib.AbstractContextManager[object]:
     """Return a context in which products are computed in a precision."""
-    is_short = precision == "bfloat16"
-    return torch.autocast("cpu", torch.bfloat16) if is_short else contextlib.nullcontext()
+    if precision == "float32":
+        return contextlib.nullcontext()
+    # no cache: weights change between two products of one context
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
 
 
 class Flow(NamedTuple):
