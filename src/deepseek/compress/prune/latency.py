@@ -74,8 +74,6 @@ class LatencyModel:
     def seconds(self, config: AnyConfig) -> float:
         """Return the seconds of the workload."""
         first = float(np.dot(self.prompt, prompt_features(config, self.workload)))
-        if isinstance(config, EncoderConfig):
-            return first
         step = float(np.dot(self.token, token_features(config, self.workload)))
         return first + self.workload.new_tokens * step
 
@@ -94,7 +92,7 @@ def fit_latency(config: AnyConfig, workload: Workload) -> LatencyModel:
     timed = [measure(each, workload) for each in configs]
     prompt = _fit([prompt_features(c, workload) for c in configs], [t.prompt_s for t in timed])
     token: tuple[float, ...] = ()
-    if not isinstance(config, EncoderConfig):
+    if isinstance(config, DecoderConfig):
         rows = [token_features(each, workload) for each in configs]
         token = _fit(rows, [each.token_s for each in timed])
     model = LatencyModel(workload, prompt, token, 0.0)
@@ -231,9 +229,11 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def token_features(config: DecoderConfig, workload: Workload) -> tuple[float, ...]:
+def token_features(config: AnyConfig, workload: Workload) -> tuple[float, ...]:
     """Return what a step of one token costs in the middle of the answer: bytes of weights, bytes of
-    keys and values, instructions."""
+    keys and values, instructions. An encoder has none of it."""
+    if isinstance(config, EncoderConfig):
+        return ()
     context = workload.prompt_tokens + workload.new_tokens // 2
     return _features(config, workload, 1, context)[:3]
 
@@ -279,12 +279,12 @@ def _fit(features: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> tup
     rows = np.array(features) / np.array(seconds)[:, None]
     scale = rows.max(0)
     scale[scale == 0] = 1.0
+    result = np.zeros(rows.shape[1])
     used = list(range(rows.shape[1]))
     while used:
         found, *_ = np.linalg.lstsq(rows[:, used] / scale[used], np.ones(len(rows)), rcond=None)
         if (found >= 0).all():
+            result[used] = found / scale[used]
             break
         used.pop(int(found.argmin()))
-    result = np.zeros(rows.shape[1])
-    result[used] = found / scale[used]
     return tuple(result.tolist())

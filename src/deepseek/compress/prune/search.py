@@ -116,15 +116,14 @@ def search(
     """
     whole = filled(config, Shape())
     whole_cost = cost(whole)
-    parts = list(sizes)
     best: Choice | None = None
     cheapest = whole_cost
-    for chosen in itertools.product(*(sizes[part] for part in parts)):
-        given = dict(zip(parts, chosen, strict=True))
-        loss = sum(curves[part].at(size) for part, size in given.items())
+    every = [[(curves[part].at(size), part, size) for size in sizes[part]] for part in sizes]
+    tried = [(sum(each[0] for each in chosen), chosen) for chosen in itertools.product(*every)]
+    for loss, chosen in sorted(tried, key=lambda each: each[0]):
         if best is not None and loss > best.loss:
-            continue
-        shape = filled(config, Shape(**given))
+            break
+        shape = filled(config, Shape(**{part: size for _, part, size in chosen}))
         found = cost(shape)
         cheapest = min(cheapest, found)
         is_better = best is None or (loss, -found) < (best.loss, -best.cost)
@@ -138,7 +137,8 @@ def search(
 
 
 def parameters_cost(model: Decoder | Encoder, found: Anatomy) -> Cost:
-    """Return what counts the parameters of a shape, from the groups alone."""
+    """Return what counts the parameters of a shape, from the groups alone; layers of two kinds are
+    taken as left in equal shares."""
     config = model.config
     cuts: dict[str, list[tuple[int, str, int]]] = {}
     for group, part in zip(found.groups, found.parts, strict=True):

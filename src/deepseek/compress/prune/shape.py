@@ -43,7 +43,7 @@ class Shape(Config):
     @property
     def sizes(self) -> dict[Part, int]:
         """The sizes that are given, by part."""
-        found = {part: self.size(part) for part in PARTS}
+        found: dict[Part, int | None] = {part: self.size(part) for part in PARTS}
         return {part: size for part, size in found.items() if size is not None}
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deepseek.compress.prune.channels import FIXED, Channels, Labels
 
+Args = Sequence[Any]
 Dims = list[Labels | None]
 """For each dimension its channels; None for one that is no matter of channels, or whose channels
 all stand or fall with another dimension's."""
@@ -79,7 +80,7 @@ class Tracer(TorchDispatchMode):
         """Return what is known of the dimensions of a tensor that the model made."""
         return self._of(tensor).dims
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _note(self, func: Any, args: Args, kwargs: dict[str, Any], out: Any) -> None:
         name = func.overloadpacket.__name__
         if name in _MOVES:
             self._move(func, args, kwargs, out)
@@ -144,9 +145,9 @@ class Tracer(TorchDispatchMode):
             self.channels.join_banks(first, other)
         return tags
 
-    def _product(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _product(self, args: Args, kwargs: Any, out: Tensor) -> None:
         """[..., M, K] by [..., K, N], with or without something added."""
-        *added, left, right = args[:3] if len(args) > 2 else args[:2]
+        *added, left, right = args
         one, other = self._of(left), self._of(right)
         self._summed(one, -1, other, -2)
         batch = [
@@ -171,7 +172,7 @@ class Tracer(TorchDispatchMode):
             if labels is not None and side.is_parameter:
                 self.read.add(self.channels.owner(int(labels[0])))
 
-    def _reduced(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def _reduced(self, args: Args, kwargs: dict[str, Any], out: Tensor) -> None:
         known = self._of(args[0])
         over = args[1] if len(args) > 1 else kwargs.get("dim")
         count = args[0].dim()
@@ -185,13 +186,13 @@ class Tracer(TorchDispatchMode):
         ]
         self._set(out, Traced(dims, known.tags))
 
-    def _along(self, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+    def _along(self, args: Args, kwargs: Any, out: Any) -> None:
         """A softmax, or a norm: values of a dimension are computed together, and keep its
         channels."""
         tensors = [each for each in args if isinstance(each, Tensor)]
         self._by_value(tensors, out[0] if isinstance(out, tuple) else out)
 
-    def _chosen(self, args: tuple[Any, ...], kwargs: Any, out: tuple[Tensor, Tensor]) -> None:
+    def _chosen(self, args: Args, kwargs: Any, out: tuple[Tensor, Tensor]) -> None:
         """The best places of a dimension are no channels."""
         dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
         known = self._of(args[0])
@@ -200,7 +201,7 @@ class Tracer(TorchDispatchMode):
         for tensor in out:
             self._set(tensor, Traced(list(dims), known.tags))
 
-    def _gathered(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _gathered(self, args: Args, kwargs: Any, out: Tensor) -> None:
         source, dim, index = args[:3]
         known = self._of(source)
         dims = list(known.dims)
@@ -208,11 +209,11 @@ class Tracer(TorchDispatchMode):
         elements = None if labels is None else torch.from_numpy(labels)[index]
         self._set(out, Traced(dims, known.tags, elements))
 
-    def _embedded(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _embedded(self, args: Args, kwargs: Any, out: Tensor) -> None:
         weight, places = args[:2]
         self._set(out, Traced([None] * places.dim() + self._of(weight).dims[1:]))
 
-    def _added_at(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _added_at(self, args: Args, kwargs: Any, out: Tensor) -> None:
         """Rows are added to some of another's: whose they were is forgotten."""
         target, dim, _, source = args[:4]
         dims: Dims = []
@@ -224,17 +225,17 @@ class Tracer(TorchDispatchMode):
             dims.append(None if place == dim else self._met(sides))
         self._set(out, Traced(dims))
 
-    def _made(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _made(self, args: Args, kwargs: Any, out: Tensor) -> None:
         """A fresh tensor of a size that was asked for."""
 
-    def _like(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _like(self, args: Args, kwargs: Any, out: Tensor) -> None:
         self._set(out, Traced(list(self._of(args[0]).dims)))
 
-    def _changed(self, args: tuple[Any, ...], kwargs: Any, out: Tensor) -> None:
+    def _changed(self, args: Args, kwargs: Any, out: Tensor) -> None:
         """Values are written at places: the dimensions stay what they were."""
         self._set(out, self._of(args[0]))
 
-    def _concatenated(self, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def _concatenated(self, args: Args, kwargs: dict[str, Any], out: Tensor) -> None:
         tensors = args[0]
         along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
         known = [self._of(each) for each in tensors]
@@ -256,7 +257,7 @@ class Tracer(TorchDispatchMode):
             )
         self._set(out, Traced(dims, self._tied(frozenset().union(*(k.tags for k in known)))))
 
-    def _attended(self, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+    def _attended(self, args: Args, kwargs: Any, out: Any) -> None:
         """Query heads stand or fall with the KV head that they read."""
         queries, keys, values = (self._of(each) for each in args[:3])
         heads, kv_heads = args[0].shape[1], args[1].shape[1]
@@ -275,7 +276,7 @@ class Tracer(TorchDispatchMode):
 
     # -- what moves values ----------------------------------------------------------------------
 
-    def _move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _move(self, func: Any, args: Args, kwargs: dict[str, Any], out: Any) -> None:
         source, *rest = args
         known = self._of(source)
         outs: list[Tensor] = list(out) if isinstance(out, list | tuple) else [out]
