@@ -6,10 +6,11 @@
 Models of bytes, trained here from nothing on the text inside Python, with the same samples in the
 same order at a constant rate: teachers of one beginning, and students of one. One-shot: the teacher
 is trained, then a student learns from it, both for `--steps`. Progressive: in each step a teacher
-learns and a student learns from it, as it is then or from its newest checkpoint, for as many steps
-as one-shot has in all. `tokens` stands where a student also learns the text itself, which one-shot
-does too: the mark is the least loss that a one-shot student has at its end, in nats of a byte of
-text that was kept back, read as the mean of the newest three points of a curve.
+learns and a student learns from it, as it is then or from its newest checkpoint, for at most as
+many steps as one-shot has in all. Alone: a student learns the text without a teacher, as long.
+`tokens` stands where a student of a teacher also learns the text itself. The mark is the least loss
+that a one-shot student has at its end, in nats of a byte of text that was kept back, read as the
+mean of the newest three points of a curve.
 
 Told for each seed of those that reach the mark: by how many steps fewer, of the student and of both
 (one-shot's teacher is trained before), and by how much less time of the processor, of both and
@@ -54,11 +55,15 @@ COMMAND = shlex.join(["python", "benchmarks/progressive.py", *sys.argv[1:]])
 ONE_SHOT = {"one-shot": 0.0, "one-shot-tokens": 1.0}
 """How much of a student's loss is that of the text."""
 PROGRESSIVE: dict[str, tuple[float, int | None]] = {
-    "progressive": (0.0, None),
-    "progressive-tokens": (1.0, None),
-    "progressive-tokens-8": (1.0, 8),
+    "every-step": (0.0, None),
+    "every-step-tokens": (1.0, None),
+    "8-checkpoints": (0.0, 8),
+    "8-checkpoints-tokens": (1.0, 8),
+    "16-checkpoints-tokens": (1.0, 16),
 }
-"""The same, and how many states of the teacher are learned from."""
+"""The same, and how many states of the teacher are learned from in `2 * steps` steps."""
+ALONE = "alone"
+"""A student without a teacher."""
 SHARES = {
     "fewer_student_steps": "fewer student steps",
     "fewer_steps_in_all": "fewer steps in all",
@@ -206,6 +211,14 @@ def taught(
         goes_on=student.goes_on,
     )
     common = {**settings(texts, args), "checkpoint_every": 2 * args.steps}
+    if name == ALONE:
+        stage = train.Stage(name=ALONE, **{**settings(texts, args), "steps": 2 * args.steps})
+        run = train.Run(model="random", stages=(stage,), seed=seed)
+        with contextlib.suppress(Reached):
+            train.train_model(
+                run, student.model, work.folder, report=lambda progress: student.goes_on()
+            )
+        return student
     if name in ONE_SHOT:
         distil(Distil(**common, imitation=Imitation(tokens=ONE_SHOT[name])), work)
         return student
@@ -241,7 +254,11 @@ def steps_to(curve: Curve, mark: float) -> float | None:
 def measured(folder: Path, seed: int, args: argparse.Namespace) -> list[Measurement]:
     """Train a seed's contenders in a folder, and return what each reached."""
     texts = split(folder, args.length, args.rows)
-    about = {name: value for name, value in vars(args).items() if name not in ("seeds", "json")}
+    about = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("seeds", "contenders", "json")
+    }
     found: list[Measurement] = []
 
     def note(contender: str, name: str, value: float, unit: str) -> None:
@@ -266,7 +283,7 @@ def measured(folder: Path, seed: int, args: argparse.Namespace) -> list[Measurem
     shot_s = teacher_s + shots[mark].cpu_s
     start = folder / "start"
     hub.save(teacher_of(seed, args), start)
-    for name in PROGRESSIVE:
+    for name in args.contenders:
         student = taught(name, start, seed, texts, args, mark)
         note(name, "nats_per_byte", smoothed(student.curve)[-1][1], "nats")
         steps = steps_to(student.curve, mark)
@@ -316,6 +333,8 @@ def show(found: Sequence[Measurement]) -> None:
 def main() -> int:
     """Train, measure, show or print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    known = (*PROGRESSIVE, ALONE)
+    parser.add_argument("--contenders", nargs="+", choices=known, default=known)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
         "--steps", type=positive, default=400, help="of one-shot's teacher and student"

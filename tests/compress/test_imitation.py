@@ -147,6 +147,17 @@ def test_an_encoder_sees_no_padding_and_not_the_next_row() -> None:
     )
     assert isinstance(alone, Tensor)
     assert_close(found, alone)
+    with torch.no_grad():
+        ours, theirs = (
+            each(tokens[:1, :5], output_hidden_states=True).hidden_states
+            for each in (student, teacher)
+        )
+    whole = torch.ones(1, 5).bool()
+    errors = [hidden_error(ours[i], theirs[2 * i], whole) for i in range(3)]
+    hidden = ImitationLoss(Imitation(), teacher, seed=3)
+    hidden.begin(student)
+    first = hidden.loss(student, part_of(tokens[:1], counted[:1]))
+    assert_close(first, torch.stack(errors).mean())
     tokens[:, 5:] = 7
     assert_close(loss.loss(student, part_of(tokens, counted)), found)
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from deepseek import hub
 from deepseek.compress import Work
 from deepseek.compress.distil import Imitation
 from deepseek.compress.qat import (
@@ -140,7 +141,9 @@ def test_a_model_learns_on_its_grid(scales: str, tied: bool, tmp_path: Path) -> 
     for name, weight in work.quantized.items():
         assert torch.equal(weight.zero, start[name].zero)
         assert torch.equal(weight.scale, start[name].scale) == (scales == "fixed")
-    assert set(work.model.state_dict()) == set(teacher.state_dict())
+    kept = hub.load(work.folder / "stages" / "qat").state_dict()
+    assert set(kept) == set(teacher.state_dict())
+    assert all(torch.equal(value, kept[name]) for name, value in work.model.state_dict().items())
 
 
 def test_a_grid_of_a_stage_before_stays(tmp_path: Path) -> None:

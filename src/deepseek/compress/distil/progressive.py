@@ -120,8 +120,8 @@ class _Together:
         return own + linear_divergence(
             student,
             weight,
-            states.detach().flatten(0, 1),
-            head.detach(),
+            states.flatten(0, 1),
+            head,
             counted.flatten(),
             self._stage.temperature,
         )
