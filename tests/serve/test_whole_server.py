@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from openai import OpenAI
 
+import deepseek
+from deepseek.face import load_encoder_engine
 from deepseek.serve import LocalServer, local_server
+from tests.generate.encoders import tiny_encoder
 from tests.ops.native import NEEDS_KERNELS
 from tests.serve.bundles import tiny_bundle
 
@@ -129,6 +133,29 @@ def test_batches_responses_and_events(server: LocalServer, tmp_path: Path) -> No
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert len(events) == 8 and all(event["mean_entropy"] > 0 for event in events)
     assert all(event["text"] is None and event["prompt"] is None for event in events)
+
+
+def test_vectors_by_the_model_itself(server: LocalServer) -> None:
+    client = client_of(server)
+    found = client.embeddings.create(model="tiny", input=["a cat", "dogs", "a cat"])
+    one, other, again = (np.array(each.embedding) for each in found.data)
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    assert np.linalg.norm(one) == pytest.approx(1, abs=1e-5)
+    assert found.usage.prompt_tokens == 5 + 4 + 5
+    body = {"model": "tiny", "query": "a cat", "documents": ["dogs", "a cat"], "top_n": 1}
+    ranked = client.post("/rerank", body=body, cast_to=object)
+    assert ranked["results"][0]["index"] == 1  # type: ignore[index]
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="other", input="a cat")
+
+
+def test_vectors_by_an_encoder_beside_it(bundle: Path, tmp_path: Path) -> None:
+    deepseek.save(tiny_encoder(), tmp_path / "encoder")
+    words = [*OPTIONS, "--embeddings", str(tmp_path / "encoder"), "--embeddings-scheme", "int8"]
+    with local_server(bundle, words) as server:
+        found = client_of(server).embeddings.create(model="encoder", input="a cat")
+    wanted = load_encoder_engine(tmp_path / "encoder", scheme="int8").embed(["a cat"])
+    np.testing.assert_allclose(found.data[0].embedding, wanted[0], atol=1e-6)
 
 
 @pytest.mark.slow
