@@ -41,7 +41,10 @@ __all__ = [
     "save",
 ]
 
-METHODS: dict[str, tuple[str, str]] = {"generate": ("deepseek.generate", "generate")}
+METHODS: dict[str, tuple[str, str]] = {
+    "generate": ("deepseek.generate", "generate"),
+    "quantize": ("deepseek.compress.in_memory", "quantize"),
+}
 """Methods of a loaded decoder: name, and the module and function that run it."""
 
 

@@ -39,6 +39,20 @@ class Grid:
         """Channels of one scale."""
         return self.codes.shape[1] // self.scale.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and channels."""
+        rows, width = self.codes.shape
+        return rows, width
+
+    def read_scales(self) -> tuple[Floats, Bytes]:
+        """Return the scales and the zero points: it is a `GridSource` that has been read."""
+        return self.scale, self.zero
+
+    def read(self) -> Grid:
+        """Return itself."""
+        return self
+
     def values(self) -> Floats:
         """Return the numbers, float32 [N, K]."""
         rows, width = self.codes.shape

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepseek.cli.demo.compressing import compress
 from deepseek.cli.demo.serving import serve
 from deepseek.cli.demo.state import Demo
 from deepseek.cli.output import number, size
@@ -310,5 +311,6 @@ STEPS: tuple[Callable[[Demo], Section], ...] = (
     quality,
     speed,
     engines,
+    compress,
     serve,
 )

@@ -1,0 +1,49 @@
+"""`model.quantize`: numbers, engine and file say the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import deepseek
+from deepseek import hub
+from deepseek.compress import Calibration
+from deepseek.errors import ConfigError
+from deepseek.generate.modules import engine_of
+from deepseek.hub import Bundle
+from deepseek.models import Decoder
+from deepseek.ops.cpu import why_missing
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"bits": 8, "method": "gptq", "group": 32}, {"bits": 4, "method": "round", "group": 32}],
+)
+def test_a_model_is_quantized_in_place_and_saved(
+    start: Path, text: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    model = deepseek.load(start, dtype="float32")
+    assert isinstance(model, Decoder)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    few = Calibration(text=str(text), samples=4, length=32)
+    grids = model.quantize(calibration=few, **settings)  # type: ignore[attr-defined]
+    assert set(grids.weights) == {name for name, value in before.items() if value.ndim == 2}
+    for name, weight in grids.weights.items():
+        assert torch.equal(model.get_parameter(name), weight.values())
+        assert not torch.equal(model.get_parameter(name), before[name])
+    deepseek.save(model, tmp_path / "small", quantized=grids)
+    stored = hub.quantized_weights(Bundle.open(tmp_path / "small"))
+    assert all(torch.equal(stored[name].codes, each.codes) for name, each in grids.weights.items())
+    if why_missing() is None:
+        engine = engine_of(model)
+        assert engine is not None and engine.scheme.as_stored
+
+
+def test_a_setting_that_is_none_is_told(start: Path) -> None:
+    model = deepseek.load(start)
+    with pytest.raises(ConfigError, match="Did you mean"):
+        model.quantize(methods="gptq")  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="bits"):
+        model.quantize(bits=3)  # type: ignore[attr-defined]
