@@ -12,7 +12,8 @@ made of numbers of many groups.
 
 Both models run as modules in float32 on the same windows of a text that every Python carries; the
 windows between them are what calibrates. A second text, given by `--other`, shows what that costs
-elsewhere. It fails when a recipe's perplexity ratio is above its gate.
+elsewhere. `--llama-quantize PROGRAM` measures what llama.cpp makes of the same numbers (no
+importance matrix). It fails when a recipe's perplexity ratio is above its gate.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.peers.llama_quantize import quantized as quantized_by_llama
 from benchmarks.quality import (
     WINDOW,
     Scores,
@@ -185,15 +187,36 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
             dataclasses.replace(each, conditions={**each.conditions, **conditions})
             for each in outcome
         ]
-        for label, windows in texts.items():
-            scores = score(reference, model, windows)
-            if not any(each.name == "perplexity" for each in found):
-                found += model_figures(reference, scores, about)
-            figures = scheme_figures(scores, conditions | ({"text": label} if label else {}))
+        found += losses(reference, model, texts, conditions)
+    if options.llama_quantize is not None:
+        for peer in quantized_by_llama(options.llama_quantize, reference):
+            conditions = {**about, "scheme": peer.name}
+            weights = sum(value.numel() for value in peer.model.parameters() if value.ndim == 2)
+            sizes = {"quantized_weight_bytes": (peer.num_bytes, "bytes")}
+            sizes["bits_per_quantized_weight"] = (8 * peer.num_bytes / weights, "bits")
             found += [
-                dataclasses.replace(each, name=f"{each.name}_other") if label else each
-                for each in figures
+                Measurement(name=name, value=value, unit=unit, conditions=conditions)
+                for name, (value, unit) in sizes.items()
             ]
+            found += losses(reference, peer.model, texts, conditions)
+    return [*model_figures(reference, score(reference, reference, text.measured), about), *found]
+
+
+def losses(
+    reference: Decoder,
+    model: Decoder,
+    texts: Mapping[str, Tensor],
+    conditions: Mapping[str, object],
+) -> list[Measurement]:
+    """Return what a model loses on each text; the first has no name."""
+    found: list[Measurement] = []
+    for label, windows in texts.items():
+        scores = score(reference, model, windows)
+        figures = scheme_figures(scores, {**conditions, **({"text": label} if label else {})})
+        found += [
+            dataclasses.replace(each, name=f"{each.name}_other") if label else each
+            for each in figures
+        ]
     return found
 
 
@@ -217,6 +240,7 @@ def show(found: Sequence[Measurement]) -> None:
             figures[name, "perplexity_ratio"],
             figures.get((name, "perplexity_ratio_other")),
         )
+        seconds = figures.get((name, "quantizing_s"))
         assert ratio.spread is not None
         table.add_row(
             name,
@@ -227,7 +251,9 @@ def show(found: Sequence[Measurement]) -> None:
             "" if other is None else f"{other.value:.4f}",
             f"{figures[name, 'bits_per_quantized_weight'].value:.2f}",
             f"{figures[name, 'quantized_weight_bytes'].value / 1e6:.1f}",
-            f"{figures[name, 'quantizing_s'].value:.0f}",
+            f"{figures[name, 'quantizing_s'].value:.0f}"
+            if (name, "quantizing_s") in figures
+            else "",
         )
     Console(highlight=False).print(table)
 
@@ -261,6 +287,9 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--other", type=Path, metavar="FILE", help="measure on this text too")
     parser.add_argument("--gate", type=gate, action="append", default=[], metavar="RECIPE=RATIO")
+    parser.add_argument(
+        "--llama-quantize", type=Path, metavar="PROGRAM", help="a peer, measured too"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if unused := sorted({name for name, _ in options.gate} - set(options.recipes)):
