@@ -389,3 +389,24 @@ def test_what_is_saved_does_not_change_the_model(tmp_path: Path) -> None:
         assert isinstance(weight, QuantizedWeight)
         assert_same(weight, before[name])
     assert "quantization_config" not in config_to_hf(model.config)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["linear", "all"])
+def test_transformers_reads_smollm2(tmp_path: Path, smollm2_folder: Path, case: str) -> None:
+    """Linear weights as they are, int8 beside int4; everything in int4, the tied head included."""
+    transformers = pytest.importorskip("transformers")
+    model = hub.load(smollm2_folder, dtype="float32")
+    kinds: dict[str, tuple[int, int | None, bool]] = {"": (4, 32, False)}
+    if case == "linear":
+        kinds = {"down": (8, None, True), "proj": (4, 32, True)}
+    weights = put_on_grids(model, kinds)
+    hub.save(model, tmp_path, quantized=Quantized(weights=weights))
+    ids = torch.randint(0, 49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    asked = transformers.CompressedTensorsConfig(dequantize=True)
+    settings_ = {"quantization_config": asked} if case == "all" else {}
+    found = transformers_logits(tmp_path, ids, **settings_)
+    with torch.inference_mode():
+        expected = hub.load(tmp_path)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

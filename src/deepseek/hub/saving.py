@@ -78,7 +78,7 @@ class Quantized:
     """By the model's own names of parameters; of stacked experts one by one
     (`…experts.3.down_proj.weight`)."""
     kv: KVStorage | None = None
-    """How keys and values are to be cached; it goes on the card."""
+    """How keys and values are to be cached; it goes on the card, as no layout can say it."""
     layout: Literal["compressed-tensors", "gptq"] = "compressed-tensors"
     """gptq takes linear weights of one grid alone."""
 
