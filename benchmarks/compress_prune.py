@@ -88,7 +88,7 @@ def pruned(method: str, args: argparse.Namespace) -> tuple[Decoder, list[Measure
         outcome = sparsify.apply(stage, work)
     else:
         parts, importance, target = METHODS[method]
-        workload = Workload(scheme=args.scheme, threads=args.threads)
+        workload = Workload(threads=args.threads)
         structure = Prune.from_dict(
             {
                 "parts": list(parts),
@@ -118,9 +118,7 @@ def measured(model: Decoder, args: argparse.Namespace) -> list[Measurement]:
 
 
 def speeds(models: Mapping[str, Decoder], args: argparse.Namespace) -> list[Measurement]:
-    """Return the engine's speeds, the models in turns, in the scheme asked for."""
-    for model in models.values():
-        model.to(torch.bfloat16)  # the scheme that the engine takes is that of the weights
+    """Return the engine's speeds in bfloat16, the models in turns."""
     return speed_side_by_side(
         models,
         num_prompt_tokens=512,
@@ -163,7 +161,6 @@ def main() -> int:
         help="its first half is calibrated on, its second measured (the text inside Python)",
     )
     parser.add_argument("--tokens", type=positive, default=8192, help="of perplexity")
-    parser.add_argument("--scheme", default="bfloat16")
     parser.add_argument("--threads", type=positive, help="(the cores of this process)")
     parser.add_argument("--new-tokens", type=int, default=64, help="generated; 0: no speeds")
     parser.add_argument("--rounds", type=positive, default=5)
@@ -186,6 +183,7 @@ def compared(args: argparse.Namespace) -> list[Measurement]:
     """Return what was measured of the whole model and of each method."""
     models: dict[str, Decoder] = {"whole": loaded(args.model)}
     found = [(item, "whole") for item in measured(models["whole"], args)]
+    models["whole"].to(torch.bfloat16)
     for method in args.methods:
         say(method, None)
         models[method], outcome = pruned(method, args)
@@ -193,6 +191,7 @@ def compared(args: argparse.Namespace) -> list[Measurement]:
         for item in outcome:
             say(f"{method}: {item.name} {item.value:.6g}", None)
         found += [(item, method) for item in outcome]
+        models[method].to(torch.bfloat16)
         if method in SPARSE:
             del models[method]  # it has the whole model's speed
     if args.new_tokens > 1:

@@ -53,7 +53,7 @@ def output(model: Decoder | Encoder) -> torch.Tensor:
 
 CASES = {
     "llama": LLAMA,
-    "llama-biased": LLAMA.replace(qkv_bias=True, output_bias=True, mlp_bias=True),
+    "llama-biased": LLAMA.replace(hidden_size=36, qkv_bias=True, output_bias=True, mlp_bias=True),
     "qwen3-like": LLAMA.replace(family="qwen3", qk_norm=True, tie_embeddings=False),
     "window": LLAMA.replace(family="deepseek_stack", window=4, window_layers=(0, 2)),
     "bert": BERT,

@@ -34,14 +34,16 @@ def bpe() -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<pad>", "<s>", "</s>"],
         show_progress=False,
     )
     backend.train_from_iterator([TEXT * 3], trainer)
+    backend.add_special_tokens(["<pad>", "<s>", "</s>"])  # behind all that may go
     backend.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+            processors.TemplateProcessing(
+                single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+            ),
         ]
     )
     return Tokenizer(
@@ -57,10 +59,11 @@ def wordpiece() -> Tokenizer:
     backend.decoder = decoders.WordPiece()
     trainer = trainers.WordPieceTrainer(
         vocab_size=300,
-        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
+        special_tokens=["[PAD]", "[UNK]"],
         show_progress=False,
     )
     backend.train_from_iterator([TEXT * 3], trainer)
+    backend.add_special_tokens(["[CLS]", "[SEP]"])
     cls, sep = (backend.token_to_id(token) for token in ("[CLS]", "[SEP]"))
     backend.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
     return Tokenizer(
@@ -112,7 +115,8 @@ def test_any_text_can_still_be_encoded() -> None:
 
 def test_special_tokens_have_their_new_numbers() -> None:
     tokenizer = KINDS["bpe"]
-    smaller, kept = cut_tokenizer(tokenizer, [350])
+    smaller, kept = cut_tokenizer(tokenizer, [290])
+    assert smaller.bos_token_id != tokenizer.bos_token_id
     assert kept[smaller.encode("x")[0]] == tokenizer.bos_token_id
     assert [kept[each] for each in smaller.eos_token_ids] == [
         each for each in tokenizer.eos_token_ids if each in kept
@@ -139,9 +143,9 @@ def test_a_decoder_loses_rows_and_nothing_else(tmp_path: Path, tied: bool) -> No
     config = LLAMA.replace(
         vocab_size=410,
         tie_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=(2, 300),
-        pad_token_id=0,
+        bos_token_id=KINDS["bpe"].bos_token_id,
+        eos_token_id=KINDS["bpe"].eos_token_ids,
+        pad_token_id=KINDS["bpe"].pad_token_id,
     )
     model = made(config)
     work = work_of(model, tmp_path)
@@ -175,7 +179,8 @@ def test_an_encoder_loses_rows_and_nothing_else(tmp_path: Path) -> None:
 def test_a_bundle_forgets_the_old_numbers(tmp_path: Path) -> None:
     import transformers
 
-    model = made(LLAMA.replace(hidden_size=36, vocab_size=410, eos_token_id=2, bos_token_id=1))
+    ids = {"bos_token_id": KINDS["bpe"].bos_token_id, "eos_token_id": KINDS["bpe"].eos_token_id}
+    model = made(LLAMA.replace(hidden_size=36, vocab_size=410, **ids))
     model.tokenizer = KINDS["bpe"]
     save(model, tmp_path / "whole")
     generation = tmp_path / "whole" / "generation_config.json"
