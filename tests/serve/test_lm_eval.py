@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import deepseek
+from deepseek.evaluate import addition_items, exact_match, multiple_choice, next_sentence_items
 from deepseek.models import Decoder
-from deepseek.serve import local_server
+from deepseek.serve import LocalServer, local_server
+from tests.evaluate.harness import CHOICE, MATCH, PATTERN, run_harness
 from tests.ops.native import NEEDS_KERNELS
 from tests.serve.bundles import tiny_bundle
 
@@ -37,26 +40,32 @@ def expected(model: Decoder, context: str, continuation: str) -> tuple[float, bo
     return total, rows.argmax(-1).tolist() == after
 
 
+def peer_of(server: LocalServer, folder: Path, **settings: Any) -> Any:
+    """Return a server as lm-eval asks it, with the tokenizer of a folder."""
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    return LocalCompletionsAPI(
+        model=folder.name,
+        base_url=f"{server.url}/completions",
+        tokenizer_backend="huggingface",
+        tokenizer=str(folder),
+        num_concurrent=3,
+        batch_size=2,
+        **settings,
+    )
+
+
 @pytest.mark.slow
 @NEEDS_KERNELS
 def test_log_likelihoods_and_answers_are_those_of_the_model(tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     folder = tiny_bundle(tmp_path)
     model = deepseek.load(folder, dtype="float32")
     assert isinstance(model, Decoder) and model.tokenizer is not None
-    options = ["--pages", "100", "--name", "tiny", "--scheme", "float32"]
+    options = ["--pages", "100", "--name", folder.name, "--scheme", "float32"]
     with local_server(folder, options) as server:
-        peer = LocalCompletionsAPI(
-            model="tiny",
-            base_url=f"{server.url}/completions",
-            tokenizer_backend="huggingface",
-            tokenizer=str(folder),
-            max_length=512,
-            num_concurrent=3,
-            batch_size=2,
-        )
+        peer = peer_of(server, folder, max_length=512)
         asked = [Instance("loglikelihood", {}, pair, place) for place, pair in enumerate(PAIRS)]
         found = peer.loglikelihood(asked)
         for pair, (total, is_greedy) in zip(PAIRS, found, strict=True):
@@ -67,3 +76,31 @@ def test_log_likelihoods_and_answers_are_those_of_the_model(tmp_path: Path) -> N
         texts = peer.generate_until([Instance("generate_until", {}, ("Once upon", until), 0)])
         whole = model.generate("Once upon", max_tokens=12, stop=".")
         assert texts[0].split(".")[0] == whole.text.split(".")[0]
+
+
+@pytest.mark.slow
+@NEEDS_KERNELS
+@pytest.mark.filterwarnings("default")
+def test_tasks_through_the_server_are_those_in_process(
+    smollm2_folder: Path, tmp_path: Path
+) -> None:
+    """SmolLM2 on a few items of two tasks: the same scores, answers and metrics."""
+    model = deepseek.load(smollm2_folder, dtype="float32")
+    assert isinstance(model, Decoder) and model.tokenizer is not None
+    choices, sums = next_sentence_items(6, seed=1), addition_items(4, seed=1)
+    chosen = multiple_choice(model, choices, tokenizer=model.tokenizer)
+    matched = exact_match(model, sums, tokenizer=model.tokenizer, max_gen_toks=8, pattern=PATTERN)
+    options = ["--name", smollm2_folder.name, "--scheme", "float32", "--pages", "300"]
+    with local_server(smollm2_folder, options) as server:
+        peer = peer_of(server, smollm2_folder, max_length=2048)
+        results, samples = run_harness(peer, choices, CHOICE, tmp_path)
+        for item, sample in zip(chosen.items, samples, strict=True):
+            theirs = [float(response[0]) for response in sample["filtered_resps"]]
+            assert item.log_likelihoods == pytest.approx(theirs, abs=2e-3)
+            assert float(item.chosen == item.answer) == sample["acc"]
+        for measurement in chosen.measurements:
+            assert measurement.value == pytest.approx(results[f"{measurement.name},none"])
+        results, samples = run_harness(peer, sums, MATCH, tmp_path)
+    for item, sample in zip(matched.items, samples, strict=True):
+        assert item.extracted == sample["filtered_resps"][0]
+    assert matched.measurements[0].value == pytest.approx(results["exact_match,number"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import uvicorn
 
+from deepseek.serve.running import _socket
 from tests.ops.native import NEEDS_KERNELS
 from tests.serve.bundles import tiny_bundle
 
@@ -182,3 +185,25 @@ def test_keys_of_the_environment_are_asked_for(bundle: Path) -> None:
         for key, status in ((None, 401), ("three", 401), ("two", 200)):
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
             assert httpx.get(f"{server.url}/models", headers=headers).status_code == status
+
+
+def test_pieces_of_a_stream_are_sent_at_once() -> None:
+    """With Nagle's algorithm the second piece waits 40 ms for the client to confirm the first."""
+
+    async def no_delay() -> int:
+        config = uvicorn.Config(lambda: None, host="127.0.0.1", port=0)
+        found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            found.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _socket(config) as sock:
+            async with await asyncio.start_server(accept, sock=sock):
+                _, writer = await asyncio.open_connection(*sock.getsockname())
+                value = await found
+                writer.close()
+        return value
+
+    assert asyncio.run(asyncio.wait_for(no_delay(), 10)) != 0

@@ -131,7 +131,9 @@ def _signals(stop: Callable[[signal.Signals], None]) -> Iterator[None]:
 def _socket(config: uvicorn.Config) -> Iterator[socket.socket]:
     """Yield a socket, so that an error is ours to tell and the port is known."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as sock:
+    # By the protocol's number asyncio knows to set TCP_NODELAY: else a piece of a stream waits for
+    # the client to confirm the one before, which it puts off for 40 ms.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((config.host, config.port))
         yield sock
