@@ -251,9 +251,7 @@ def show(found: Sequence[Measurement]) -> None:
             "" if other is None else f"{other.value:.4f}",
             f"{figures[name, 'bits_per_quantized_weight'].value:.2f}",
             f"{figures[name, 'quantized_weight_bytes'].value / 1e6:.1f}",
-            f"{figures[name, 'quantizing_s'].value:.0f}"
-            if (name, "quantizing_s") in figures
-            else "",
+            "" if seconds is None else f"{seconds.value:.0f}",
         )
     Console(highlight=False).print(table)
 

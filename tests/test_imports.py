@@ -35,12 +35,14 @@ NEEDS_EXTRA = {
     **{
         f"deepseek.serve.state.{name}": "sqlalchemy"
         for name in (
+            "background",
             "batch_runner",
             "batch_work",
             "batches",
             "files",
             "keys",
             "migrations.versions.0001_first_tables",
+            "migrations.versions.0002_background_responses",
             "responses",
             "tables",
             "usage",
