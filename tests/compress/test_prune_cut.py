@@ -128,6 +128,19 @@ def test_experts_that_are_never_chosen_are_removed_without_a_trace() -> None:
         assert_logits_equal(smaller(ids).logits, model(ids).logits)
 
 
+def test_channels_of_experts_that_nothing_reads() -> None:
+    model = ours(reference("qwen3-moe"))
+    found, places = anatomy(model), [0, 5, 31]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj[:, :, places] = 0
+    scores = marked(found, "expert_channels", places)
+    smaller = cut_to(model, Shape(expert_channels=29), scores)
+    ids = IDS % 97
+    with torch.no_grad():
+        assert_logits_equal(smaller(ids).logits, model(ids).logits)
+
+
 def test_groups_of_experts_go_whole() -> None:
     smaller = cut_to(ours(reference("deepseek-v3")), Shape(experts=3, expert_channels=16))
     experts = smaller.config.experts
