@@ -25,18 +25,19 @@ class Progressive(Learning):
     grows sharper and harder from checkpoint to checkpoint.
 
     Source: Panigrahi et al., "Progressive distillation induces an implicit curriculum"
-    (2410.05464), section 2: a student learns from a teacher's checkpoints, one after another.
+    (2410.05464): a student learns from a teacher's checkpoints, one after another.
     Deviation: both are trained in the same steps, as in Rao et al. (2409.12512), so that a
     teacher's pass serves both; the teacher's gradient is that of the data alone.
     """
 
     kind: Literal["progressive"] = "progressive"
-    checkpoints: int | None = None
+    checkpoints: int | None = 4
     """How many states of the teacher, evenly through the steps, are learned from, the first as it
-    begins; None for a new one in every step."""
+    begins; None for a new one in every step, which costs a pass less and which a student follows
+    worse (`benchmarks/progressive.py`)."""
     temperature: float = 1.0
     """Of the logits of both."""
-    tokens: float = 0.0
+    tokens: float = 1.0
     """Weight of the student's own loss of the text's tokens, beside its distance from the teacher:
     what it learns from while the teacher knows little."""
 
