@@ -17,10 +17,10 @@ def grow_encoder(model: Encoder, *, width: int = 2, depth: int = 1, seed: int = 
     """Return an encoder with `width` times the channels and `depth` times the layers.
 
     Channels, feed-forward units and the channels of each head are copied, and the weights that
-    read them are divided among the copies: the grown states are the old ones, `width` times side by
-    side, whatever the input. A layer is followed by `depth` - 1 that add nothing; their norms, which
-    a post-norm layer cannot do without, are set to change least what the norm before makes of
-    standard normal states, so that depth is preserved nearly (all-MiniLM-L6-v2 with twice the
+    read them are divided among the copies: the grown states are the old ones, `width` times side
+    by side, whatever the input. A layer is followed by `depth` - 1 that add nothing; their norms,
+    which a post-norm layer cannot do without, are set to change least what the norm before makes
+    of standard normal states, so that depth is preserved nearly (all-MiniLM-L6-v2 with twice the
     layers: vectors of cosine 0.9).
 
     Args:
@@ -33,8 +33,8 @@ def grow_encoder(model: Encoder, *, width: int = 2, depth: int = 1, seed: int = 
         ConfigError: a factor below 1.
 
     Source: Chen, Goodfellow and Shlens, "Net2Net" (1511.05641), section 2.2; Chen et al.,
-    "bert2BERT" (2110.07143), section 3.2. Deviations: shares are drawn, and new layers begin as near
-    identities.
+    "bert2BERT" (2110.07143), section 3.2. Deviations: shares are drawn, and new layers begin as
+    near identities.
     """
     for name, factor in (("width", width), ("depth", depth)):
         if factor < 1:
