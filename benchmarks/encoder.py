@@ -106,8 +106,14 @@ def onnx_contender(asked: dict[str, Any], tokens: np.ndarray) -> Callable[[], np
     ids = torch.from_numpy(tokens)
     with tempfile.TemporaryDirectory() as folder:
         plain, path = f"{folder}/plain.onnx", f"{folder}/model.onnx"
-        names = {"input_names": ["input_ids"], "output_names": ["logits"]}
-        torch.onnx.export(model, (ids,), plain, dynamo=True, external_data=True, **names)
+        torch.onnx.export(
+            model,
+            (ids,),
+            plain,
+            dynamo=True,
+            input_names=["input_ids"],
+            output_names=["logits"],
+        )
         config = model.config
         fused = optimize_model(
             plain, "bert", config.num_attention_heads, config.hidden_size, opt_level=0

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from deepseek.models.early_exit import ExitOutput, forward_with_exits
     from deepseek.models.encoder import Encoder, EncoderOutput
     from deepseek.models.gates import GateWatch, add_gates
+    from deepseek.models.grown import grow_encoder
     from deepseek.models.planner import Planner, WindowPlanner
     from deepseek.models.routed import RoutedPlanner
     from deepseek.models.segments import Boundaries, SegmentPlanner, Segments
@@ -65,6 +66,7 @@ __all__ = [
     "cross_modal_table",
     "decoder_splits",
     "forward_with_exits",
+    "grow_encoder",
     "next_token_loss",
 ]
 
@@ -92,6 +94,7 @@ _PLACES = {
     "cross_modal_table": "cross_modal",
     "decoder_splits": "splits",
     "forward_with_exits": "early_exit",
+    "grow_encoder": "grown",
     "next_token_loss": "decoder",
 }
 
