@@ -45,7 +45,7 @@ def damaged(start: Path, by: float) -> Decoder:
 
 
 def contest(model: Decoder, reference: Decoder, num_bytes: int = 100) -> Contest:
-    return Contest(model, model, reference, reference, num_bytes, reference_parameters=100)
+    return Contest(model, reference, reference, num_bytes, reference_parameters=100)
 
 
 def text_gate(text: Path, **settings: float) -> TextGate:
@@ -53,7 +53,7 @@ def text_gate(text: Path, **settings: float) -> TextGate:
 
 
 def test_what_is_equal_passes(model: Decoder, text: Path) -> None:
-    limits = {"most_perplexity_ratio": 1.0, "most_divergence": 0.0, "least_agreement": 0.8}
+    limits = {"most_perplexity_ratio": 1.01, "most_divergence": 0.01, "least_agreement": 0.8}
     verdict = judge(text_gate(text, **limits), contest(model, model), quiet)
     assert verdict.holds
     names = {item.name for item in verdict.measurements}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from deepseek.compress.distil.progressive import Progressive
     from deepseek.compress.distil.stage import Distil
     from deepseek.compress.distil.student import Student
-    from deepseek.compress.gates import SizeGate, SpeedGate, TaskGate, TextGate
+    from deepseek.compress.gates import LabelGate, SizeGate, SpeedGate, TaskGate, TextGate
     from deepseek.compress.pipeline import Pipeline, read_pipeline, usual_gates
     from deepseek.compress.prune.sparsify import Sparsify
     from deepseek.compress.prune.structured import Prune
@@ -34,6 +34,7 @@ __all__ = [
     "EndToEnd",
     "Equalize",
     "Imitation",
+    "LabelGate",
     "Learned",
     "MixedBits",
     "Pipeline",
@@ -62,6 +63,7 @@ _HOMES = {
     "EndToEnd": "quantize.end_to_end",
     "Equalize": "quantize.equalize",
     "Imitation": "distil.imitation",
+    "LabelGate": "gates",
     "Learned": "quantize.learned",
     "MixedBits": "quantize.mixed",
     "Pipeline": "pipeline",

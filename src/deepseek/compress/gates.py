@@ -11,17 +11,22 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from deepseek.compress.calibration import PYTHON_TOPICS, measured_part, texts_of
 from deepseek.compress.work import Report
 from deepseek.config import Config
+from deepseek.data import read_labelled
 from deepseek.errors import ConfigError, describe
-from deepseek.evaluate import next_sentence_items, read_choice_items, speed_side_by_side
+from deepseek.evaluate import accuracy, next_sentence_items, read_choice_items, speed_side_by_side
 from deepseek.evaluate.base import CausalModel, TextTokenizer, tokenizer_of
 from deepseek.evaluate.choice import multiple_choice
 from deepseek.evaluate.corpus import Corpus
+from deepseek.evaluate.engine_model import EngineModel
 from deepseek.evaluate.paired import PairedItems, paired_text
+from deepseek.generate.modules import engine_of, why_no_engine
+from deepseek.models import Decoder, Encoder
 from deepseek.records import Measurement, Verdict
 
 
@@ -29,13 +34,11 @@ from deepseek.records import Measurement, Verdict
 class Contest:
     """A compressed model beside the one that it came from."""
 
-    model: CausalModel
-    """As `generate` takes it."""
-    predictor: CausalModel
-    """The same as it will be run, whose logits count: on the engine where it has one."""
-    reference: CausalModel
+    model: Decoder | Encoder
+    """The bundle as users load it, which runs on its engine where it has one."""
+    reference: Decoder | Encoder
     """What it must still be like, in float32."""
-    replaced: CausalModel
+    replaced: Decoder | Encoder
     """What is run today in its place, for speeds."""
     num_bytes: int
     """Of the whole bundle on disk."""
@@ -117,7 +120,28 @@ class SpeedGate(Config):
     rounds: int = 5
 
 
-GateConfig = TextGate | TaskGate | SizeGate | SpeedGate
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelGate(Config):
+    """How many texts a classifier still gives their label, paired text by text."""
+
+    kind: Literal["label"] = "label"
+    data: str
+    """Labelled texts, `.csv`, `.tsv` or `.jsonl`, that nothing was trained on."""
+    most_loss: float | None = 0.013
+    """Share of the texts that may be lost, net."""
+    least_kept: float | None = None
+    """Share of the ability above guessing that must be kept."""
+    text: str = "text"
+    """The column of the texts."""
+    label: str = "label"
+    """The column of their labels."""
+
+    def __post_init__(self) -> None:
+        if self.most_loss is None and self.least_kept is None:
+            raise ConfigError(describe("limits", "LabelGate", "given, one at least", None))
+
+
+GateConfig = TextGate | TaskGate | LabelGate | SizeGate | SpeedGate
 
 
 def judge(gate: GateConfig, contest: Contest, report: Report) -> Verdict:
@@ -132,15 +156,32 @@ def judge(gate: GateConfig, contest: Contest, report: Report) -> Verdict:
         return _judge_task(gate, contest, report)
     if isinstance(gate, SizeGate):
         return _judge_size(gate, contest)
+    if isinstance(gate, LabelGate):
+        return _judge_labels(gate, contest, report)
     return _judge_speed(gate, contest, report)
 
 
+def _decoders(gate: Config, contest: Contest) -> tuple[Decoder, Decoder]:
+    """Return the model and its reference where the gate can judge them."""
+    if not isinstance(contest.model, Decoder) or not isinstance(contest.reference, Decoder):
+        must, step = "of a decoder", "An encoder has the gates `label` and `size`"
+        raise ConfigError(describe("model", type(gate).__name__, must, "an encoder", step))
+    return contest.model, contest.reference
+
+
+def predictor_of(model: Decoder) -> CausalModel:
+    """Return what computes a model's logits as users get them: its engine, or itself."""
+    engine = None if why_no_engine(model) is not None else engine_of(model)
+    return model if engine is None else EngineModel(engine)
+
+
 def _judge_text(gate: TextGate, contest: Contest, report: Report) -> Verdict:
+    model, reference = _decoders(gate, contest)
     corpus = Corpus(
         name=gate.text, text="\n\n".join(measured_part(text) for text in texts_of(gate.text))
     )
-    windows = _windows(gate, corpus, tokenizer_of(contest.predictor, None, "TextGate"))
-    scores = paired_text(contest.predictor, contest.reference, windows, progress=report)
+    windows = _windows(gate, corpus, tokenizer_of(model, None, "TextGate"))
+    scores = paired_text(predictor_of(model), reference, windows, progress=report)
     found = scores.measurements({**corpus.conditions(), "interval": "Student's over windows"})
     figures = {item.name: item for item in found}
     limits = [
@@ -161,17 +202,41 @@ def _windows(gate: TextGate, corpus: Corpus, tokenizer: TextTokenizer) -> torch.
 
 
 def _judge_task(gate: TaskGate, contest: Contest, report: Report) -> Verdict:
+    model, reference = _decoders(gate, contest)
     items = (
         next_sentence_items(gate.num_items, seed=gate.seed)
         if gate.items is None
         else read_choice_items(gate.items)[: gate.num_items]
     )
     ours, theirs = (
-        multiple_choice(model, items, progress=report).items
-        for model in (contest.predictor, contest.reference)
+        multiple_choice(each, items, progress=report).items
+        for each in (predictor_of(model), reference)
     )
     pairs = PairedItems.of_choices(ours, theirs)
     found = pairs.measurements({"items_file": gate.items, "seed": gate.seed})
+    figures = {item.name: item for item in found}
+    limits = [
+        _at_most(figures["accuracy_loss"], gate.most_loss),
+        _at_least(figures["ability_kept"], gate.least_kept),
+    ]
+    return _verdict(gate.kind, limits, found)
+
+
+def _judge_labels(gate: LabelGate, contest: Contest, report: Report) -> Verdict:
+    model, reference = contest.model, contest.reference
+    if not isinstance(model, Encoder) or not isinstance(reference, Encoder):
+        must = "an encoder that classifies"
+        raise ConfigError(describe("model", "LabelGate", must, "a decoder"))
+    texts = read_labelled(gate.data, text=gate.text, label=gate.label)
+    ours, theirs = (
+        accuracy(each.classify, texts, progress=report).is_right for each in (model, reference)
+    )
+    pairs = PairedItems(
+        np.array(theirs, float),
+        np.array(ours, float),
+        np.full(len(texts), 1 / len(reference.config.labels)),
+    )
+    found = pairs.measurements({"data": gate.data})
     figures = {item.name: item for item in found}
     limits = [
         _at_most(figures["accuracy_loss"], gate.most_loss),
@@ -192,8 +257,10 @@ def _judge_size(gate: SizeGate, contest: Contest) -> Verdict:
 
 
 def _judge_speed(gate: SpeedGate, contest: Contest, report: Report) -> Verdict:
+    model, _ = _decoders(gate, contest)
+    assert isinstance(contest.replaced, Decoder)
     found = speed_side_by_side(
-        {"compressed": contest.model, "replaced": contest.replaced},
+        {"compressed": model, "replaced": contest.replaced},
         num_prompt_tokens=gate.prompt_tokens,
         num_new_tokens=gate.new_tokens,
         num_repeats=gate.rounds,

@@ -43,4 +43,4 @@ def quantize(
         apply(stage, work)
     if isinstance(model, Decoder):
         model.grids = {name: weight.grid() for name, weight in work.quantized.items()}
-    return Quantized(work.quantized)
+    return Quantized(weights=work.quantized)

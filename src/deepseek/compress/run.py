@@ -19,12 +19,10 @@ from deepseek.compress.stage import kind_of
 from deepseek.compress.stages import APPLY
 from deepseek.compress.work import Outcome, Report, Work
 from deepseek.errors import ConfigError, VerifyError, describe
-from deepseek.evaluate.base import CausalModel
-from deepseek.evaluate.engine_model import EngineModel
-from deepseek.generate.modules import engine_of, why_no_engine
+from deepseek.generate.encoder_modules import EngineRunner, why_no_encoder_engine
 from deepseek.hub import Bundle, Quantized
 from deepseek.hub.atomic import replace_file, writing
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
 from deepseek.records import Parent, StageRecord, Verdict
 
 _FLOOR_TOKENS, _FLOOR_WINDOW = 2048, 256
@@ -153,7 +151,7 @@ class _Run:
             window=_FLOOR_WINDOW,
         )
         reference = hub.load(self.start, dtype="float32")
-        contest = Contest(work.model, work.model, reference, reference, 0, 1)
+        contest = Contest(work.model, reference, reference, 0, 1)
         verdict = judge(gate, contest, self.report)
         ratio = next(each for each in verdict.measurements if each.name == "perplexity_ratio")
         if not ratio.value <= floor:
@@ -187,7 +185,7 @@ class _Run:
 
     def _quantized(self, work: Work, *, is_last: bool) -> Quantized | None:
         kv = self.pipeline.kv if is_last else None
-        return Quantized(work.quantized, kv) if work.quantized or kv else None
+        return Quantized(weights=work.quantized, kv=kv) if work.quantized or kv else None
 
     def _write_line(
         self, number: int, parent: Bundle, bundle: Bundle, outcome: Outcome, seconds: float
@@ -229,26 +227,13 @@ def _apply_of(stage: object) -> Any:
 
 
 def _contest(bundle: Bundle, start: Path) -> Contest:
-    model, reference = hub.load(bundle.path), hub.load(start, dtype="float32")
-    if not isinstance(model, Decoder) or not isinstance(reference, Decoder):
-        must = "for a decoder"
-        raise ConfigError(describe("gates", "the pipeline", must, "those of a decoder"))
-    replaced = hub.load(start)
-    assert isinstance(replaced, Decoder)
+    model = hub.load(bundle.path)
+    if isinstance(model, Encoder) and why_no_encoder_engine(model) is None:
+        model.runner = EngineRunner()
     return Contest(
         model=model,
-        predictor=predictor_of(model),
-        reference=reference,
-        replaced=replaced,
+        reference=hub.load(start, dtype="float32"),
+        replaced=hub.load(start),
         num_bytes=bundle.size_bytes,
-        reference_parameters=sum(each.numel() for each in reference.parameters()),
+        reference_parameters=Bundle.open(start).num_parameters,
     )
-
-
-def predictor_of(model: Decoder) -> CausalModel:
-    """Return what computes a model's logits as users get them: its engine, or itself."""
-    if why_no_engine(model) is not None:
-        return model
-    engine = engine_of(model)
-    assert engine is not None
-    return EngineModel(engine)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from deepseek.errors import ConfigError, describe
 from deepseek.evaluate.base import CausalModel, Progress, device_of, measuring, position_logits
 from deepseek.evaluate.choice import ScoredChoice
+from deepseek.evaluate.classification import difference_interval
 from deepseek.evaluate.intervals import (
     FloatArray,
     bootstrap_ratio,
@@ -23,8 +23,6 @@ from deepseek.evaluate.intervals import (
     student_quantile,
 )
 from deepseek.records import Measurement, Spread
-
-_Z = NormalDist().inv_cdf(0.975)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +134,10 @@ class PairedItems:
         )
 
     def loss(self) -> tuple[float, Spread]:
-        """Return the share of items that is lost, net, and its 95 % interval.
-
-        Source: Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479:
-        the adjusted Wald interval of a difference of paired shares.
-        """
-        count = len(self.is_right)
-        lost = float(((self.reference_is_right == 1) & (self.is_right == 0)).sum())
-        won = float(((self.reference_is_right == 0) & (self.is_right == 1)).sum())
-        low, high = (lost + 1) / (count + 2), (won + 1) / (count + 2)
-        half = _Z * math.sqrt((low + high - (low - high) ** 2) / (count + 2))
-        return (lost - won) / count, Spread("ci95", low - high - half, low - high + half)
+        """Return the share of items that is lost, net, and its 95 % interval, by
+        `difference_interval`."""
+        ours, theirs = self.is_right, self.reference_is_right
+        return float(theirs.mean() - ours.mean()), difference_interval(ours, theirs)
 
     def kept(self) -> tuple[float, Spread | None]:
         """Return the share of the reference's ability that is kept, what guessing gives subtracted
@@ -155,12 +146,6 @@ class PairedItems:
         total = float(theirs.sum())
         value = float(ours.sum()) / total if total else math.nan
         return value, bootstrap_ratio(ours, theirs)
-
-    def smallest_loss(self) -> float:
-        """Return the smallest loss that so many items, of which so many changed, can exclude: half
-        the width of the interval."""
-        _, spread = self.loss()
-        return (spread.high - spread.low) / 2
 
     def measurements(self, about: Mapping[str, Any]) -> list[Measurement]:
         """Return `accuracy`, `reference_accuracy`, `accuracy_loss` and `ability_kept`."""
