@@ -17,6 +17,7 @@ from deepseek.generate.modules import engine_of
 from deepseek.models import Decoder
 from deepseek.ops.cpu import why_missing
 from tests.cli.conftest import Run
+from tests.grids import put_on_grids
 from tests.hub.tiny import tiny_decoder, write_gguf
 from tests.models.zoo import ours, reference
 
@@ -42,6 +43,29 @@ def test_it_names_a_kernel_for_every_operation(run: Run, tiny_folder: str) -> No
     for name in ("weight_bytes", "cache_bytes", "products"):
         assert sums[f"{name}_per_step"] == sum(row[name] for row in found["operations"]) > 0
     assert "--rows 3 --context 7" in found["measurements"][0]["command"]
+
+
+@NEEDS_KERNELS
+def test_weights_on_grids_are_told_as_they_are(run: Run, tmp_path: Path) -> None:
+    model, folder = tiny_decoder(), str(tmp_path)
+    weights = put_on_grids(model, {"down": (8, None, True), "": (4, 32, False)})
+    hub.save(model, folder, quantized=hub.Quantized(weights=weights, kv="int8"))
+    found = run("explain", folder, "--json").object
+    assert found["scheme"] == "stored-kv8"
+    stored = {row["operation"]: row["storage"] for row in found["operations"]}
+    assert stored == {
+        "qkv": "int4",
+        "attention": "int8",
+        "o": "int4",
+        "swiglu": "int4",
+        "down": "int8",
+        "head": "int4",
+    }
+    assert "--scheme" not in found["measurements"][0]["command"]
+    shown = run("show", folder, "--json").object
+    assert shown["weights_on_grids"] == "int4 in groups of 32 (13), int8 by rows (2)"
+    assert shown["kv"] == "int8"
+    assert "int8 by rows (2)" in " ".join(run("show", folder).out.split())
 
 
 @NEEDS_KERNELS

@@ -14,6 +14,8 @@ from deepseek import face
 from deepseek.generate import Engine, generate
 from deepseek.models import Decoder
 from deepseek.ops.cpu import why_missing
+from tests.grids import put_on_grids
+from tests.hub.tiny import tiny_decoder
 from tests.models.zoo import ours, reference
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
@@ -22,7 +24,7 @@ PROBE = """
 import json, sys
 from deepseek.face import load_engine
 from deepseek.generate import generate
-engine = load_engine(sys.argv[1], scheme=sys.argv[2])
+engine = load_engine(sys.argv[1], scheme=sys.argv[2] or None)
 found = generate(engine, [5, 7, 11], max_tokens=12, ignore_eos=True)
 print(json.dumps({"tokens": found.token_ids, "torch": "torch" in sys.modules}))
 """
@@ -39,6 +41,22 @@ def test_tokens_are_those_of_the_model(tmp_path: Path, case: str, scheme: str) -
     expected = generate(loaded, [5, 7, 11], max_tokens=12, ignore_eos=True)
     assert not isinstance(expected, list)
     words = [sys.executable, "-c", PROBE, str(folder), scheme]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    answer = json.loads(done.stdout)
+    assert answer == {"tokens": list(expected.token_ids), "torch": False}
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "gptq"])
+def test_weights_keep_their_grids(tmp_path: Path, layout: str) -> None:
+    model, folder = tiny_decoder(), tmp_path / "bundle"
+    weights = put_on_grids(model, {"proj": (4, 32, False)})
+    quantized = face.hub.Quantized(weights=weights, layout=layout)
+    face.hub.save(model, folder, quantized=quantized)
+    loaded = face.load(folder)
+    assert isinstance(loaded, Decoder)
+    expected = generate(loaded, [5, 7, 11], max_tokens=12, ignore_eos=True)
+    assert not isinstance(expected, list)
+    words = [sys.executable, "-c", PROBE, str(folder), ""]
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     answer = json.loads(done.stdout)
     assert answer == {"tokens": list(expected.token_ids), "torch": False}

@@ -68,4 +68,5 @@ def run(args: argparse.Namespace, out: Output) -> int:
         out.say("every file is as it was written")
     result = {"card": card.to_dict(), "path": str(bundle.path), "verified": bool(args.verify)}
     result |= {"content_hash": bundle.content_hash, "num_parameters": bundle.num_parameters}
+    result |= {"weights_on_grids": words_of(bundle.grids), "kv": bundle.kv}
     return out.finish(result, card.measurements)
