@@ -583,7 +583,8 @@ def _of_stack(weights: Weights, name: str) -> Rows | None:
 
 def _vector(rows: Rows | GridSource) -> np.ndarray:
     """Return a vector, or the rows of a table side by side, in float32."""
-    assert isinstance(rows, Rows)
+    if not isinstance(rows, Rows):
+        return rows.read().values().ravel()
     count = math.prod(rows.shape)
     width = 4 if rows.dtype == "float32" else 2
     values = ctypes.string_at(rows.address, count * width)

@@ -24,7 +24,7 @@ from deepseek.hub.safetensors import MAX_SHARD_BYTES, write_tensors
 from deepseek.hub.sentence import write_pooling
 from deepseek.hub.store import CARD, safe_name
 from deepseek.models import Decoder, Encoder, EncoderConfig, RoutedPlanner
-from deepseek.models.families import config_to_hf, state_to_hf
+from deepseek.models.families import config_to_hf, state_to_hf, their_name
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.ops.scheme import KVStorage
 from deepseek.records import BundleCard, FileRecord, Measurement, Parent, StageRecord
@@ -139,7 +139,10 @@ def save(
     tensors: Mapping[str, Tensor] = state_to_hf(model.config, _state(model))
     pairs: Iterable[tuple[str, Tensor]] = tensors.items()
     if quantized is not None and quantized.weights:
-        settings, pairs = quantized_tensors(tensors, quantized.weights, quantized.layout)
+        weights = {
+            their_name(model.config, name): weight for name, weight in quantized.weights.items()
+        }
+        settings, pairs = quantized_tensors(tensors, weights, quantized.layout)
         config |= {"quantization_config": settings}
 
     def write(fresh: Path) -> dict[str, FileRecord]:

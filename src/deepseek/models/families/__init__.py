@@ -12,6 +12,7 @@ from deepseek.models.families.table import (
     config_to_hf,
     known_families,
     our_name,
+    their_name,
 )
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "our_name",
     "state_from_hf",
     "state_to_hf",
+    "their_name",
 ]
 
 _WITH_TORCH = frozenset({"build_model", "state_from_hf", "state_to_hf"})
