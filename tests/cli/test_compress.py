@@ -1,0 +1,111 @@
+"""`deepseek compress`: one model and a target, a pipeline in a file, and what gates say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepseek.cli.main import main
+from deepseek.hub import Bundle
+from tests.compress.conftest import start, text
+
+__all__ = ["start", "text"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:
+    code = main(["compress", *words, "--json"])
+    said = capsys.readouterr()
+    return code, json.loads(said.out.splitlines()[-1]), said.err
+
+
+def test_int8_in_one_command(
+    capsys: pytest.CaptureFixture[str], start: Path, text: Path, tmp_path: Path
+) -> None:
+    words = (str(start), "--to", "int8", "--no-gates", "--text", str(text), "--kv", "int8")
+    code, found, _ = run(capsys, *words, "--out", str(tmp_path / "run"))
+    assert code == 0
+    bundle = Bundle.open(Path(found["bundle"]), verify=True)
+    assert bundle.kv == "int8" and bundle.grids
+    assert found["bytes"] == bundle.size_bytes < Bundle.open(start).size_bytes
+    assert {item["name"] for item in found["measurements"]}
+    again, _, _ = run(capsys, *words, "--out", str(tmp_path / "run"))
+    assert again == 0
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_gate_that_does_not_hold_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], start: Path, text: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "strict.yaml"
+    path.write_text(
+        f"model: {start}\n"
+        "floor_text: " + str(text) + "\n"
+        f"stages: [{{kind: quantize, bits: 8, group: null, method: round,"
+        f" calibration: {{text: {text}, samples: 2, length: 32}}}}]\n"
+        "gates: [{kind: size, most_share: 0.01}]\n"
+    )
+    out = tmp_path / "run"
+    code = main(["compress", str(path), "--out", str(out)])
+    said = capsys.readouterr()
+    assert code == 1
+    assert "gates" in said.err and "size_share" in said.err
+    bundle = Bundle.open(out / "stages" / "1-quantize")
+    assert bundle.card.is_refused
+    assert main(["show", str(bundle.path)]) == 0
+    assert "size" in capsys.readouterr().out
+    assert main(["compress", str(path), "--out", str(out), "--no-gates"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "int4"], "group of"),
+        (["--to", "int3"], "invalid choice"),
+        (["--to", "int8", "--samples", "0"], "--samples"),
+        (["--to", "int8", "--text", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    capsys: pytest.CaptureFixture[str], start: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    code, found, _ = run(capsys, str(start), *words, "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert said in found["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("model: x\nstages: []\n", "at least one"),
+        ("model: x\nstages: [{kind: shrink}]\n", "kind"),
+        ("model: x\nstages: [{kind: quantize, bits: 5}]\n", "one of 4, 8"),
+        ("model: x\nstages: [{kind: quantize}, {kind: distil}]\n", "on the grid of stage"),
+        ("model: x\nstages: [{kind: quantize}]\nhats: 2\n", "hats"),
+        ("- just\n- a list\n", "fields of a Pipeline"),
+        ("model: [\n", "YAML"),
+    ],
+)
+def test_a_file_that_is_no_pipeline_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    code, found, _ = run(capsys, str(path), "--out", str(tmp_path / "run"))
+    assert code == 2
+    assert said in found["error"]["message"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_a_target_are_not_those_of_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "one.yaml"
+    path.write_text("model: x\nstages: [{kind: quantize}]\n")
+    code, found, _ = run(capsys, str(path), "--to", "int8", "--out", str(tmp_path / "run"))
+    assert code == 2 and "--to" in found["error"]["message"]
+    missing = str(tmp_path / "missing.yaml")
+    code, found, _ = run(capsys, missing, "--out", str(tmp_path / "run"))
+    assert code == 2 and "missing.yaml" in found["error"]["message"]
