@@ -89,7 +89,7 @@ class Tracer(TorchDispatchMode):
         elif torch.Tag.pointwise in func.tags or name in _POINTWISE:
             self._by_value(_tensors((args, kwargs)), out)
         else:
-            self._unknown((args, kwargs), out)
+            self._fix((args, kwargs))
 
     def _of(self, tensor: Tensor) -> Traced:
         found = self._known.get(id(tensor))
@@ -99,9 +99,7 @@ class Tracer(TorchDispatchMode):
         self._known[id(tensor)] = traced
         self._alive.append(tensor)
 
-    # -- rules ----------------------------------------------------------------------------------
-
-    def _unknown(self, given: Any, out: Any) -> None:
+    def _fix(self, given: Any) -> None:
         for tensor in _tensors(given):
             for labels in self._of(tensor).dims:
                 if labels is not None:
@@ -274,8 +272,6 @@ class Tracer(TorchDispatchMode):
         units = self._met(parts)
         self._set(out[0], Traced([queries.dims[0], units, queries.dims[2], values.dims[3]]))
 
-    # -- what moves values ----------------------------------------------------------------------
-
     def _move(self, func: Any, args: Args, kwargs: dict[str, Any], out: Any) -> None:
         source, *rest = args
         known = self._of(source)
@@ -363,10 +359,8 @@ def _reshape(numbers: Tensor, shape: Sequence[int]) -> Tensor:
 
 _MOVES = frozenset(
     (
-        "_reshape_alias",
         "_unsafe_view",
         "alias",
-        "chunk",
         "clone",
         "detach",
         "expand",
