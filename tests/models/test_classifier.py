@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 
 from deepseek import hub
 from deepseek.errors import ConfigError, FormatError
@@ -49,6 +50,8 @@ def test_transformers_reads_what_is_saved(tmp_path: Path) -> None:
         tmp_path / "bundle", output_loading_info=True
     )
     assert not any(report.values())
+    with safe_open(tmp_path / "bundle" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(theirs.state_dict())
     assert theirs.config.id2label == NAMES
     tokens = torch.randint(0, 99, (2, 20))
     again = hub.load(tmp_path / "bundle")
