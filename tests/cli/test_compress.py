@@ -55,7 +55,7 @@ def test_a_gate_that_does_not_hold_is_exit_code_1(
     bundle = Bundle.open(out / "stages" / "1-quantize")
     assert bundle.card.is_refused
     assert main(["show", str(bundle.path)]) == 0
-    assert "size" in capsys.readouterr().out
+    assert "size_share" in capsys.readouterr().out
     assert main(["compress", str(path), "--out", str(out), "--no-gates"]) == 0
 
 

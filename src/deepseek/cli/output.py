@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deepseek.records import Measurement
+from deepseek.records import Measurement, Verdict
 
 Progress = Callable[[str, float | None], None]
 """Called with what is being done and the share of it that is done, None where that is unknown."""
@@ -55,6 +55,12 @@ class Output:
             for name, item in zip(labels(found), found, strict=True)
         ]
         self.table(title, ("measurement", "value", "spread", "unit"), rows)
+
+    def verdicts(self, found: Sequence[Verdict]) -> None:
+        """Show what gates say of a bundle; nothing where there are none."""
+        if found:
+            rows = [(each.gate, "yes" if each.holds else "NO", each.words) for each in found]
+            self.table("gates", ("gate", "holds", "found"), rows)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:

@@ -111,10 +111,5 @@ def _of_target(args: argparse.Namespace) -> Pipeline:
 
 def _show(done: Compressed, out: Output) -> None:
     out.measurements(str(done.bundle.path), done.bundle.card.measurements)
-    if done.verdicts:
-        out.table(
-            "gates",
-            ("gate", "holds", "found"),
-            [(each.gate, "yes" if each.holds else "no", each.words) for each in done.verdicts],
-        )
+    out.verdicts(done.verdicts)
     out.say(f"the model is in {done.bundle.path}, {size(done.bundle.size_bytes)}")

@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     )
     if card.measurements:
         out.measurements("measured", card.measurements)
+    out.verdicts(card.verdicts)
     if args.verify:
         out.say("every file is as it was written")
     result = {"card": card.to_dict(), "path": str(bundle.path), "verified": bool(args.verify)}
