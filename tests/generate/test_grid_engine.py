@@ -172,11 +172,11 @@ def test_another_scheme_is_packed_beside(tmp_path: Path, monkeypatch: pytest.Mon
     folder = tmp_path / "bundle"
     bundle(folder, GRIDS["int4"])
     names = []
-    for scheme in (None, "int8", None, "float32"):
+    for scheme in (None, "int8", None, "bfloat16"):
         engine = load_engine(folder, scheme=scheme)
         assert engine is not None
         names.append((engine.scheme.name, engine.was_packed))
-    assert names == [("stored", False), ("int8", False), ("stored", True), ("float32", False)]
+    assert names == [("stored", False), ("int8", False), ("stored", True), ("bfloat16", False)]
     model = deepseek.load(folder, scheme="int8")
     held = engine_of(model)
     assert held is not None
