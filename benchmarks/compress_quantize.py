@@ -11,9 +11,15 @@ feed-forward and those of each head's values. The model computes what it did, an
 made of numbers of many groups.
 
 Both models run as modules in float32 on the same windows of a text that every Python carries; the
+<<<<<<< HEAD
 windows between them are what calibrates. A second text, given by `--other`, shows what that costs
 elsewhere. `--llama-quantize PROGRAM` measures what llama.cpp makes of the same numbers (no
 importance matrix). It fails when a recipe's perplexity ratio is above its gate.
+=======
+windows between them are what calibrates, with as many of the files of `--calibrate`. A second text,
+given by `--other`, shows what rounding costs where nothing was learned. It fails when a recipe's
+perplexity ratio is above its gate.
+>>>>>>> quantize
 """
 
 from __future__ import annotations
@@ -50,7 +56,7 @@ from benchmarks.quality import (
 )
 from deepseek.cli.models import positive
 from deepseek.compress.calibration import Batch
-from deepseek.compress.quantize import Quantize
+from deepseek.compress.quantize import EndToEnd, Quantize
 from deepseek.compress.quantize.stage import quantize
 from deepseek.compress.work import Work
 from deepseek.errors import ConfigError, DeepseekError, describe
@@ -66,6 +72,7 @@ RECIPES: Mapping[str, Quantize] = {
     "awq-int4": Quantize(method="awq"),
     "gptq-int4": Quantize(method="gptq"),
     "learned-int4": Quantize(method="learned"),
+    "together-int4": Quantize(method="learned", end_to_end=EndToEnd()),
 }
 """int4: groups of 32 in the layers, embedding and head in 8 bits; int8: a scale for each row."""
 SAMPLES = 128
@@ -128,10 +135,19 @@ def put_in_another_order(model: Decoder, seed: int = SEED) -> None:
                 permute(f"{prefix}.{name}.bias", 0, rows)
 
 
-def calibration(windows: Tensor, stage: Quantize) -> list[Batch]:
-    """Return samples of the windows that are not measured, in an order of their own."""
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(SEED))
-    return [Batch(part, None) for part in windows[order[:SAMPLES]].split(stage.learned.batch)]
+def calibration(texts: Sequence[Tensor], stage: Quantize) -> list[Batch]:
+    """Return samples of windows that are not measured, in an order of their own.
+
+    Args:
+        texts: windows of each text [windows, 512]; each gives about as many.
+        stage: what they are for.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    share = -(-SAMPLES // len(texts))
+    parts = [each[torch.randperm(len(each), generator=generator)[:share]] for each in texts]
+    windows = torch.cat(parts)
+    order = torch.randperm(len(windows), generator=generator)[:SAMPLES]
+    return [Batch(part, None) for part in windows[order].split(stage.learned.batch)]
 
 
 def log_chances(model: Decoder, window: Tensor) -> Tensor:
@@ -154,9 +170,12 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
     if not options.as_is:
         put_in_another_order(reference)
     text = prepare_text(reference, options.text, options.tokens)
-    texts = {"": text.measured}
+    texts, learned = {"": text.measured}, [text.learned]
+    assert reference.tokenizer is not None
+    for file in options.calibrate:
+        tokens = reference.tokenizer.encode(read_corpus(file).text)
+        learned.append(split(tokens, len(tokens) // WINDOW)[0])
     if options.other is not None:
-        assert reference.tokenizer is not None
         other = reference.tokenizer.encode(read_corpus(options.other).text)
         texts[options.other.name] = split(other, options.tokens // WINDOW)[0]
     about = {
@@ -164,7 +183,8 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
         **text.conditions,
         "windows": len(text.measured),
         "window_tokens": WINDOW,
-        "calibration_samples": min(SAMPLES, len(text.learned)),
+        "calibration_samples": min(SAMPLES, sum(map(len, learned))),
+        "calibration_files": [file.name for file in options.calibrate],
         "interval": "Student's over windows; of a share, Wilson at the effective number of tokens",
     }
     found: list[Measurement] = []
@@ -176,7 +196,7 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
                 report=lambda words, share, task=task: bar.update(task, completed=share or 0.0),
             )  # fmt: skip
             stage, began, used = RECIPES[name], time.perf_counter(), time.process_time()
-            outcome = quantize(stage, work, calibration(text.learned, stage))
+            outcome = quantize(stage, work, calibration(learned, stage))
         conditions = {**about, "scheme": name, "threads": torch.get_num_threads()}
         took = time.perf_counter() - began, time.process_time() - used
         outcome += tuple(
@@ -282,6 +302,10 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[], metavar="FILE",
         help="UTF-8 files in place of the documentation inside Python",
+    )  # fmt: skip
+    parser.add_argument(
+        "--calibrate", type=Path, nargs="+", default=[], metavar="FILE",
+        help="texts to learn from too, none of them measured",
     )  # fmt: skip
     parser.add_argument("--other", type=Path, metavar="FILE", help="measure on this text too")
     parser.add_argument("--gate", type=gate, action="append", default=[], metavar="RECIPE=RATIO")

@@ -61,7 +61,7 @@ def test_it_measures_every_recipe_and_fails_above_a_gate(
     monkeypatch.setattr(benchmark, "RECIPES", recipes)
     chosen = ["round-int8", "round-int4", "gptq-int4", "learned-int4"]
     words = ["--model", str(folder), "--text", str(text), "--tokens", "1024", "--recipes", *chosen]
-    words += ["--other", str(text), "--gate", "round-int4=0.1", "--json"]
+    words += ["--calibrate", str(text), "--other", str(text), "--gate", "round-int4=0.1", "--json"]
     assert benchmark.main(words) == 1
     printed = json.loads(capsys.readouterr().out)
     ratios = {

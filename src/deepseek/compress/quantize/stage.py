@@ -58,7 +58,7 @@ class Quantize(Stage):
     method: Method = "learned"
     """`round` to the nearest code of a searched range needs no data; `awq` makes important channels
     larger first; `gptq` makes up for each column's error in the next ones; `learned` goes on from
-    there by what the layers give, and then the whole model."""
+    there by what the layers give, and clings most to the text it sees: let that be mixed."""
     ignore: tuple[str, ...] = ()
     """Patterns (`*`, `?`) of names of weights that stay as they are."""
     mixed: MixedBits | None = None
@@ -68,8 +68,8 @@ class Quantize(Stage):
     by_size: bool = True
     """Of `gptq` and `learned`: columns of large inputs are rounded first."""
     learned: Learned = dataclasses.field(default_factory=Learned)
-    end_to_end: EndToEnd | None = dataclasses.field(default_factory=EndToEnd)
-    """The last part of `learned`; None to leave it out."""
+    end_to_end: EndToEnd | None = None
+    """A last part of `learned`: all scales together, by what the whole model says."""
     precision: Precision = "bfloat16"
     """Of products while measuring and learning; what is rounded and stored is float32."""
     calibration: Calibration = dataclasses.field(default_factory=Calibration)
