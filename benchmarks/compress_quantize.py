@@ -11,15 +11,10 @@ feed-forward and those of each head's values. The model computes what it did, an
 made of numbers of many groups.
 
 Both models run as modules in float32 on the same windows of a text that every Python carries; the
-<<<<<<< HEAD
-windows between them are what calibrates. A second text, given by `--other`, shows what that costs
-elsewhere. `--llama-quantize PROGRAM` measures what llama.cpp makes of the same numbers (no
-importance matrix). It fails when a recipe's perplexity ratio is above its gate.
-=======
 windows between them are what calibrates, with as many of the files of `--calibrate`. A second text,
-given by `--other`, shows what rounding costs where nothing was learned. It fails when a recipe's
-perplexity ratio is above its gate.
->>>>>>> quantize
+given by `--other`, shows what rounding costs where nothing was learned. `--llama-quantize PROGRAM`
+measures what llama.cpp makes of the same numbers, without an importance matrix. It fails when a
+recipe's perplexity ratio is above its gate.
 """
 
 from __future__ import annotations
