@@ -136,6 +136,8 @@ def show(found: list[Measurement]) -> None:
         "perplexity",
         "decode_tokens_per_s",
         "prefill_tokens_per_s",
+        "decode_speed_ratio",
+        "prefill_speed_ratio",
     ]
     table = Table("method", *(name.replace("_", "\n") for name in names))
     for method in dict.fromkeys(str(item.conditions["method"]) for item in found):
