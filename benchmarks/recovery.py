@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--batch", type=positive, default=8)
     parser.add_argument("--micro-batch", type=positive)
     parser.add_argument("--length", type=positive, default=512, help="tokens of a sample")
-    parser.add_argument("--rate", type=float, default=2e-5)
+    parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--max-tokens", type=positive, default=8192, help="of a measurement")
     parser.add_argument("--group", type=positive, default=32, help="of qat")
     parser.add_argument("--symmetric", action="store_true", help="of qat")

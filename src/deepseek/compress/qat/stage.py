@@ -17,7 +17,6 @@ from deepseek.compress.qat.grid import Grid, fitted, read_grids, write_grids
 from deepseek.compress.work import Outcome, Work
 from deepseek.models import Decoder, Encoder
 from deepseek.ops.quantized import QuantizedWeight
-from deepseek.optim import AdamW, OptimizerConfig
 from deepseek.records import Measurement
 from deepseek.train import Objective, Part
 
@@ -48,9 +47,6 @@ class QuantizeAware(Learning):
     imitation: Imitation = dataclasses.field(default_factory=Imitation)
     """What of the teacher, with which weights."""
     steps: int = 200
-    optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: AdamW(rate=2e-5, weight_decay=0.0)
-    )
 
 
 def quantize_aware(stage: QuantizeAware, work: Work) -> Outcome:
