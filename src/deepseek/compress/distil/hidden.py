@@ -34,7 +34,7 @@ def hidden_error(states: Tensor, taught: Tensor, counts: Tensor) -> Tensor:
     """Return the sum over the counted tokens of the squared distance of their states, as a share of
     the squared length of the teacher's, float32 scalar.
 
-    Source: Jiao et al., "TinyBERT" (1909.10351), equation 8. Deviation: it is relative, token by
+    Source: Jiao et al., "TinyBERT" (1909.10351), section 3.1. Deviation: it is relative, token by
     token, because single tokens of a decoder have states thousands of times as long as others.
 
     Args:

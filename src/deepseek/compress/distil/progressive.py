@@ -25,7 +25,7 @@ class Progressive(Learning):
     grows sharper and harder from checkpoint to checkpoint.
 
     Source: Panigrahi et al., "Progressive distillation induces an implicit curriculum"
-    (2410.05464), section 2: a student learns from a teacher's checkpoints, one after another.
+    (2410.05464): a student learns from a teacher's checkpoints, one after another.
     Deviation: both are trained in the same steps, as in Rao et al. (2409.12512), so that a
     teacher's pass serves both; the teacher's gradient is that of the data alone.
     """

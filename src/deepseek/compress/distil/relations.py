@@ -88,7 +88,7 @@ def relation_divergence(
     """Return the sum, over the counted tokens and over relations of queries, keys and values with
     themselves, of KL(teacher || model) in nats, a mean over heads, float32 scalar.
 
-    Source: Wang et al., "MiniLMv2" (2012.15828), section 3.1, equations 5-7, alpha all 1.
+    Source: Wang et al., "MiniLMv2" (2012.15828), section 3, all three relations alike.
     Deviation: in a decoder a token's relations are those with itself and the tokens before it, and
     queries and keys are taken before their rotation.
 

@@ -17,7 +17,7 @@ def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Ten
     """Return the numbers that stand for a weight on its grid, float32 [N, K]: those of
     `quantize_on`, to the bit.
 
-    Source: Esser et al., "Learned step size quantization" (1902.08153), equations 1-5: a weight's
+    Source: Esser et al., "Learned step size quantization" (1902.08153), section 2: a weight's
     gradient goes straight through where it lies within the grid; a scale's is `round(w/s) - w/s`
     there and the last code's number outside, times `1 / sqrt(weights of the scale * last code)`.
     Deviations: a scale for every group, a zero point, and scales that are rounded to what files
