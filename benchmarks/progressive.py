@@ -36,7 +36,7 @@ from typing import Any
 import tokenizers
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import decoders, models, pre_tokenizers
 
 from deepseek import hub, train
@@ -314,7 +314,8 @@ def over_seeds(found: Sequence[Measurement]) -> list[Measurement]:
 
 def show(found: Sequence[Measurement]) -> None:
     """Print a line for each contender."""
-    table = Table("contender", "nats a byte", *SHARES.values(), "seeds that reached the mark")
+    first = Column("contender", no_wrap=True)
+    table = Table(first, "nats a byte", *SHARES.values(), "seeds that reached the mark")
     rows: dict[str, dict[str, list[float]]] = {}
     for item in found:
         row = rows.setdefault(str(item.conditions["contender"]), {})
