@@ -6,18 +6,41 @@
 #pragma once
 
 #include "../../cpu/tiles.h"
-#include "wide_int8.h"
+#include "products.h"
 
 namespace {
 
+constexpr int kTileRows = 16;
 constexpr int kChunkRows = 64;     // rows whose float sums stay in the first-level cache
 constexpr int kFewestTileRows = 4; // below, the vector kernels are as fast
+static_assert(kLanes == 16 && kPanel == 48);
 
 // Registers: 0 to 2 hold the sums of a panel's vectors, 3 inputs, 4 to 6 weights. The last channels of
 // a bfloat16 product, which fill no tile, have two of another size.
 constexpr int kSums = 0, kInput = 3, kWeights = 4, kLastInput = 6, kLastWeights = 7;
 
+template <typename F>
+inline void each_vector(int vectors, F f) {
+  f(std::integral_constant<int, 0>{});
+  if (vectors > 1) f(std::integral_constant<int, 1>{});
+  if (vectors > 2) f(std::integral_constant<int, 2>{});
+}
+
 inline void clear_sums() { tile_zero<kSums>(), tile_zero<kSums + 1>(), tile_zero<kSums + 2>(); }
+
+// Bias, and the columns that there are.
+inline void put_panel_rows(const Weight& w, int panel, const float (*sums)[kPanel], int rows, float* out,
+                           ptrdiff_t stride, Store mode) {
+  for (int v = 0; v < w.width(panel) / kLanes; ++v) {
+    int columns = w.n - panel * kPanel - v * kLanes;
+    if (columns <= 0) return;
+    vf bias = bias_of(w, panel, v);
+    for (int m = 0; m < rows; ++m) {
+      vf sum = add(load(sums[m] + v * kLanes), bias);
+      put_row<1>(out + m * stride + v * kLanes, &sum, columns < kLanes ? columns : kLanes, mode);
+    }
+  }
+}
 
 void tiles_bf16(const Weight& w, const Inputs& x, int row, int rows, int panel, float* out,
                 ptrdiff_t stride, Store mode) {
@@ -108,6 +131,24 @@ inline void unpack_nibbles(const uint8_t* from, int width, int channels, uint8_t
     }
 }
 
+// The float sums of rows after the integer sums of one more group, as the vector kernels form them.
+template <int V>
+void scale_int8(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
+                const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
+  vf scale[V];
+  for (int v = 0; v < V; ++v) scale[v] = load_half(halves + v * kLanes);
+  for (int m = 0; m < rows; ++m) {
+    size_t place = size_t(row + m) * x.groups + group;
+    vi term = all_i(((const int32_t*)x.term)[place]);
+    vf factor = all(x.scale[place]);
+    for (int v = 0; v < V; ++v) {
+      vi dot = add_i(load_i(dots[m] + v * kLanes), term);
+      float* sum = sums[m] + v * kLanes;
+      ::store(sum, fma(to_float(dot), mul(scale[v], factor), load(sum)));
+    }
+  }
+}
+
 template <int V>
 void scale_int4(const uint16_t* halves, const Inputs& x, int row, int rows, int group,
                 const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
@@ -193,7 +234,6 @@ void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, 
     blocks_bf16(w, x, row, blocks, panel, out, stride, mode);
     row += blocks * 2 * kTileRows;
   }
-  if (w.kind == Kind::int8) row += wide_int8(w, x, row, row_stop, panel, out, stride, mode);
   // weights of a group of one tile stay in their registers while more rows go by
   int most = is_bf16 || w.group > 64 ? kTileRows : kChunkRows, configured = 0;
   while (row < row_stop) {
