@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -53,12 +55,12 @@ def grow_encoder(model: Encoder, *, width: int = 2, depth: int = 1, seed: int = 
             new.weight.copy_(old.weight.repeat(1, width))
         copies.norm(grown.embeddings.LayerNorm, model.embeddings.LayerNorm)
         for number, layer in enumerate(grown.encoder.layer):
-            old = model.encoder.layer[number // depth]
-            copies.layer(layer, old)
+            small: Any = model.encoder.layer[number // depth]
+            copies.layer(layer, small)
             if number % depth:
-                _pass_on(layer, old.output.LayerNorm)
+                _pass_on(layer, small.output.LayerNorm)
         if model.pooler is not None and grown.pooler is not None:
-            copies.linear(grown.pooler["dense"], model.pooler["dense"])
+            copies.linear(_linear(grown.pooler), _linear(model.pooler))
         if model.classifier is not None and grown.classifier is not None:
             copies.linear(grown.classifier, model.classifier, outputs="as they are")
     return grown.to(model.device, model.dtype).train(model.training)
@@ -71,7 +73,7 @@ class _Copies:
         self._width, self._heads = width, model.config.num_heads
         self._draw = torch.Generator().manual_seed(seed)
 
-    def layer(self, new: nn.Module, old: nn.Module) -> None:
+    def layer(self, new: Any, old: Any) -> None:
         """Copy a layer; heads keep their number, and each has its channels `width` times."""
         own, their = new.attention["self"], old.attention["self"]
         for name in ("query", "key", "value"):
@@ -82,7 +84,7 @@ class _Copies:
         out, their_out = new.attention["output"], old.attention["output"]
         self.linear(out.dense, their_out.dense, inputs="by heads")
         self.norm(out.LayerNorm, their_out.LayerNorm)
-        self.linear(new.intermediate["dense"], old.intermediate["dense"])
+        self.linear(_linear(new.intermediate), _linear(old.intermediate))
         self.linear(new.output.dense, old.output.dense)
         self.norm(new.output.LayerNorm, old.output.LayerNorm)
 
@@ -118,7 +120,13 @@ class _Copies:
         return copies.expand(groups, -1, count // groups).reshape(-1)
 
 
-def _pass_on(layer: nn.Module, before: nn.LayerNorm) -> None:
+def _linear(block: nn.ModuleDict) -> nn.Linear:
+    dense = block["dense"]
+    assert isinstance(dense, nn.Linear)
+    return dense
+
+
+def _pass_on(layer: Any, before: nn.LayerNorm) -> None:
     """Make a layer give back what it gets from a norm, nearly."""
     mean = before.bias.mean()
     deviation = (before.weight.square().mean() + (before.bias - mean).square().mean()).sqrt()
