@@ -169,13 +169,13 @@ class Verdict:
         given = dict(values)
         try:
             found = tuple(Measurement.from_dict(item) for item in given.pop("measurements", ()))
-            verdict = cls(measurements=found, **given)
-        except (TypeError, AttributeError) as error:
+            holds: object = given.pop("holds")
+            if not isinstance(holds, bool):
+                raise FormatError(describe("holds", "a verdict", "true or false", holds))
+            return cls(measurements=found, holds=holds, **given)
+        except (TypeError, KeyError, AttributeError) as error:
             must = "the fields of a verdict"
             raise FormatError(describe("verdict", "a record file", must, dict(values))) from error
-        if not isinstance(verdict.holds, bool):
-            raise FormatError(describe("holds", "a verdict", "true or false", verdict.holds))
-        return verdict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
