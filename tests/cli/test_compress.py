@@ -33,7 +33,7 @@ def test_int8_in_one_command(
     assert {item["name"] for item in found["measurements"]}
     again, _, _ = run(capsys, *words, "--out", str(tmp_path / "run"))
     assert again == 0
-    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 1
+    assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_gate_that_does_not_hold_is_exit_code_1(

@@ -84,7 +84,7 @@ def read_pipeline(path: str | Path) -> Pipeline:
 def usual_gates(bits: int) -> tuple[GateConfig, ...]:
     """Return what a model quantized to so many bits must pass unless something else is said."""
     if bits == 8:
-        return (TextGate(most_perplexity_ratio=1.005), SizeGate(most_share=0.27))
+        return (TextGate(most_perplexity_ratio=1.01), SizeGate(most_share=0.27))
     return (TextGate(most_perplexity_ratio=1.03), SizeGate(most_share=0.18))
 
 
