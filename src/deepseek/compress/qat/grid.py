@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from deepseek.compress.qat.fake import quantize_on
+from deepseek.compress.quantize import grid as codes
+from deepseek.compress.quantize.grid import round_weight
 from deepseek.config import Config
 from deepseek.errors import ConfigError, FormatError, describe
 from deepseek.ops.quantized import QuantizedWeight
 
-_SHRINKS = tuple(1 - 0.025 * step for step in range(17))
 _PARTS = ("bits", "codes", "scale", "zero")
 
 
@@ -35,31 +35,12 @@ class Grid(Config):
 
 
 def fitted(weight: Tensor, grid: Grid) -> QuantizedWeight:
-    """Return a weight rounded to a grid: of 17 ranges for each group, from all that its weights
-    span down to three fifths of it, the one with the least squared error.
-
-    Args:
-        weight: float32 [N, K].
-        grid: how fine.
+    """Return a weight [N, K] rounded to a grid, in the ranges that lose least of it.
 
     Raises:
         ConfigError: its groups do not divide K.
     """
-    rows, width = weight.shape
-    group = grid.group or width
-    if width % group:
-        must = f"a divisor of the {width} input channels"
-        raise ConfigError(describe("group", "Grid", must, group))
-    best: QuantizedWeight | None = None
-    least = torch.full((rows, width // group), float("inf"))
-    for shrink in _SHRINKS:
-        scale, zero = _range(weight.unflatten(-1, (-1, group)), grid, shrink)
-        found = quantize_on(weight, scale, zero, grid.bits)
-        error = (found.values() - weight).square().unflatten(-1, (-1, group)).sum(-1)
-        best = found if best is None else _better(best, found, error < least)
-        least = torch.minimum(error, least)
-    assert best is not None
-    return best
+    return round_weight(weight, codes.Grid(grid.bits, grid.group, grid.is_symmetric))
 
 
 def write_grids(path: Path, weights: Mapping[str, QuantizedWeight]) -> None:
@@ -96,24 +77,3 @@ def read_grids(path: Path) -> dict[str, QuantizedWeight]:
         name: QuantizedWeight(bits=int(bits), codes=codes, scale=scale, zero=zero)
         for name, (bits, codes, scale, zero) in found.items()
     }
-
-
-def _range(blocks: Tensor, grid: Grid, shrink: float) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point of each group [N, groups] for a share of what it spans."""
-    last = (1 << grid.bits) - 1
-    if grid.is_symmetric:
-        scale = blocks.abs().amax(-1) * (shrink / (last // 2))
-        return scale, torch.full(scale.shape, last // 2 + 1, dtype=torch.uint8)
-    low, high = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    scale = ((high - low) * (shrink / last)).clamp(min=1e-30)
-    zero = (-low * shrink / scale).round().clamp(0, last)
-    return scale, zero.to(torch.uint8)
-
-
-def _better(old: QuantizedWeight, new: QuantizedWeight, is_new: Tensor) -> QuantizedWeight:
-    return QuantizedWeight(
-        bits=old.bits,
-        codes=torch.where(is_new.repeat_interleave(old.group, dim=1), new.codes, old.codes),
-        scale=torch.where(is_new, new.scale, old.scale),
-        zero=torch.where(is_new, new.zero, old.zero),
-    )
