@@ -85,14 +85,17 @@ def reference(
         keys, values = rows[:, num_heads + kv_head], rows[:, num_heads + kv_heads + kv_head]
         full = len(table) // PAGE
         means = [x[: full * PAGE].reshape(full, PAGE, dim).mean(1) for x in (keys, values)]
+        slow = scored_channels(dim) if kind != "int8" else np.arange(dim)
+        blocks = [keys[page * PAGE :][:PAGE, slow] for page in range(full)]
+        whole = np.stack(
+            [clusters(block) for block in blocks] if asked["has_summaries"] else blocks
+        )
         for place in range(len(table)):
             own = slice(kv_head * group, (kv_head + 1) * group)
             anchor = place - place % asked["refresh"]
-            slow = scored_channels(dim) if kind != "int8" else np.arange(dim)
             asking = rows[anchor, own][:, slow] @ keys[: anchor + 1, slow].T
             guesses = None
             if asked["has_summaries"]:
-                whole = np.stack([clusters(keys[p * PAGE :][:PAGE, slow]) for p in range(full)])
                 guesses = (rows[anchor, own][:, slow] @ whole.swapaxes(1, 2)).max(-1).T * dim**-0.5
             pages = chosen(asking * dim**-0.5, asked, guesses)
             seen = np.isin(np.arange(place + 1) // PAGE, pages)
