@@ -56,7 +56,29 @@ def test_a_gate_that_does_not_hold_is_exit_code_1(
     assert bundle.card.is_refused
     assert main(["show", str(bundle.path)]) == 0
     assert "size_share" in capsys.readouterr().out
+    code, found, said_ = run(capsys, str(path), "--out", str(out))
+    assert code == 1 and "size_share" in said_
+    assert [verdict["holds"] for verdict in found["verdicts"]] == [False]
     assert main(["compress", str(path), "--out", str(out), "--no-gates"]) == 0
+
+
+def test_ctrl_c_says_that_it_goes_on(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    start: Path,
+    tmp_path: Path,
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("deepseek.compress.quantize.stage.quantize", stop)
+    words = ["compress", str(start), "--to", "int8", "--samples", "2", "--out"]
+    assert main([*words, str(tmp_path / "run")]) == 130
+    assert "goes on" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*words, str(tmp_path / "run"), "--no-gates"]) == 0
+    lines = (tmp_path / "run" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in lines] == [1, 2]
 
 
 @pytest.mark.parametrize(

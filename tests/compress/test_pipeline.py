@@ -109,6 +109,18 @@ def test_it_goes_on_from_the_last_border(
     assert DONE == [0.01, 0.02, 0.03]
 
 
+def test_another_start_under_the_same_name_is_seen(start: Path, tmp_path: Path) -> None:
+    model = hub.load(start)
+    moved = hub.save(model, tmp_path / "start").path
+    asked = pipeline(moved, Noise(size=0.01), Noise(size=0.02))
+    compress(asked, tmp_path / "run")
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1.0)
+    hub.save(model, moved)
+    compress(asked, tmp_path / "run")
+    assert DONE == [0.01, 0.02, 0.01, 0.02]
+
+
 def test_a_folder_of_something_else_is_left_alone(start: Path, tmp_path: Path) -> None:
     compress(pipeline(start, Noise()), tmp_path / "run")
     with pytest.raises(ConfigError, match="of this same pipeline"):

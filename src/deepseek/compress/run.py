@@ -106,13 +106,17 @@ class _Run:
         replace_file(place, json.dumps(asked, indent=2).encode() + b"\n")
 
     def is_done(self, number: int) -> bool:
-        """Whether the bundle behind a stage is there, whole and of these settings."""
+        """Whether the bundle behind a stage is there, whole, of these settings and made from what
+        stands before it now."""
         place = self.border(number)
         if not (place / "config.json").is_file():
             return False
-        stage = Bundle.open(place).card.stage
+        card = Bundle.open(place).card
         asked = self.pipeline.hash_until(number)
-        return stage is not None and stage.settings.get("pipeline") == asked
+        if card.stage is None or card.stage.settings.get("pipeline") != asked:
+            return False
+        parent = Bundle.open(self.border(number - 1)).content_hash
+        return [each.content_hash for each in card.parents] == [parent]
 
     def go_through(self, number: int) -> None:
         """Do a stage, unless it is done."""

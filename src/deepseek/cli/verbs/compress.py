@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from deepseek.cli.models import positive, ready
 from deepseek.cli.output import Output, size
 from deepseek.cli.verbs.train import telling
-from deepseek.errors import ConfigError, VerifyError, describe
+from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
     from deepseek.compress import Compressed, Pipeline
 
 EXAMPLE = "deepseek compress smollm2-135m --to int4 --out runs/small"
+EXIT_FAILED_CHECK = 1
 _TARGETS = ("int8", "int4")
 _OF_TARGET = ("to", "method", "group", "text", "samples", "head_bits", "budget")
 
@@ -52,8 +53,12 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
     asked = _pipeline(args)
     ready(asked.model, out)
-    with telling(out) as tell:
-        done = compress(asked, args.out, report=lambda words, share: tell(words, share or 0.0))
+    try:
+        with telling(out) as tell:
+            done = compress(asked, args.out, report=lambda words, share: tell(words, share or 0.0))
+    except KeyboardInterrupt:
+        out.note("stopped. The same command goes on from the last stage that is done.")
+        raise
     _show(done, out)
     result = {
         "out": args.out,
@@ -63,12 +68,13 @@ def run(args: argparse.Namespace, out: Output) -> int:
     }
     found = [*done.bundle.card.measurements]
     found += [item for verdict in done.verdicts for item in verdict.measurements]
-    code = out.finish(result, found)
-    if done.is_refused:
-        failed = [f"{each.gate}: {each.words}" for each in done.verdicts if not each.holds]
-        step = "The bundle is there, marked; give it more time or bits, or other gates"
-        raise VerifyError(describe("gates", args.out, "held, all", "; ".join(failed), step))
-    return code
+    out.finish(result, found)
+    if not done.is_refused:
+        return 0
+    failed = [f"{each.gate}: {each.words}" for each in done.verdicts if not each.holds]
+    step = "The bundle is there, marked; give it more time or bits, or other gates"
+    out.note(f"deepseek: {describe('gates', args.out, 'held, all', '; '.join(failed), step)}")
+    return EXIT_FAILED_CHECK
 
 
 def _pipeline(args: argparse.Namespace) -> Pipeline:
