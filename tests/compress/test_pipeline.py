@@ -28,10 +28,15 @@ class Noise(Stage):
 
 
 DONE: list[float] = []
+KEPT: list[str] = []
 
 
 def make_noise(stage: Noise, work: Work) -> tuple[Measurement, ...]:
     """Do a stage of noise, and note that it was done."""
+    kept = work.folder / "seen"
+    KEPT.append(kept.read_text() if kept.exists() else "")
+    work.folder.mkdir(parents=True, exist_ok=True)
+    kept.write_text(str(stage.size))
     if stage.fails:
         raise KeyboardInterrupt
     DONE.append(stage.size)
@@ -46,6 +51,7 @@ def with_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stage into the table."""
     monkeypatch.setitem(table.APPLY, Noise, f"{__name__}:make_noise")
     DONE.clear()
+    KEPT.clear()
 
 
 def pipeline(start: Path, *stages: Stage, **settings: Any) -> Pipeline:
@@ -107,6 +113,23 @@ def test_it_goes_on_from_the_last_border(
     assert all(torch.equal(value, again[name]) for name, value in weights(whole).items())
     compress(pipeline(start, *stages), tmp_path / "run")
     assert DONE == [0.01, 0.02, 0.03]
+
+
+def test_a_stage_goes_on_from_what_it_kept_of_the_same_start(start: Path, tmp_path: Path) -> None:
+    moved = hub.save(hub.load(start), tmp_path / "start").path
+    asked = pipeline(moved, Noise(size=0.5, fails=True))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            compress(asked, tmp_path / "run")
+    model = hub.load(moved)
+    with torch.no_grad():
+        next(iter(model.parameters())).add_(1.0)
+    hub.save(model, moved)
+    with pytest.raises(KeyboardInterrupt):
+        compress(asked, tmp_path / "run")
+    assert KEPT == ["", "0.5", ""]
+    compress(pipeline(start, Noise()), tmp_path / "other")
+    assert not (tmp_path / "other" / "kept" / "1-noise").exists()
 
 
 def test_another_start_under_the_same_name_is_seen(start: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -130,19 +131,31 @@ class _Run:
         self._refuse_broken(number, work)
         bundle = self._save(number, work, parent, outcome)
         self._write_line(number, parent, bundle, outcome, time.monotonic() - began)
+        shutil.rmtree(work.folder, ignore_errors=True)
 
     def _work(self, number: int, parent: Bundle) -> Work:
-        name = f"{number + 1}-{kind_of(self.pipeline.stages[number])}"
         told = f"stage {number + 1} of {len(self.pipeline.stages)}"
         torch.manual_seed(self.pipeline.seed)
         return Work(
             model=hub.load(parent.path, dtype="float32"),
             start=self.start,
-            folder=self.folder / "kept" / name,
+            folder=self._kept(number, parent),
             quantized=hub.quantized_weights(parent),
             seed=self.pipeline.seed,
             report=lambda words, share: self.report(f"{told}: {words}", share),
         )
+
+    def _kept(self, number: int, parent: Bundle) -> Path:
+        """Return where a stage keeps what it goes on from; emptied where that is of other settings
+        or of another start."""
+        folder = self.folder / "kept" / self.border(number).name
+        mark = f"{self.pipeline.hash_until(number)} {parent.content_hash}\n".encode()
+        place = folder.with_name(f"{folder.name}.of")
+        if not place.is_file() or place.read_bytes() != mark:
+            shutil.rmtree(folder, ignore_errors=True)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(place, mark)
+        return folder
 
     def _refuse_broken(self, number: int, work: Work) -> None:
         floor = self.pipeline.floor
