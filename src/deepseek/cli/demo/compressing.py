@@ -56,27 +56,24 @@ def compress(demo: Demo) -> Section:
 
 
 def _pipelines(demo: Demo) -> dict[str, Pipeline]:
-    from deepseek.compress import Calibration, Equalize, Pipeline, Quantize, SizeGate, TextGate
+    from deepseek.compress import Calibration, Pipeline, Quantize, SizeGate, TextGate
 
     few = Calibration(samples=8, length=256)
     stages = {
-        "int8": (
-            Equalize(calibration=few),
-            Quantize(bits=8, group=None, method="round", calibration=few),
-        ),
-        "int4": (Quantize(bits=4, group=32, method="gptq", calibration=few),),
+        "int8": Quantize(bits=8, group=None, method="round", calibration=few),
+        "int4": Quantize(bits=4, group=32, method="gptq", calibration=few),
     }
     limits = {"int8": (MOST_RATIO, 0.27), "int4": (MOST_RATIO, 0.18)}
     return {
         name: Pipeline(
             model=str(demo.bundle.path),
-            stages=each,
+            stages=(stage,),
             gates=(
                 TextGate(most_perplexity_ratio=limits[name][0], tokens=TOKENS),
                 SizeGate(most_share=limits[name][1]),
             ),
         )
-        for name, each in stages.items()
+        for name, stage in stages.items()
     }
 
 

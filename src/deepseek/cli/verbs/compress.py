@@ -92,12 +92,12 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
 
 
 def _of_target(args: argparse.Namespace) -> Pipeline:
-    from deepseek.compress import Calibration, Equalize, Pipeline, Quantize, usual_gates
+    from deepseek.compress import Calibration, Pipeline, Quantize, usual_gates
 
     bits = 4 if args.to == "int4" else 8
     method = args.method or ("learned" if bits == 4 else "round")
-    # rounding and equalizing learn little: a few samples tell the ranges of inputs and outputs
-    samples = args.samples or (16 if method == "round" else None)
+    # rounding learns nothing: a few samples tell how far the layers' outputs move
+    samples = args.samples or (4 if method == "round" else None)
     given = {"text": args.text, "samples": samples, "seed": args.seed}
     calibration = Calibration(**{key: value for key, value in given.items() if value is not None})
     settings = {
@@ -106,11 +106,9 @@ def _of_target(args: argparse.Namespace) -> Pipeline:
         "head_bits": args.head_bits or 8,
     }
     stage = Quantize(bits=bits, calibration=calibration, **settings)
-    is_plain = bits == 8 and method == "round"
-    before = (Equalize(calibration=calibration),) if is_plain else ()
     return Pipeline(
         model=args.model,
-        stages=(*before, stage),
+        stages=(stage,),
         gates=() if args.no_gates else usual_gates(bits),
         kv=args.kv,
         seed=args.seed or 0,
