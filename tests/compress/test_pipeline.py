@@ -144,6 +144,15 @@ def test_another_start_under_the_same_name_is_seen(start: Path, tmp_path: Path) 
     assert DONE == [0.01, 0.02, 0.01, 0.02]
 
 
+def test_a_folder_in_which_nothing_was_ended_takes_another_pipeline(
+    start: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(pipeline(start, Noise(size=0.5, fails=True)), tmp_path / "run")
+    compress(pipeline(start, Noise(size=0.01)), tmp_path / "run")
+    assert KEPT == ["", ""] and DONE == [0.01]
+
+
 def test_a_folder_of_something_else_is_left_alone(start: Path, tmp_path: Path) -> None:
     compress(pipeline(start, Noise()), tmp_path / "run")
     with pytest.raises(ConfigError, match="of this same pipeline"):

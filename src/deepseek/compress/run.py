@@ -89,13 +89,17 @@ class _Run:
         return self.folder / "stages" / f"{number + 1}-{kind_of(self.pipeline.stages[number])}"
 
     def claim(self) -> None:
-        """Make the folder this pipeline's own, or see that it is."""
+        """Make the folder this pipeline's own, or see that it is. One in which no stage was ended
+        is given to another pipeline: what was mistaken in the first can be mended."""
         place = self.folder / "pipeline.json"
         asked = {**self.pipeline.to_dict(), "gates": []}
         if place.is_file():
             with contextlib.suppress(ValueError):
                 if json.loads(place.read_text(encoding="utf-8")) == asked:
                     return
+            if not (self.folder / "stages").exists():
+                replace_file(place, json.dumps(asked, indent=2).encode() + b"\n")
+                return
             step = "Give another folder, or the pipeline that it was begun with"
             must = "of this same pipeline"
             raise ConfigError(describe("folder", "compress", must, str(self.folder), step))
