@@ -86,6 +86,7 @@ def test_ctrl_c_says_that_it_goes_on(
     [
         (["--to", "int4"], "group of"),
         (["--to", "int3"], "invalid choice"),
+        (["--to", "int4", "--group", "7"], "invalid choice"),
         (["--to", "int8", "--samples", "0"], "--samples"),
         (["--to", "int8", "--text", "nowhere.txt"], "nowhere.txt"),
     ],

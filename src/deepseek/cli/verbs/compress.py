@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("round", "awq", "gptq", "learned"),
         help="how the grid is found (round for int8, learned for int4)",
     )
-    parser.add_argument("--group", type=positive, help="weights of one scale (a row, or 32)")
+    parser.add_argument(
+        "--group", type=int, choices=(32, 64, 128), help="weights of one scale (a row, or 32)"
+    )
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="of embedding and head (8)")
     parser.add_argument("--text", metavar="FILE", help="to learn from (inside Python)")
     parser.add_argument("--samples", type=positive, help="texts to learn from (128)")
