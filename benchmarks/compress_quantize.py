@@ -62,6 +62,7 @@ from deepseek.records import Measurement
 
 RECIPES: Mapping[str, Quantize] = {
     "round-int8": Quantize(method="round", bits=8, group=None),
+    "rotated-int8": Quantize(method="round", bits=8, group=None, rotate=True),
     "gptq-int8": Quantize(method="gptq", bits=8, group=None),
     "round-int4": Quantize(method="round"),
     "awq-int4": Quantize(method="awq"),

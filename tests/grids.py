@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from deepseek.ops.quantized import QuantizedWeight, short_scale
+from deepseek.ops.quantized import QuantizedWeight, rotate, short_scale
+
+Kind = tuple[int, int | None, bool] | tuple[int, int | None, bool, bool]
+"""Bits, group (None for a row), whether it is symmetric, and whether it is rotated."""
 
 
-def rounded(weight: Tensor, bits: int, group: int, *, symmetric: bool) -> QuantizedWeight:
+def rounded(
+    weight: Tensor, bits: int, group: int, *, symmetric: bool, rotated: bool = False
+) -> QuantizedWeight:
     """Return a weight [N, K] rounded to the nearest code of its group's range."""
-    blocks = weight.detach().float().unflatten(-1, (-1, group))
+    weight = weight.detach().float()
+    blocks = (rotate(weight) if rotated else weight).unflatten(-1, (-1, group))
     most = 2**bits - 1
     if symmetric:
         scale = short_scale(blocks.abs().amax(-1) / (most // 2))
@@ -21,32 +29,32 @@ def rounded(weight: Tensor, bits: int, group: int, *, symmetric: bool) -> Quanti
         zero = torch.where(scale > 0, -low / scale, 0).round().clamp(0, most)
     levels = torch.where(scale[..., None] > 0, blocks / scale[..., None], 0)
     codes = (levels + zero[..., None]).round().clamp(0, most).flatten(-2)
-    return QuantizedWeight(bits, codes.to(torch.uint8), scale, zero.to(torch.uint8))
+    return QuantizedWeight(bits, codes.to(torch.uint8), scale, zero.to(torch.uint8), rotated)
 
 
-def put_on_grids(
-    model: nn.Module, kinds: dict[str, tuple[int, int | None, bool]]
-) -> dict[str, QuantizedWeight]:
+def put_on_grids(model: nn.Module, kinds: Mapping[str, Kind]) -> dict[str, QuantizedWeight]:
     """Round the matrices of a model in place and return what they are rounded to.
 
     Args:
         model: its first matching entry decides about each matrix.
-        kinds: part of a name, and bits, group (None for a row) and whether it is symmetric.
+        kinds: part of a name, and what becomes of it.
     """
     found = {}
     for name, parameter in model.named_parameters():
         kind = next((kind for part, kind in kinds.items() if part in name), None)
         if kind is None or parameter.dim() != 2:
             continue
-        bits, group, symmetric = kind
+        bits, group, symmetric, *rest = kind
         width = parameter.shape[1]
-        found[name] = rounded(parameter, bits, group or width, symmetric=symmetric)
+        found[name] = rounded(
+            parameter, bits, group or width, symmetric=symmetric, rotated=any(rest)
+        )
         parameter.data.copy_(found[name].values())
     return found
 
 
 def assert_same(one: QuantizedWeight, other: QuantizedWeight) -> None:
     """Raise unless two weights have the same codes, scales and zero points."""
-    assert one.bits == other.bits
+    assert (one.bits, one.is_rotated) == (other.bits, other.is_rotated)
     for part in ("codes", "scale", "zero"):
         assert torch.equal(getattr(one, part), getattr(other, part)), part

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepseek.compress.quantize.gptq import gptq
 from deepseek.compress.quantize.grid import Grid, fit, output_error, round_weight
+from deepseek.ops.quantized import rotate
 from tests.compress.small import skewed_gram
 
 GRIDS = [Grid(4, 32, False), Grid(4, 32, True), Grid(8, None, True), Grid(4, None, False)]
@@ -76,3 +77,29 @@ def test_inputs_that_are_always_zero_and_too_few_samples_are_borne() -> None:
     assert bool(made.weight.values().isfinite().all())
     nothing = gptq(torch.randn(4, 64), Grid(4, 32, False), torch.zeros(64, 64))
     assert bool(nothing.weight.values().isfinite().all())
+
+
+@pytest.mark.parametrize("group", [64, None])
+def test_a_rotated_weight_is_rounded_behind_the_rotation(group: int | None) -> None:
+    torch.manual_seed(0)
+    weight, gram = torch.randn(10, 128), skewed_gram(128, 1)
+    grid, plain = Grid(8, group, True, rotated=True), Grid(8, group, True)
+    turned, products = rotate(weight), rotate(rotate(gram).T)
+    for made, expected in (
+        (gptq(weight, grid, gram).weight, gptq(turned, plain, products).weight),
+        (round_weight(weight, grid, gram), round_weight(turned, plain, products)),
+        (round_weight(weight, grid), round_weight(turned, plain)),
+    ):
+        assert made.is_rotated
+        assert not expected.is_rotated
+        assert torch.equal(made.codes, expected.codes)
+        assert torch.equal(made.scale, expected.scale)
+        torch.testing.assert_close(made.values(), rotate(expected.values()))
+        assert output_error(weight, made.values(), gram) < 1e-3
+
+
+def test_a_width_of_no_whole_blocks_is_not_rotated() -> None:
+    weight = torch.randn(3, 96)
+    made = round_weight(weight, Grid(8, None, True, rotated=True))
+    assert not made.is_rotated
+    assert torch.equal(made.codes, round_weight(weight, Grid(8, None, True)).codes)

@@ -78,6 +78,37 @@ def test_eight_bits_lose_far_less(tmp_path: Path) -> None:
     assert errors[1] < errors[0] / 20
 
 
+@pytest.mark.parametrize("method", ["round", "gptq", "learned"])
+def test_weights_of_eight_bits_are_rotated_where_their_width_allows(
+    method: str, tmp_path: Path
+) -> None:
+    bits = 4 if method == "learned" else 8
+    stage = Quantize(
+        bits=bits, group=32 if bits == 4 else None, method=method, rotate=True, **QUICK
+    )
+    for again in (False, True):  # the second time from the kept layers
+        work = work_of(small_decoder(), tmp_path)
+        assert (KeptLayers(tmp_path, stage, 0).read(1) is not None) == again
+        quantize(stage, work, samples())
+        for name, weight in work.quantized.items():
+            assert weight.is_rotated == (weight.bits == 8 and weight.codes.shape[1] == 64), name
+            assert torch.equal(work.model.get_parameter(name).data, weight.values())
+
+
+@pytest.mark.parametrize(
+    ("word", "settings"),
+    [
+        ("method", {"bits": 8, "group": None, "method": "learned"}),
+        ("method", {"method": "awq", "mixed": MixedBits(budget_bytes=10**6)}),
+        ("group", {"bits": 8, "group": 32, "method": "round"}),
+        ("head_group", {"head_group": 32}),
+    ],
+)
+def test_what_is_not_rotated_is_refused(word: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=word):
+        Quantize(rotate=True, **settings)
+
+
 def test_ignored_weights_stay(tmp_path: Path) -> None:
     model = small_decoder()
     before = copy.deepcopy(model.state_dict())

@@ -27,20 +27,21 @@ from deepseek.ops.linear.reference import grid_linear_reference
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.ops.scheme import Scheme
 from tests.generate.test_flat import draw, whole
-from tests.grids import put_on_grids, rounded
+from tests.grids import Kind, put_on_grids, rounded
 from tests.models.zoo import ours, reference
 from tests.ops.native import ISAS
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
 
-Kinds = dict[str, tuple[int, int | None, bool]]
+Kinds = dict[str, Kind]
 GRIDS: dict[str, Kinds] = {
     "int4": {"": (4, 32, False)},
     "int8 by rows": {"": (8, None, True)},
+    "int8 rotated": {"": (8, None, True, True)},
     "mixed": {
         "embed": (8, 32, True),
         "lm_head": (8, None, True),
-        "down": (8, None, True),
+        "down": (8, None, True, True),
         "o_proj": (4, 64, True),
         "": (4, 32, False),
     },
@@ -241,6 +242,7 @@ def test_a_model_in_bfloat16_keeps_its_grids(tmp_path: Path) -> None:
 MIXTURES: dict[str, tuple[Kinds, str]] = {
     "query and key": ({"q_proj": (8, 32, True), "": (4, 32, False)}, "q_proj"),
     "gate and up": ({"up_proj": (4, 64, True), "": (4, 32, True)}, "up_proj"),
+    "turned or not": ({"q_proj": (8, None, True, True), "": (8, None, True)}, "q_proj"),
     "no such group": ({"down": (4, 16, True), "": (4, 32, False)}, "groups that"),
 }
 

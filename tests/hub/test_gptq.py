@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -67,6 +68,8 @@ def test_what_the_layout_has_not_is_refused() -> None:
         to_gptq(draw(4, 7, 1, 32, 1, 0))
     with pytest.raises(ConfigError, match="zero point"):
         to_gptq(QuantizedWeight(4, weight.codes, weight.scale, torch.zeros_like(weight.zero)))
+    with pytest.raises(ConfigError, match="rotate: false"):
+        to_gptq(dataclasses.replace(draw(8, 8, 2, 64, 1, 0), is_rotated=True))
     tensors = to_gptq(weight)
     with pytest.raises(FormatError, match="in order"):
         from_gptq({**tensors, "g_idx": torch.arange(32, dtype=torch.int32) % 2}, 4)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from deepseek.hub.quantized import shortest
 from deepseek.hub.stored_grid import pack_rows, unpack_rows
 from deepseek.models.families import config_to_hf
 from deepseek.ops.quantized import QuantizedWeight
-from tests.grids import assert_same, put_on_grids, rounded
+from tests.grids import Kind, assert_same, put_on_grids, rounded
 from tests.hub.tiny import tiny_decoder, tiny_tokenizer
 from tests.models.zoo import ours, reference
 
@@ -37,10 +37,16 @@ MIXED = {
     "layers.0.self_attn": (8, 32, False),
     "": (4, 32, False),
 }
+ROTATED: dict[str, Kind] = {
+    "o_proj": (4, 64, True),
+    "q_proj": (8, None, True),
+    "down": (8, 32, True),
+    "": (8, 64, True, True),
+}
 LINEAR = {name: kind for name, kind in MIXED.items() if name not in ("embed", "lm_head")}
 
 
-def saved(folder: Path, kinds: dict[str, tuple[int, int | None, bool]], **changes: Any) -> Bundle:
+def saved(folder: Path, kinds: Mapping[str, Kind], **changes: Any) -> Bundle:
     model = tiny_decoder(**changes)
     layout = changes.pop("layout", "compressed-tensors")
     weights = put_on_grids(model, kinds)
@@ -48,10 +54,8 @@ def saved(folder: Path, kinds: dict[str, tuple[int, int | None, bool]], **change
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR])
-def test_weights_come_back_exactly(
-    tmp_path: Path, kinds: dict[str, tuple[int, int | None, bool]], tied: bool
-) -> None:
+@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED])
+def test_weights_come_back_exactly(tmp_path: Path, kinds: Mapping[str, Kind], tied: bool) -> None:
     model = tiny_decoder(tie_word_embeddings=tied)
     weights = put_on_grids(model, kinds)
     if kinds is LINEAR:
@@ -107,16 +111,47 @@ def test_any_weight_is_packed_as_its_library_packs_it(
         assert set(packed) == set(tensors)
 
 
-@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR])
-def test_the_config_is_what_its_library_writes(
-    tmp_path: Path, kinds: dict[str, tuple[int, int | None, bool]]
-) -> None:
+@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED])
+def test_the_config_is_what_its_library_writes(tmp_path: Path, kinds: Mapping[str, Kind]) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
     config = dict(saved(tmp_path, kinds).config["quantization_config"])
-    for beside in ("version", "sparsity_config", "transform_config"):
+    for beside in ("version", "sparsity_config"):
         config.pop(beside)
+    transforms = config.pop("transform_config")
     dumped = quantization.QuantizationConfig.model_validate(config).model_dump(mode="json")
     assert dumped == config
+    if kinds is ROTATED:
+        transform = pytest.importorskip("compressed_tensors.transform")
+        found = transform.TransformConfig.model_validate(transforms).model_dump(mode="json")
+        assert found == transforms
+    else:
+        assert transforms == {}
+
+
+def test_rotated_weights_are_those_of_their_library(tmp_path: Path) -> None:
+    """With the transforms that the config names, its modules compute what the model does."""
+    transform = pytest.importorskip("compressed_tensors.transform")
+    from transformers import AutoModelForCausalLM
+
+    weights = {
+        name: each
+        for name, each in hub.quantized_weights(saved(tmp_path / "a", ROTATED)).items()
+        if each.is_rotated
+    }
+    model = hub.load(tmp_path / "a")
+    hub.save(model, tmp_path / "plain")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    for name, weight in weights.items():  # as a file holds them: the online transforms are to come
+        theirs.get_parameter(name).data.copy_(weight.numbers())
+    config = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+    scheme = transform.TransformConfig.model_validate(config["transform_config"])
+    for group in scheme.config_groups.values():
+        group.apply = [each for each in group.apply if each.is_online()]
+    transform.apply_transform_config(theirs, scheme)
+    tokens = torch.tensor([[3, 1, 4, 1, 5]])
+    with torch.inference_mode():
+        expected, found = model(tokens).logits, theirs(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_word_of_codes() -> None:
@@ -233,6 +268,15 @@ def group_of(config: dict[str, Any]) -> dict[str, Any]:
     return config["config_groups"]["group_0"]["weights"]
 
 
+def a_transform(place: str = "input", **changes: Any) -> dict[str, Any]:
+    apply = [
+        {"targets": ["Linear"], "location": where, "inverse": False, "ignore": []}
+        for where in (place, f"weight_{place}")
+    ]
+    scheme = {"type": "hadamard", "apply": apply, "randomize": False, "head_dim": 64}
+    return {"config_groups": {"R": {**scheme, **changes}}}
+
+
 FAULTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "method": lambda config, header: config.update(quant_method="awq"),
     "no groups": lambda config, header: config.update(config_groups={}),
@@ -253,6 +297,18 @@ FAULTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     "another group": lambda config, header: group_of(config).update(group_size=64),
     "symmetric": lambda config, header: group_of(config).update(symmetric=True),
     "transform": lambda config, header: config.update(transform_config={"R1": {}}),
+    "another transform": lambda config, header: config.update(
+        transform_config=a_transform(type="matrix")
+    ),
+    "another size": lambda config, header: config.update(transform_config=a_transform(head_dim=32)),
+    "random signs": lambda config, header: config.update(
+        transform_config=a_transform(randomize=True)
+    ),
+    "an output": lambda config, header: config.update(transform_config=a_transform("output")),
+    "half of it": lambda config, header: config.update(
+        transform_config=a_transform("input", apply=[])
+    ),
+    "four bits turned": lambda config, header: config.update(transform_config=a_transform()),
     "no scale": lambda config, header: header.update({"other": header.pop(f"{EMBED}_scale")}),
     "no shape": lambda config, header: header.update({"other": header.pop(f"{EMBED}_shape")}),
     "no zeros": lambda config, header: header.update({"other": header.pop(f"{EMBED}_zero_point")}),
@@ -398,7 +454,7 @@ def test_transformers_reads_smollm2(tmp_path: Path, smollm2_folder: Path, case: 
     """Linear weights as they are, int8 beside int4; everything in int4, the tied head included."""
     transformers = pytest.importorskip("transformers")
     model = hub.load(smollm2_folder, dtype="float32")
-    kinds: dict[str, tuple[int, int | None, bool]] = {"": (4, 32, False)}
+    kinds: Mapping[str, Kind] = {"": (4, 32, False)}
     if case == "linear":
         kinds = {"down": (8, None, True), "proj": (4, 32, True)}
     weights = put_on_grids(model, kinds)

@@ -12,14 +12,20 @@ from deepseek.errors import ConfigError, ShapeError
 from deepseek.ops.grid import Grid, halves_of, why_not_exact
 from deepseek.ops.linear.reference import grid_linear_reference
 from deepseek.ops.quantized import QuantizedWeight, short_scale
+from deepseek.ops.quantized import rotate as rotate_tensor
+from deepseek.ops.rotation import rotate
 from deepseek.ops.scheme import Form, grid_form
 from tests.ops.native import ISAS, NEEDS_KERNELS, Native
 
-KINDS = [(4, 32), (4, 64), (4, 128), (4, 192), (8, 32), (8, 64), (8, 128), (8, None), (4, None)]
+PLAIN = [(4, 32), (4, 64), (4, 128), (4, 192), (8, 32), (8, 64), (8, 128), (8, None), (4, None)]
 """Bits and group; None for one scale a row."""
+KINDS = [*((*kind, False) for kind in PLAIN), (8, 64, True), (8, 128, True), (8, 192, True)]
+"""And whether it is rotated."""
 
 
-def draw(bits: int, rows: int, width: int, group: int, seed: int) -> QuantizedWeight:
+def draw(
+    bits: int, rows: int, width: int, group: int, seed: int, *, rotated: bool = False
+) -> QuantizedWeight:
     """Return a weight of random codes; a scale may be 0, a zero point at either end."""
     rng = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (rows, width), generator=rng, dtype=torch.uint8)
@@ -28,7 +34,7 @@ def draw(bits: int, rows: int, width: int, group: int, seed: int) -> QuantizedWe
     zero = torch.full(scale.shape, 128, dtype=torch.uint8)
     if bits == 4:
         zero = torch.randint(0, 16, scale.shape, generator=rng, dtype=torch.uint8)
-    return QuantizedWeight(bits, codes, scale, zero)
+    return QuantizedWeight(bits, codes, scale, zero, is_rotated=rotated)
 
 
 def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndarray) -> np.ndarray:
@@ -47,16 +53,17 @@ def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndar
 
 
 def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None = None) -> None:
-    form = grid_form(weight.bits, weight.group, weight.codes.shape[1])
+    width = weight.codes.shape[1]
+    form = grid_form(weight.bits, weight.group, width, is_rotated=weight.is_rotated)
     assert form is not None
     scale, least = (part.view(np.uint16) for part in halves_of(weight.grid(), form))
     codes = weight.codes.numpy()
-    native.program.add_codes(form.storage, form.group, codes, scale, least, bias)
+    native.program.add_codes(form.storage, form.group, form.is_rotated, codes, scale, least, bias)
 
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("bits", "group"), KINDS)
+@pytest.mark.parametrize(("bits", "group", "rotated"), KINDS)
 @settings(max_examples=8, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 3, 5, 8, 16, 17, 33, 70]),
@@ -69,6 +76,7 @@ def test_products_are_the_specification(
     isa: str,
     bits: int,
     group: int | None,
+    rotated: bool,
     rows: int,
     columns: int,
     groups: int,
@@ -76,7 +84,7 @@ def test_products_are_the_specification(
     seed: int,
 ) -> None:
     width = odd if group is None else group * groups
-    weight = draw(bits, columns, width, group or width, seed)
+    weight = draw(bits, columns, width, group or width, seed, rotated=rotated)
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((rows, width)).astype(np.float32)
     bias = rng.standard_normal(columns).astype(np.float32)
@@ -91,22 +99,27 @@ def test_products_are_the_specification(
 
 @NEEDS_KERNELS
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("bits", "group"), KINDS)
-def test_the_numbers_are_those_of_the_grid(isa: str, bits: int, group: int | None) -> None:
+@pytest.mark.parametrize(("bits", "group", "rotated"), KINDS)
+def test_the_numbers_are_those_of_the_grid(
+    isa: str, bits: int, group: int | None, rotated: bool
+) -> None:
     """Inputs of one channel each, which int8 holds exactly, read the weight back to the bit of a
     float32 sum."""
     width = 100 if group is None else 2 * group
-    weight = draw(bits, 50, width, group or width, 5)
-    found = product(isa, np.eye(width, dtype=np.float32) * 127, weight, np.zeros(50, np.float32))
-    values = weight.values().numpy().T
+    weight = draw(bits, 50, width, group or width, 5, rotated=rotated)
+    inputs = np.eye(width, dtype=np.float32) * 127
+    inputs = rotate(inputs) if rotated else inputs
+    found = product(isa, inputs, weight, np.zeros(50, np.float32))
+    values = weight.numbers().numpy().T
     np.testing.assert_allclose(found / 127, values, rtol=1e-6, atol=1e-6 * np.abs(values).max())
 
 
 @NEEDS_KERNELS
-@pytest.mark.parametrize(("bits", "group"), KINDS)
-def test_an_embedding_is_read_back_to_the_bit(bits: int, group: int | None) -> None:
+@pytest.mark.parametrize(("bits", "group", "rotated"), KINDS)
+def test_an_embedding_is_read_back(bits: int, group: int | None, rotated: bool) -> None:
+    """To the bit, but for the order of sums where it is turned back."""
     width = 100 if group is None else 2 * group
-    weight = draw(bits, 70, width, group or width, 7)
+    weight = draw(bits, 70, width, group or width, 7, rotated=rotated)
     instructions = [
         {"op": "embed", "output": 0, "weights": [0]},
         {"op": "linear", "input": 0, "output": -1, "weights": [1], "selected": 1},
@@ -116,18 +129,26 @@ def test_an_embedding_is_read_back_to_the_bit(bits: int, group: int | None) -> N
     native.weight(np.eye(width, dtype=np.float32))
     native.program.start()
     found = native.run(list(range(70)))[:, :width]
-    assert np.array_equal(found, weight.values().numpy())
+    values = weight.values().numpy()
+    if rotated:
+        np.testing.assert_allclose(found, values, rtol=0, atol=1e-6 * np.abs(values).max())
+    else:
+        assert np.array_equal(found, values)
 
 
 @NEEDS_KERNELS
 def test_what_does_not_fit_is_refused() -> None:
     native = Native(ISAS[-1], [64], [], vocab=8)
     codes, halves = np.zeros((8, 64), np.uint8), np.zeros((8, 2), np.uint16)
-    for settings_ in (("int8", 64, codes, halves), ("int4", 31, codes, halves)):
+    for settings_ in (("int8", 64), ("int4", 31)):
         with pytest.raises(ValueError, match="must be"):
-            native.program.add_codes(*settings_, halves, None)
+            native.program.add_codes(*settings_, False, codes, halves, halves, None)
     with pytest.raises(ValueError, match="int8 or int4"):
-        native.program.add_codes("float32", 32, codes, halves, halves, None)
+        native.program.add_codes("float32", 32, False, codes, halves, halves, None)
+    for kind, group, width in (("int4", 64, 64), ("int8", 32, 64), ("int8", 64, 96)):
+        with pytest.raises(ValueError, match="rotated"):
+            given = np.zeros((8, width), np.uint8)
+            native.program.add_codes(kind, group, True, given, halves, halves, None)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +166,38 @@ def test_what_does_not_fit_is_refused() -> None:
 )
 def test_forms_of_grids(bits: int, group: int, width: int, form: Form | None) -> None:
     assert grid_form(bits, group, width) == form
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "width", "form"),
+    [
+        (8, 64, 128, Form("int8", 64, True)),
+        (8, 192, 384, Form("int8", 192, True)),
+        (8, 576, 576, Form("int8", 64, True)),
+        (8, 32, 64, None),
+        (8, 96, 192, None),
+        (8, 100, 100, None),
+        (4, 64, 64, None),
+    ],
+)
+def test_forms_of_rotated_grids(bits: int, group: int, width: int, form: Form | None) -> None:
+    assert grid_form(bits, group, width, is_rotated=True) == form
+
+
+def test_both_rotations_are_one() -> None:
+    values = torch.randn(3, 192, generator=torch.Generator().manual_seed(0))
+    turned = rotate(values.numpy())
+    np.testing.assert_allclose(turned, rotate_tensor(values).numpy(), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(rotate(turned), values.numpy(), rtol=0, atol=1e-6)
+    weight = draw(8, 5, 128, 64, 3, rotated=True)
+    np.testing.assert_allclose(weight.grid().values(), weight.values().numpy(), atol=1e-5)
+    assert torch.equal(QuantizedWeight.of_grid(weight.grid()).values(), weight.values())
+
+
+@pytest.mark.parametrize(("bits", "width", "groups"), [(4, 64, 1), (8, 64, 2), (8, 96, 1)])
+def test_what_cannot_be_rotated_is_refused(bits: int, width: int, groups: int) -> None:
+    with pytest.raises(ShapeError, match="multiple of 64"):
+        draw(bits, 3, width, width // groups, 0, rotated=True)
 
 
 def test_the_reference_refuses_groups_that_nothing_holds() -> None:

@@ -9,7 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek.ops.choice import Case
-from deepseek.ops.linear.reference import linear_reference, rotate, round_inputs, round_int8
+from deepseek.ops.linear.reference import linear_reference, round_inputs, round_int8
+from deepseek.ops.quantized import rotate
 from deepseek.ops.scheme import scaled_together
 from deepseek.testing import problems
 from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, Native

@@ -24,7 +24,7 @@ def quantize(
 
     Args:
         model: with a tokenizer, where the method learns from text.
-        bits: 8, each row with a scale and rounded; or 4, in groups of 32, learned.
+        bits: 8, each row with a scale, rotated and rounded; or 4, in groups of 32, learned.
         seed: of what is drawn.
         report: told of long work.
         **settings: other fields of `Quantize`: `method="gptq"`, `group=64`, `calibration=…`.
@@ -35,8 +35,7 @@ def quantize(
     Raises:
         ConfigError: a setting is none that can be, or the model cannot be quantized.
     """
-    usual = {"method": "round", "group": None} if bits == 8 else {}
-    stage = Quantize.from_dict({**usual, "bits": bits, **settings})
+    stage = Quantize.usual(bits, **settings)
     with tempfile.TemporaryDirectory(prefix="deepseek-quantize-") as folder:
         place = Path(folder)
         work = Work(model=model, start=place, folder=place, seed=seed, report=report)

@@ -175,7 +175,7 @@ def _of_floats(value: Tensor, kind: FloatType) -> _Stored:
 
 def _of_grid(source: GridSource, order: npt.NDArray[np.int64]) -> _Stored | None:
     """Return a weight in blocks that hold its numbers, or None where none do."""
-    if source.group % _BLOCK:
+    if source.group % _BLOCK or source.is_rotated:
         return None
     grid = source.read()
     if why_not_exact(grid.bits, grid.scale, grid.zero) is not None:

@@ -77,8 +77,7 @@ class _Step(NamedTuple):
         operation = "attention" if kind.op == "attend" else "linear"
         case = Case(operation=operation, storage=kind.form.storage, rows=self.rows)
         if kind.form.storage in ("int8", "int4") and operation == "linear":
-            has_grid = not kind.form.is_rotated
-            case = case.replace(group=kind.form.group, keeps_grid=has_grid)
+            case = case.replace(group=kind.form.group, keeps_grid=self.scheme.as_stored)
         return choose(case, self.others)
 
 

@@ -494,7 +494,11 @@ def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None
 def _form_as_stored(source: Rows | GridSource) -> Form | None:
     if isinstance(source, Rows):
         return Form("bfloat16" if source.dtype == "bfloat16" else "float32")
-    return grid_form(source.bits, source.group, source.shape[1])
+    return _grid_form(source)
+
+
+def _grid_form(source: GridSource) -> Form | None:
+    return grid_form(source.bits, source.group, source.shape[1], is_rotated=source.is_rotated)
 
 
 def _add_matrix(
@@ -525,9 +529,7 @@ def _add_matrix(
 
 
 def _keeps_grid(source: Rows | GridSource, form: Form) -> TypeGuard[GridSource]:
-    return not isinstance(source, Rows) and form == grid_form(
-        source.bits, source.group, source.shape[1]
-    )
+    return not isinstance(source, Rows) and form == _grid_form(source)
 
 
 def _add_codes(native: Any, source: GridSource, form: Form, bias: np.ndarray | None) -> None:
@@ -536,6 +538,7 @@ def _add_codes(native: Any, source: GridSource, form: Form, bias: np.ndarray | N
     native.add_codes(
         kind=form.storage,
         group=form.group,
+        rotated=form.is_rotated,
         codes=np.ascontiguousarray(grid.codes),
         scale=np.ascontiguousarray(scale).view(np.uint16),
         least=np.ascontiguousarray(least).view(np.uint16),

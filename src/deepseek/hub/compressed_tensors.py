@@ -4,7 +4,8 @@ torch.
 Source: the package `compressed-tensors` 0.20: `quantization_config` as its `QuantizationConfig`
 serializes it; `pack-quantized` (codes of 4 and 8 bits in words of 32, zero points packed along the
 rows) and `int-quantized` (int8). Not read: floating-point types, blocks, activation order, global
-scales, transforms.
+scales, transforms other than `rotate` of `deepseek.ops.rotation`, which is its `hadamard` with a
+`head_dim` of 64: before a linear layer, or behind an embedding.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from deepseek.errors import FormatError, describe
 from deepseek.hub.safetensors import TensorEntry
 from deepseek.hub.stored_grid import StoredGrid, check_part, pack_rows, read_array, unpack_rows
 from deepseek.ops.grid import OFFSET, Bytes, Floats, Grid
+from deepseek.ops.scheme import ROTATED
 
 METHOD = "compressed-tensors"
 VERSION = "0.20.0"
 """Of the package whose layout is written."""
 _SCALES = ("F16", "BF16", "F32")
+_HEAD = "lm_head"
 _COMMON_GROUPS = (32, 64, 128)
 
 
@@ -38,6 +41,7 @@ class Settings(NamedTuple):
     """Channels of one scale; None for one scale a row."""
     is_symmetric: bool
     is_embedding: bool = False
+    is_rotated: bool = False
 
     @property
     def format(self) -> str:
@@ -81,6 +85,7 @@ def grid_settings(name: str, grid: Grid) -> Settings:
         group=None if is_row else grid.group,
         is_symmetric=bool((grid.zero == OFFSET[grid.bits]).all()),
         is_embedding=_is_embedding(name),
+        is_rotated=grid.is_rotated,
     )
 
 
@@ -103,7 +108,9 @@ def write_grid(name: str, grid: Grid) -> Iterator[tuple[str, npt.NDArray[np.gene
     yield f"{name}_scale", grid.scale.astype(np.float16)
 
 
-def write_config(weights: Mapping[str, Settings], others: list[str]) -> dict[str, Any]:
+def write_config(
+    weights: Mapping[str, Settings], others: list[str], *, has_tied_head: bool = False
+) -> dict[str, Any]:
     """Return the `quantization_config` of a model.
 
     The settings that most linear weights have are said of their class, all others by name. Inputs
@@ -112,6 +119,7 @@ def write_config(weights: Mapping[str, Settings], others: list[str]) -> dict[str
     Args:
         weights: those on a grid, with their settings.
         others: matrices that are on none.
+        has_tied_head: whether the head is the embedding and a linear layer of its own.
     """
     modules: dict[Settings, list[str]] = {}
     for name, settings in weights.items():
@@ -135,8 +143,37 @@ def write_config(weights: Mapping[str, Settings], others: list[str]) -> dict[str
         "global_compression_ratio": None,
         "moe_sparsity_config": None,
         "sparsity_config": {},
-        "transform_config": {},
+        "transform_config": _write_transforms(modules, has_tied_head),
     }
+
+
+def _write_transforms(modules: Mapping[Settings, list[str]], has_tied_head: bool) -> dict[str, Any]:
+    """Return the `transform_config`: products rotate their inputs, embeddings their outputs."""
+    rotated: dict[bool, list[str]] = {}
+    for settings, names in modules.items():
+        if settings.is_rotated:
+            rotated.setdefault(settings.is_embedding, []).extend(names)
+    if has_tied_head and True in rotated:
+        rotated.setdefault(False, []).append(_HEAD)
+    groups = {}
+    for is_embedding, names in rotated.items():
+        place = "output" if is_embedding else "input"
+        apply = [
+            {"targets": names, "location": location, "inverse": is_inverse, "ignore": []}
+            for location, is_inverse in (
+                (place, is_embedding),
+                (f"weight_{place}", not is_embedding),
+            )
+        ]
+        groups[f"rotated_{place}"] = {
+            "type": "hadamard",
+            "apply": apply,
+            "randomize": False,
+            "requires_grad": False,
+            "head_dim": ROTATED,
+            "precision": "torch.float32",
+        }
+    return {"config_groups": groups} if groups else {}
 
 
 def _config_group(settings: Settings, targets: list[str]) -> dict[str, Any]:
@@ -181,8 +218,7 @@ def read_grids(
     Raises:
         FormatError: settings that are not read here, or tensors that do not fit them.
     """
-    if config.get("transform_config"):
-        raise _refuse("transform_config", "empty", config["transform_config"])
+    rotations = _read_transforms(config.get("transform_config"))
     found = {}
     for name in entries:
         module, _, part = name.rpartition(".")
@@ -194,15 +230,53 @@ def read_grids(
                 for each in (weight, *(f"{weight}_{end}" for end in _ENDS))
                 if each in entries
             }
-            found[weight] = _grid(folder, weight, args, parts)
+            is_rotated = any(_meets(module, each) for each in rotations)
+            found[weight] = _grid(folder, weight, args, parts, is_rotated)
     return found
 
 
 _ENDS = ("packed", "scale", "shape", "zero_point", "g_idx", "global_scale")
 
 
+def _read_transforms(config: object) -> list[list[str]]:
+    """Return the targets of each rotation of a `transform_config`."""
+    groups = config.get("config_groups") if isinstance(config, Mapping) else None
+    if config and not isinstance(groups, Mapping):
+        raise _refuse("transform_config", "a table of config_groups", config)
+    found = []
+    for name, scheme in (groups or {}).items():
+        whole = scheme if isinstance(scheme, Mapping) else {}
+        apply = [each for each in whole.get("apply") or [] if isinstance(each, Mapping)]
+        places = {str(each.get("location")) for each in apply}
+        targets = [list(map(str, each.get("targets") or [])) for each in apply]
+        is_ours = (
+            whole.get("type") == "hadamard"
+            and whole.get("head_dim") == ROTATED
+            and not whole.get("randomize")
+            and places in ({"input", "weight_input"}, {"output", "weight_output"})
+            and len(apply) == 2
+            and targets[0] == targets[1]
+            and not any(each.get("ignore") for each in apply)
+            and all(_may_rotate(each, places) for each in targets[0])
+        )
+        if not is_ours:
+            must = f"hadamard of {ROTATED} channels before layers or behind embeddings"
+            raise _refuse(f"transform {name!r}", must, scheme)
+        found.append(targets[0])
+    return found
+
+
+def _may_rotate(target: str, places: set[str]) -> bool:
+    """Whether a target is of the kind whose channels lie at these places."""
+    return (target == "Embedding" or _is_embedding(target)) == ("output" in places)
+
+
 def _grid(
-    folder: Path, name: str, args: Mapping[str, Any], parts: Mapping[str, TensorEntry]
+    folder: Path,
+    name: str,
+    args: Mapping[str, Any],
+    parts: Mapping[str, TensorEntry],
+    is_rotated: bool,
 ) -> CompressedGrid:
     bits, strategy = args.get("num_bits"), args.get("strategy")
     if args.get("type", "int") != "int" or bits not in (4, 8):
@@ -225,7 +299,10 @@ def _grid(
         check_part(parts, "weight_zero_point", (dtype,), shape)
     elif "weight_zero_point" in parts:
         raise _refuse(f"weight_zero_point of {name!r}", "absent: it is symmetric", "there")
-    return CompressedGrid(folder, parts, bits, (rows, width), group)
+    if is_rotated and (bits != 8 or group % ROTATED):
+        must = f"8 bits in groups of a multiple of {ROTATED}, for it is rotated"
+        raise _refuse(name, must, f"{bits} bits in groups of {group}")
+    return CompressedGrid(folder, parts, bits, (rows, width), group, is_rotated)
 
 
 def _shape(folder: Path, name: str, bits: int, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
@@ -254,12 +331,25 @@ def _weight_args(module: str, groups: object) -> Mapping[str, Any]:
     for group in groups.values():
         if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
             raise _refuse("config group", "a table with targets", group)
-        for target in map(str, group["targets"]):
-            if target == module or (target.startswith("re:") and _matches(target[3:], module)):
-                return _table(group.get("weights"), module)
-            if target == ("Embedding" if _is_embedding(module) else "Linear"):
-                of_class = group.get("weights")
+        targets = list(map(str, group["targets"]))
+        if any(_names(module, target) for target in targets):
+            return _table(group.get("weights"), module)
+        if _class_of(module) in targets:
+            of_class = group.get("weights")
     return _table(of_class, module)
+
+
+def _meets(module: str, targets: list[str]) -> bool:
+    return _class_of(module) in targets or any(_names(module, target) for target in targets)
+
+
+def _names(module: str, target: str) -> bool:
+    """Whether a target is a module's name or a pattern of it."""
+    return target == module or (target.startswith("re:") and _matches(target[3:], module))
+
+
+def _class_of(module: str) -> str:
+    return "Embedding" if _is_embedding(module) else "Linear"
 
 
 def _table(weights: object, module: str) -> Mapping[str, Any]:

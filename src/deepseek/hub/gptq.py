@@ -106,10 +106,13 @@ def write_grid(grid: Grid, zero_offset: int) -> dict[str, npt.NDArray[np.generic
     """Return the tensors of a weight; see `to_gptq`.
 
     Raises:
-        ConfigError: the sizes or zero points are not ones that the layout has.
+        ConfigError: the sizes or zero points are not ones that the layout has, or it is rotated.
     """
     rows, width = grid.codes.shape
     per_word = 32 // grid.bits
+    if grid.is_rotated:
+        step = "Quantize it with rotate: false"
+        raise ConfigError(describe("weight", "the GPTQ layout", "not rotated", "rotated", step))
     if rows % per_word or width % per_word:
         must = f"of sizes that are multiples of {per_word}"
         raise ConfigError(describe("weight", "the GPTQ layout", must, [rows, width]))
@@ -211,7 +214,9 @@ def read_grids(
             check_part(parts, "g_idx", ("I32",), (width,))
             _check_order(read_array(folder, parts["g_idx"]), group, module + "g_idx")
         offset = int(version == METHOD)
-        found[module + "weight"] = GptqGrid(folder, parts, bits, (rows, width), group, offset)
+        found[module + "weight"] = GptqGrid(
+            folder, parts, bits, (rows, width), group, zero_offset=offset
+        )
     return found
 
 

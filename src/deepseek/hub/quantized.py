@@ -38,13 +38,14 @@ def quantized_tensors(
     if layout == "gptq":
         return _as_gptq(tensors, {name: weight.grid() for name, weight in weights.items()})
     others = [name for name, value in tensors.items() if value.dim() == 2 and name not in weights]
-    if "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors:
-        others.append("lm_head.weight")  # tied: a linear layer without a weight of its own
+    is_tied = "model.embed_tokens.weight" in tensors and "lm_head.weight" not in tensors
+    if is_tied:
+        others.append("lm_head.weight")  # a linear layer without a weight of its own
     settings = {
         name: compressed_tensors.grid_settings(name, weight.grid())
         for name, weight in weights.items()
     }
-    config = compressed_tensors.write_config(settings, others)
+    config = compressed_tensors.write_config(settings, others, has_tied_head=is_tied)
     return config, _each(tensors, weights)
 
 

@@ -37,6 +37,8 @@ class StoredGrid:
     shape: tuple[int, int]
     group: int
     """Channels of one scale."""
+    is_rotated: bool = False
+    """Whether the codes are of the channels behind `deepseek.ops.rotation.rotate`."""
 
     @property
     def groups(self) -> int:
@@ -61,7 +63,7 @@ class StoredGrid:
         Raises:
             FormatError: a scale is no finite number, or the file has been cut since it was opened.
         """
-        return Grid(self.bits, self.read_codes(), *self.read_scales())
+        return Grid(self.bits, self.read_codes(), *self.read_scales(), self.is_rotated)
 
     def array(self, part: str) -> npt.NDArray[np.generic]:
         """Return one part as the file holds it; bfloat16 as float32."""

@@ -38,8 +38,8 @@ class Case(Config):
     group: Group = 32
     """Weights of one scale, integers only; int8 has at least 64 where it is rotated."""
     keeps_grid: bool = False
-    """linear: integer weights keep the grid that a bundle has them on, so that int8 is not rotated;
-    the engine alone packs them."""
+    """linear: integer weights keep the grid that a bundle has them on, rotated or not; the engine
+    alone packs them."""
     is_causal: bool = True
     """attention: a query sees its own slot and earlier ones only."""
     has_table: bool = False

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deepseek.errors import ConfigError, describe
+from deepseek.ops.rotation import rotate
 from deepseek.ops.scheme import Form
 
 Bytes = npt.NDArray[np.uint8]
@@ -33,6 +34,8 @@ class Grid:
     """[N, groups]."""
     zero: Bytes
     """[N, groups]: the code that stands for 0."""
+    is_rotated: bool = False
+    """Whether these are the numbers behind `rotate`; the weight's are what it gives of them."""
 
     @property
     def group(self) -> int:
@@ -59,7 +62,8 @@ class Grid:
         blocks = self.codes.reshape(rows, -1, self.group).astype(np.float32)
         blocks -= self.zero[..., None]
         blocks *= self.scale[..., None]
-        return blocks.reshape(rows, width)
+        values = blocks.reshape(rows, width)
+        return rotate(values) if self.is_rotated else values
 
 
 class GridSource(Protocol):
@@ -78,6 +82,11 @@ class GridSource(Protocol):
     @property
     def group(self) -> int:
         """Channels of one scale."""
+        ...
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether the codes are of the channels behind `rotate`."""
         ...
 
     def read_scales(self) -> tuple[Floats, Bytes]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
 from deepseek.ops.grid import Grid
+from deepseek.ops.rotation import hadamard
+from deepseek.ops.scheme import ROTATED
 
 _SCALE_BITS = 7
 """Significant bits of a scale: a zero point of four bits times such a scale is a float16 number."""
@@ -30,6 +32,9 @@ class QuantizedWeight:
     """float32 [N, groups], each a float16 number."""
     zero: Tensor
     """uint8 [N, groups]: the code that stands for 0."""
+    is_rotated: bool = False
+    """Whether these are the numbers behind `rotate`; the weight's are what it gives of them. Eight
+    bits and a width and groups of multiples of 64 alone."""
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -38,6 +43,10 @@ class QuantizedWeight:
             got = f"{list(self.scale.shape)} and {list(self.zero.shape)}"
             must = f"[{rows}, a divisor of {width}]"
             raise ShapeError(describe("scale and zero", "QuantizedWeight", must, got))
+        if self.is_rotated and (self.bits != 8 or self.group % ROTATED):
+            must = f"of 8 bits in groups of a multiple of {ROTATED}"
+            got = f"{self.bits} bits in groups of {self.group}"
+            raise ShapeError(describe("rotated weight", "QuantizedWeight", must, got))
 
     @property
     def group(self) -> int:
@@ -49,29 +58,40 @@ class QuantizedWeight:
         """Whether the middle code stands for 0 in every group."""
         return bool((self.zero == 1 << (self.bits - 1)).all())
 
-    def values(self) -> Tensor:
-        """Return the numbers, float32 [N, K]."""
+    def numbers(self) -> Tensor:
+        """Return what the codes stand for, float32 [N, K]: rotated channels as they are."""
         blocks = self.codes.unflatten(-1, (-1, self.group)).float()
         return ((blocks - self.zero[..., None].float()) * self.scale[..., None]).flatten(-2)
+
+    def values(self) -> Tensor:
+        """Return the weight, float32 [N, K]."""
+        return rotate(self.numbers()) if self.is_rotated else self.numbers()
 
     @classmethod
     def of_grid(cls, grid: Grid) -> QuantizedWeight:
         """Return the weight that numpy arrays hold, in place."""
         parts = (torch.from_numpy(part) for part in (grid.codes, grid.scale, grid.zero))
-        return cls(grid.bits, *parts)
+        return cls(grid.bits, *parts, is_rotated=grid.is_rotated)
 
     def grid(self) -> Grid:
         """Return the weight as numpy arrays, in place where it lies on the CPU."""
         codes, scale, zero = (
             part.detach().cpu().contiguous().numpy() for part in (self.codes, self.scale, self.zero)
         )
-        return Grid(self.bits, codes, scale, zero)
+        return Grid(self.bits, codes, scale, zero, self.is_rotated)
 
     @property
     def num_bytes(self) -> int:
         """What codes, scales in float16 and zero points take, packed."""
         zeros = 0 if self.is_symmetric else self.zero.numel() * self.bits // 8
         return self.codes.numel() * self.bits // 8 + self.scale.numel() * 2 + zeros
+
+
+def rotate(states: Tensor) -> Tensor:
+    """Return every 64 channels [..., K] behind an orthogonal Walsh-Hadamard transform: its own
+    inverse. Outliers spread over the block, so that one scale serves it; see `ops.rotation`."""
+    matrix = torch.from_numpy(hadamard()).to(states.dtype)
+    return (states.unflatten(-1, (-1, ROTATED)) @ matrix).flatten(-2)
 
 
 def short_scale(scale: Tensor) -> Tensor:

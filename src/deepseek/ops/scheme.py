@@ -102,7 +102,7 @@ class Form(NamedTuple):
         return f"{self.storage} in groups of {self.group}" + (", rotated" * self.is_rotated)
 
 
-def grid_form(bits: int, group: int, width: int) -> Form | None:
+def grid_form(bits: int, group: int, width: int, *, is_rotated: bool = False) -> Form | None:
     """Return how the engine holds a weight on a grid with the numbers that the grid has; None where
     it cannot.
 
@@ -112,8 +112,16 @@ def grid_form(bits: int, group: int, width: int) -> Form | None:
         bits: of a code: 4 or 8.
         group: channels of one scale.
         width: input channels.
+        is_rotated: whether the codes are of channels behind the rotation of every 64: eight bits
+            alone.
     """
     storage: Storage = "int4" if bits == 4 else "int8"
+    if is_rotated:
+        if bits == 4 or width % ROTATED:
+            return None
+        if group in get_args(Group) and group % ROTATED == 0:
+            return Form(storage, group, True)
+        return Form(storage, ROTATED, True) if group % ROTATED == 0 else None
     if group in get_args(Group):
         return Form(storage, group)
     if group == width or group % 64 == 0:

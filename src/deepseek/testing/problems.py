@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.ops.choice import Case
-from deepseek.ops.linear.reference import rotate, round_inputs, round_int4, round_int8
+from deepseek.ops.linear.reference import round_inputs, round_int4, round_int8
+from deepseek.ops.quantized import rotate
 from deepseek.ops.scheme import scaled_together, stored_width
 
 _HAIR = 2e-6

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXAMPLE = "deepseek compress smollm2-135m --to int4 --out runs/small"
 EXIT_FAILED_CHECK = 1
 _TARGETS = ("int8", "int4")
-_OF_TARGET = ("to", "method", "group", "text", "samples", "head_bits", "budget")
+_OF_TARGET = ("to", "method", "group", "rotate", "text", "samples", "head_bits")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group", type=int, choices=(32, 64, 128), help="weights of one scale (a row, or 32)"
+    )
+    parser.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="spread outliers before 8 bits are rounded (for int8, where it can be)",
     )
     parser.add_argument("--head-bits", type=int, choices=(4, 8), help="of embedding and head (8)")
     parser.add_argument("--text", metavar="FILE", help="to learn from (inside Python)")
@@ -94,20 +99,16 @@ def _pipeline(args: argparse.Namespace) -> Pipeline:
 
 
 def _of_target(args: argparse.Namespace) -> Pipeline:
-    from deepseek.compress import Calibration, Pipeline, Quantize, usual_gates
+    from deepseek.compress import Pipeline, Quantize, usual_gates
 
     bits = 4 if args.to == "int4" else 8
     method = args.method or ("learned" if bits == 4 else "round")
     # rounding learns nothing: a few samples tell how far the layers' outputs move
     samples = args.samples or (4 if method == "round" else None)
     given = {"text": args.text, "samples": samples, "seed": args.seed}
-    calibration = Calibration(**{key: value for key, value in given.items() if value is not None})
-    settings = {
-        "method": method,
-        "group": args.group or (32 if bits == 4 else None),
-        "head_bits": args.head_bits or 8,
-    }
-    stage = Quantize(bits=bits, calibration=calibration, **settings)
+    calibration = {key: value for key, value in given.items() if value is not None}
+    settings = {name: getattr(args, name) for name in ("method", "group", "head_bits", "rotate")}
+    stage = Quantize.usual(bits, calibration=calibration, **settings)
     return Pipeline(
         model=args.model,
         stages=(stage,),

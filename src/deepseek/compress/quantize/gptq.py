@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepseek.compress.quantize.grid import Grid, as_weight, fit
+from deepseek.compress.quantize.grid import Grid, as_weight, fit, turned, turned_gram
 from deepseek.ops.quantized import QuantizedWeight
 
 _BLOCK = 128
@@ -20,7 +20,7 @@ class Compensated(NamedTuple):
     weight: QuantizedWeight
     latent: Tensor
     """float32 [N, K]: each number as it was when its turn came, errors before it made up for; the
-    codes are the nearest to it."""
+    codes are the nearest to it. Rotated where the weight is."""
 
 
 def gptq(
@@ -40,6 +40,7 @@ def gptq(
         damping: share of the mean diagonal that is added to it.
         by_size: columns of large inputs come first.
     """
+    weight, gram = turned(weight, grid), turned_gram(gram, grid)
     scales = fit(weight, grid, gram)
     width = grid.width_of(weight.shape[1])
     order = gram.diagonal().argsort(descending=True) if by_size else torch.arange(len(gram))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
-from deepseek.ops.quantized import QuantizedWeight, short_scale
+from deepseek.ops.quantized import QuantizedWeight, rotate, short_scale
+from deepseek.ops.scheme import ROTATED
 
 _SHRINKS = tuple(1 - step / 25 for step in range(13))
 """Shares of a group's own range that are tried."""
@@ -29,6 +30,9 @@ class Grid:
     """Channels of one scale; None for a whole row."""
     symmetric: bool
     """The middle code stands for 0 in every group."""
+    rotated: bool = False
+    """Every 64 channels of a width that is a multiple of 64 are rotated before they get codes:
+    eight bits in groups of a multiple of 64, or a row, alone."""
 
     @property
     def top(self) -> int:
@@ -57,6 +61,10 @@ class Grid:
             raise ConfigError(describe("group", "Grid", must, self.group))
         return width
 
+    def rotates(self, channels: int) -> bool:
+        """Whether weights of so many channels are rotated."""
+        return self.rotated and channels % ROTATED == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
@@ -78,7 +86,8 @@ def nearest(weight: Tensor, grid: Grid, scales: Scales) -> QuantizedWeight:
 def as_weight(codes: Tensor, grid: Grid, scales: Scales) -> QuantizedWeight:
     """Return codes [N, K] of any dtype with their scales."""
     zero = scales.zero.to(torch.uint8)
-    return QuantizedWeight(grid.bits, codes.to(torch.uint8), scales.scale, zero)
+    is_rotated = grid.rotates(codes.shape[1])
+    return QuantizedWeight(grid.bits, codes.to(torch.uint8), scales.scale, zero, is_rotated)
 
 
 def fit(weight: Tensor, grid: Grid, gram: Tensor | None = None) -> Scales:
@@ -118,8 +127,20 @@ def own_range(weight: Tensor, grid: Grid) -> Scales:
 
 
 def round_weight(weight: Tensor, grid: Grid, gram: Tensor | None = None) -> QuantizedWeight:
-    """Return a weight at the nearest codes of the range that `fit` finds."""
+    """Return a weight at the nearest codes of the range that `fit` finds, rotated where the grid
+    says so."""
+    weight, gram = turned(weight, grid), None if gram is None else turned_gram(gram, grid)
     return nearest(weight, grid, fit(weight, grid, gram))
+
+
+def turned(weight: Tensor, grid: Grid) -> Tensor:
+    """Return a weight [N, K] as the grid's codes see it."""
+    return rotate(weight.float()) if grid.rotates(weight.shape[1]) else weight
+
+
+def turned_gram(gram: Tensor, grid: Grid) -> Tensor:
+    """Return inputs' products [K, K] as the grid's codes see them."""
+    return rotate(rotate(gram).T) if grid.rotates(len(gram)) else gram
 
 
 def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:

@@ -74,7 +74,7 @@ class KeptLayers:
                 if name.startswith(f"{prefix}.") and name not in weights
             },
             "weights": {
-                name: (each.bits, each.codes, each.scale, each.zero)
+                name: (each.bits, each.codes, each.scale, each.zero, each.is_rotated)
                 for name, each in weights.items()
             },
         }

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from deepseek.compress.stage import Stage
 from deepseek.compress.work import Outcome, Work
 from deepseek.errors import ConfigError, describe
 from deepseek.ops.quantized import QuantizedWeight
+from deepseek.ops.scheme import ROTATED
 from deepseek.records import Measurement
 
 Bits = Literal[4, 8]
@@ -59,6 +60,10 @@ class Quantize(Stage):
     """`round` to the nearest code of a searched range needs no data; `awq` makes important channels
     larger first; `gptq` makes up for each column's error in the next ones; `learned` goes on from
     there by what the layers give, and clings most to the text it sees: let that be mixed."""
+    rotate: bool = False
+    """Rotate every 64 channels of inputs and of weights of 8 bits, where a width is a multiple of
+    64: outliers spread, and rounding costs less. The engine and vLLM read it; transformers 5 does
+    not, nor has GPTQ's layout a place for it. With `round` and `gptq`, and for a head of 8 bits."""
     ignore: tuple[str, ...] = ()
     """Patterns (`*`, `?`) of names of weights that stay as they are."""
     mixed: MixedBits | None = None
@@ -78,16 +83,51 @@ class Quantize(Stage):
         if not 0 < self.damping <= 1:
             must = "above 0 and at most 1"
             raise ConfigError(describe("damping", "Quantize", must, self.damping))
+        if not self.rotate:
+            return
+        if (self.bits == 8 or self.mixed) and self.method not in ("round", "gptq"):
+            must = "round or gptq where layers of 8 bits are rotated"
+            raise ConfigError(describe("method", "Quantize", must, self.method))
+        for name, is_rotated, group in (
+            ("group", self.bits == 8 or self.mixed, self.group),
+            ("head_group", self.head_bits == 8, self.head_group),
+        ):
+            if is_rotated and group is not None and group % ROTATED:
+                must = f"a multiple of {ROTATED}, or null, where it is rotated"
+                raise ConfigError(describe(name, "Quantize", must, group))
+
+    @classmethod
+    def usual(cls, bits: int, **given: Any) -> Quantize:
+        """Return the stage for so many bits with what is usual where nothing is given: 8 bits by
+        rows, rounded, rotated where that can be; 4 bits in groups of 32, learned.
+
+        Args:
+            bits: of the layers' products.
+            **given: other fields; None counts as not given.
+
+        Raises:
+            ConfigError: a field is none that can be.
+        """
+        asked = {key: value for key, value in given.items() if value is not None}
+        if bits == 4:
+            return cls.from_dict({"bits": 4, **asked})
+        asked = {"method": "round", "group": None, **asked}
+        group = asked["group"]
+        can_rotate = asked["method"] in ("round", "gptq") and (not group or group % ROTATED == 0)
+        return cls.from_dict({"bits": bits, "rotate": can_rotate, **asked})
 
     def grid(self, bits: int) -> Grid:
         """Return the grid of the layers' products in so many bits."""
-        return Grid(bits, self.group, bits == 8 if self.symmetric is None else self.symmetric)
+        return self._grid(bits, self.group)
 
     @property
     def head_grid(self) -> Grid:
         """The grid of embeddings, head and pooler."""
-        symmetric = self.head_bits == 8 if self.symmetric is None else self.symmetric
-        return Grid(self.head_bits, self.head_group, symmetric)
+        return self._grid(self.head_bits, self.head_group)
+
+    def _grid(self, bits: int, group: int | None) -> Grid:
+        symmetric = bits == 8 if self.symmetric is None else self.symmetric
+        return Grid(bits, group, symmetric, self.rotate and bits == 8)
 
 
 def apply(stage: Quantize, work: Work) -> Outcome:

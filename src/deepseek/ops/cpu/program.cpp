@@ -145,9 +145,9 @@ void pack_codes(const Weight& w, const uint8_t* codes, const uint16_t* scale, co
 
 }  // namespace
 
-int Program::add_codes(Kind kind, int group, int n, int k, const uint8_t* codes, const uint16_t* scale,
-                       const uint16_t* least, const float* bias) {
-  int index = add_room(kind, group, false, n, k, bias);
+int Program::add_codes(Kind kind, int group, bool rotated, int n, int k, const uint8_t* codes,
+                       const uint16_t* scale, const uint16_t* least, const float* bias) {
+  int index = add_room(kind, group, rotated, n, k, bias);
   const Weight& w = weights_[index];
   std::atomic<int> next{0};
   pool_.run([&](int) {

@@ -145,8 +145,9 @@ class Program {
   // Weights are packed as they are added; `source` is not needed afterwards.
   int add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
                  Kind source_kind, ptrdiff_t stride, const float* bias);
-  // Packs codes [n][k] as they are, with a scale for every row and group and, of int4, a least value.
-  int add_codes(Kind kind, int group, int n, int k, const uint8_t* codes, const uint16_t* scale,
+  // Packs codes [n][k] as they are, with a scale for every row and group and, of int4, a least value; those of
+  // a rotated weight are of its channels behind the rotation.
+  int add_codes(Kind kind, int group, bool rotated, int n, int k, const uint8_t* codes, const uint16_t* scale,
                 const uint16_t* least, const float* bias);
   // Room for weights that were packed before: the caller fills it.
   int add_room(Kind kind, int group, bool rotated, int n, int k, const float* bias);

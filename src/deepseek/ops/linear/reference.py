@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
-from deepseek.ops.quantized import QuantizedWeight
+from deepseek.ops.quantized import QuantizedWeight, rotate
 from deepseek.ops.scheme import ROTATED, Storage, grid_form, scaled_together
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
@@ -53,26 +53,14 @@ def grid_linear_reference(
         bias: float32 [N] or None.
     """
     rows, width = weight.codes.shape
-    form = grid_form(weight.bits, weight.group, width)
+    form = grid_form(weight.bits, weight.group, width, is_rotated=weight.is_rotated)
     if form is None:
         must = "a multiple of 32 or a whole row"
         raise ShapeError(describe("group", f"a weight [{rows}, {width}]", must, weight.group))
+    if weight.is_rotated:
+        inputs = rotate(inputs)
     rounded = round_inputs(_padded(inputs, form.group), form.group)[..., :width]
-    return F.linear(rounded, weight.values(), bias)
-
-
-def rotate(states: Tensor) -> Tensor:
-    """Return every 64 channels after an orthogonal Walsh-Hadamard transform: its own inverse.
-
-    Outliers spread over the block, so that one scale serves it. Source: QuaRot (2404.00456),
-    section 3, online transform; deviation: blocks of 64, no random signs.
-    """
-    hadamard = torch.ones(1, 1)
-    while hadamard.shape[0] < ROTATED:
-        rows = torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)
-        hadamard = torch.cat(rows)
-    blocks = states.unflatten(-1, (-1, ROTATED)) @ (hadamard / ROTATED**0.5).to(states.dtype)
-    return blocks.flatten(-2)
+    return F.linear(rounded, weight.numbers(), bias)
 
 
 def round_inputs(states: Tensor, group: int) -> Tensor:
