@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from deepseek.models import Decoder, Encoder
+from deepseek.models.single_weights import weight_of
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.ops.scheme import KVStorage
 from deepseek.records import Measurement
@@ -44,5 +45,5 @@ class Work:
     def set_quantized(self, weights: Mapping[str, QuantizedWeight]) -> None:
         """Put weights on their grids, here and in the model."""
         for name, weight in weights.items():
-            self.model.get_parameter(name).data.copy_(weight.values())
+            weight_of(self.model, name).copy_(weight.values())
             self.quantized[name] = weight

@@ -30,6 +30,7 @@ from deepseek.models.layers import (
 )
 from deepseek.models.planner import WindowPlanner
 from deepseek.models.routed import RoutedPlanner
+from deepseek.models.single_weights import weight_of
 from deepseek.ops.cpu import why_missing
 from deepseek.ops.grid import GridSource, why_inexact
 from deepseek.ops.linear import Linear
@@ -163,24 +164,12 @@ def grids_kept(model: Decoder) -> dict[str, GridSource]:
     """Return the weights that a model's folder holds on a grid, or none where the model's numbers
     are not those of the folder any more: the weights of a folder are read for it."""
     for name, grid in model.grids.items():
-        value = _parameter(model, name)
+        value = weight_of(model, name)
         stored = torch.from_numpy(grid.read().values()).to(value.dtype)
         if not torch.equal(value, stored):
             _LOG.info("%s was changed since it was loaded: no weight keeps its grid", name)
             return {}
     return dict(model.grids)
-
-
-def _parameter(model: Decoder, name: str) -> Tensor:
-    """Return a weight by its name in the program, which has experts one by one."""
-    prefix, _, rest = name.partition(".experts.")
-    if not rest:
-        return model.get_parameter(name).detach()
-    index, part, _ = rest.split(".")
-    if part == "down_proj":
-        return model.get_parameter(f"{prefix}.experts.down_proj").detach()[int(index)]
-    both = model.get_parameter(f"{prefix}.experts.gate_up_proj").detach()[int(index)]
-    return both.chunk(2)[part == "up_proj"]
 
 
 def why_no_engine(model: nn.Module) -> str | None:

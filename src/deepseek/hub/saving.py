@@ -136,7 +136,10 @@ def save(
         kv=None if quantized is None else quantized.kv,
     )
     config = config_to_hf(model.config) | {"dtype": str(_dtype(model)).removeprefix("torch.")}
-    tensors: Mapping[str, Tensor] = state_to_hf(model.config, _state(model))
+    state = _state(model)
+    tensors: Mapping[str, Tensor] = state_to_hf(
+        model.config, state, one_by_one=quantized is not None
+    )
     pairs: Iterable[tuple[str, Tensor]] = tensors.items()
     if quantized is not None and quantized.weights:
         weights = {

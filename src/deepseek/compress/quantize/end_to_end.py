@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deepseek.compress.calibration import Batch
+from deepseek.compress.quantize.experts import stacked
 from deepseek.compress.quantize.targets import Model
 from deepseek.compress.quantize.walk import Precision, computing
 from deepseek.config import Config
@@ -123,7 +124,8 @@ def learn_scales(
         with computing(precision):
             with torch.no_grad():
                 wanted = taught(batch)
-            loss = _loss(model, teacher, functional_call(student, values, (batch,)), wanted)
+            found = functional_call(student, stacked(student, values), (batch,))
+            loss = _loss(model, teacher, found, wanted)
         slopes = torch.autograd.grad(loss, list(logs.values()))
         for log, slope in zip(logs.values(), slopes, strict=True):
             log.grad = slope

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,8 +79,8 @@ def input_ranges(model: Model, batches: Sequence[Batch], names: Sequence[str]) -
     """Return the largest magnitude of each input channel of some modules [K]; padding counts."""
     found: dict[str, Tensor] = {}
 
-    def see(name: str, inputs: Tensor) -> None:
-        largest = inputs.float().abs().flatten(0, -2).amax(0)
+    def see(name: str, given: tuple[Any, ...]) -> None:
+        largest = given[0].float().abs().flatten(0, -2).amax(0)
         found[name] = torch.maximum(found[name], largest) if name in found else largest
 
     modules = {name: model.get_submodule(name) for name in names}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from deepseek.compress.quantize.experts import stacked
 from deepseek.compress.quantize.grid import Grid, Scales, as_weight
 from deepseek.compress.quantize.walk import Flow, Precision, computing
 from deepseek.config import Config
@@ -161,7 +162,7 @@ def learn_rounding(
         values = {name: rounding.values(dtype) for name, rounding in start.items()}
         flow = flows[place]
         with computing(precision):
-            found = functional_call(layer, values, (flow.states, flow.about))
+            found = functional_call(layer, stacked(layer, values), (flow.states, flow.about))
         error = flow.tokens(found.float()) - flow.tokens(targets[place])
         gradients = torch.autograd.grad(error.square().mean(), list(values.values()))
         share = 1 - step / settings.steps

@@ -17,6 +17,7 @@ from deepseek.compress.quantize.walk import Precision, computing, first_flows
 from deepseek.config import Config
 from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.models import Encoder
+from deepseek.models.single_weights import weight_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,12 +127,12 @@ def sensitivities(
 def _loss_of(
     model: Model, unit: Unit, grid: Grid, flows: Sequence[Any], wanted: Sequence[Tensor]
 ) -> float:
-    parameters = [model.get_parameter(name) for name in unit.weights]
-    kept = [parameter.data.clone() for parameter in parameters]
+    weights = [weight_of(model, name) for name in unit.weights]
+    kept = [weight.clone() for weight in weights]
     assert unit.layer is not None
     try:
-        for parameter in parameters:
-            parameter.data.copy_(round_weight(parameter.data, grid).values())
+        for weight in weights:
+            weight.copy_(round_weight(weight, grid).values())
         losses = [
             _distance(
                 flow.tokens(_rest(model, flow.states, flow.about, unit.layer)),
@@ -141,8 +142,8 @@ def _loss_of(
             for flow, expected in zip(flows, wanted, strict=True)
         ]
     finally:
-        for parameter, values in zip(parameters, kept, strict=True):
-            parameter.data.copy_(values)
+        for weight, values in zip(weights, kept, strict=True):
+            weight.copy_(values)
     return sum(losses) / len(losses)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from deepseek.compress.quantize.walk import (
 from deepseek.compress.stage import Stage
 from deepseek.compress.work import Outcome, Work
 from deepseek.errors import ConfigError, describe
+from deepseek.models.single_weights import single_weights, weight_of
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.ops.scheme import ROTATED
 from deepseek.records import Measurement
@@ -135,7 +137,7 @@ def apply(stage: Quantize, work: Work) -> Outcome:
 
     Raises:
         ConfigError: no tokenizer or too little text for the calibration, a group that does not
-            divide a width, routed experts, or nothing to do.
+            divide a width, or nothing to do.
         CapacityError: the budget of mixed bits is too small.
     """
     batches = calibration_batches(work.model, stage.calibration, stage.learned.batch)
@@ -148,7 +150,7 @@ def quantize(stage: Quantize, work: Work, batches: Sequence[Batch]) -> Outcome:
     found = units(model, stage.ignore)
     grids = _grids(stage, work, found, batches)
     for name, grid in grids.items():
-        grid.width_of(model.get_parameter(name).shape[-1])
+        grid.width_of(weight_of(model, name).shape[-1])
     learns_scales = stage.method == "learned" and stage.end_to_end is not None
     teacher = copy.deepcopy(model) if learns_scales else None
     run = _Run(stage, work, grids, found)
@@ -203,7 +205,7 @@ def _grids(
     layers = {name for unit in inner for name in unit.weights}
     rest = sum(
         _bytes(work.model, name, grids[name]) if name in grids else 4 * parameter.numel()
-        for name, parameter in work.model.named_parameters()
+        for name, parameter in single_weights(work.model)
         if name not in layers
     )
     *picked, _ = choose([*options, [Choice(rest, 0.0)]], stage.mixed.budget_bytes)
@@ -214,7 +216,7 @@ def _grids(
 
 def _bytes(model: Model, name: str, grid: Grid) -> int:
     """Return what a weight takes on a grid."""
-    rows, channels = model.get_parameter(name).shape
+    rows, channels = weight_of(model, name).shape
     scales = rows * (channels // grid.width_of(channels))
     zeros = 0 if grid.symmetric else scales * grid.bits // 8
     return rows * channels * grid.bits // 8 + 2 * scales + zeros
@@ -281,12 +283,11 @@ class _Run:
         if stage.method == "round" or not names:
             return {name: self._rounded(name) for name in names}
         layer = layers[place]
-        firsts = {unit.modules[0]: model.get_submodule(unit.modules[0]) for unit in within}
-        sums = grams(lambda flow: layer(flow.states, flow.about), flows, firsts, stage.precision)
+        sums = self._grams(layer, within, flows)
         if stage.method == "awq":
             places = [fold for fold in folds(model) if fold.layer == place]
             scale_salient(model, places, self.grids, sums)
-        of = {name: sums[unit.modules[0]] for unit in within for name in unit.weights}
+        of = {name: _gram_of(name, unit, sums) for unit in within for name in unit.weights}
         if stage.method == "awq":
             return {
                 name: round_weight(self._values(name), self.grids[name], of[name]) for name in names
@@ -306,14 +307,27 @@ class _Run:
         )
         return {f"{prefix}.{place}.{name}": each for name, each in learned.items()}
 
+    def _grams(
+        self, layer: nn.Module, within: Sequence[Unit], flows: Sequence[Flow]
+    ) -> dict[str, Tensor]:
+        """Return what goes into a layer's units, by the name of each one's first module; of routed
+        experts for each gate and down product."""
+        model = self.work.model
+        firsts = [unit.modules[0].rsplit(".", 2 if unit.is_routed else 0)[0] for unit in within]
+        modules = {name: model.get_submodule(name) for name in firsts}
+        run = functools.partial(_run_layer, layer)
+        return grams(run, flows, modules, self.stage.precision)
+
     def _values(self, name: str) -> Tensor:
-        return self.work.model.get_parameter(name).data
+        return weight_of(self.work.model, name)
 
     def _rounded(self, name: str) -> QuantizedWeight:
         return round_weight(self._values(name), self.grids[name])
 
-    def _compensated(self, name: str, gram: Tensor) -> Compensated:
+    def _compensated(self, name: str, gram: Tensor | None) -> Compensated:
         stage = self.stage
+        if gram is None:
+            return Compensated(self._rounded(name), self._values(name).clone())
         return gptq(
             self._values(name),
             self.grids[name],
@@ -321,6 +335,17 @@ class _Run:
             damping=stage.damping,
             by_size=stage.by_size,
         )
+
+
+def _gram_of(name: str, unit: Unit, sums: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the products of what a weight reads; None for an expert that no token chose."""
+    if not unit.is_routed:
+        return sums[unit.modules[0]]
+    return sums.get(name.removesuffix(".weight").replace(".up_proj", ".gate_proj"))
+
+
+def _run_layer(layer: nn.Module, flow: Flow) -> object:
+    return layer(flow.states, flow.about)
 
 
 def _is_embedding(model: Model, name: str) -> bool:
@@ -348,7 +373,7 @@ def _outcome(
     total, numbers = sum(each.num_bytes for each in made), sum(each.codes.numel() for each in made)
     rest = sum(
         parameter.numel()
-        for name, parameter in work.model.named_parameters()
+        for name, parameter in single_weights(work.model)
         if name not in work.quantized
     )
     figures = (

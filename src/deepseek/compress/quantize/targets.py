@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from deepseek.compress.quantize.experts import stacks_of
 from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder, Encoder
-from deepseek.models.layers import ExpertWeights
 
 Model = Decoder | Encoder
 
@@ -29,7 +29,10 @@ class Unit:
     layer: int | None
     """The layer it lies in; None for embeddings, the head and a pooler."""
     modules: tuple[str, ...]
-    """By name."""
+    """By name; of routed experts, each of them: those that read a layer's states are one unit,
+    those that give its outputs another."""
+    is_routed: bool = False
+    """Whether these are products of routed experts."""
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -53,28 +56,38 @@ def units(model: Model, ignore: Sequence[str] = ()) -> list[Unit]:
         ignore: patterns (`*`, `?`) of names of weights that stay as they are.
 
     Raises:
-        ConfigError: nothing is left, or it has routed experts.
+        ConfigError: nothing is left.
     """
-    if any(isinstance(module, ExpertWeights) for module in model.modules()):
-        must = "without routed experts, which have no grid here"
-        raise ConfigError(describe("model", "Quantize", must, type(model).__name__))
     prefix, _ = layers_of(model)
+    stacks = stacks_of(model)
     found: dict[tuple[int | None, str], list[str]] = {}
-    for name in _modules(model, ignore):
+    routed: set[tuple[int | None, str]] = set()
+    for name in _modules(model):
+        if any(fnmatch.fnmatchcase(f"{name}.weight", each) for each in ignore):
+            continue
         parent, _, last = name.rpartition(".")
         layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if prefix in name else None
         shared = next((i for i, names in enumerate(_TOGETHER) if last in names), None)
-        found.setdefault((layer, name if shared is None else f"{parent}.{shared}"), []).append(name)
+        stack = parent.rpartition(".")[0]
+        if stack in stacks:
+            key = layer, f"{stack}.{last if shared is None else shared}"
+            routed.add(key)
+        else:
+            key = layer, name if shared is None else f"{parent}.{shared}"
+        found.setdefault(key, []).append(name)
     if not found:
         must = "patterns that leave a weight"
         raise ConfigError(describe("ignore", "Quantize", must, tuple(ignore)))
-    return [Unit(layer, tuple(names)) for (layer, _), names in found.items()]
+    return [Unit(key[0], tuple(names), key in routed) for key, names in found.items()]
 
 
-def _modules(model: Model, ignore: Sequence[str]) -> Iterator[str]:
+def _modules(model: Model) -> Iterator[str]:
+    """Yield the names of products and embeddings, those of experts one by one."""
     parameters = dict(model.named_parameters())  # each once
+    stacks = stacks_of(model)
     for name, module in model.named_modules():
-        weight = f"{name}.weight"
-        is_meant = isinstance(module, nn.Linear | nn.Embedding) and weight in parameters
-        if is_meant and not any(fnmatch.fnmatchcase(weight, each) for each in ignore):
+        if isinstance(module, nn.Linear | nn.Embedding) and f"{name}.weight" in parameters:
             yield name
+        elif name in stacks:
+            for expert in range(len(stacks[name].down_proj)):
+                yield from (f"{name}.{expert}.{part}_proj" for part in ("gate", "up", "down"))

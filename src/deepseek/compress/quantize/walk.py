@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from deepseek.compress.calibration import Batch
+from deepseek.compress.quantize.experts import inputs_of
 from deepseek.compress.quantize.targets import Model, layers_of
+from deepseek.models.layers import ExpertWeights
 
 Precision = Literal["float32", "bfloat16"]
 """Of products while measuring and learning; what is rounded and stored is float32."""
@@ -70,12 +72,12 @@ def through(layer: nn.Module, flows: Sequence[Flow], precision: Precision) -> li
 
 @contextlib.contextmanager
 def watching(
-    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]
+    modules: Mapping[str, nn.Module], see: Callable[[str, tuple[Any, ...]], None]
 ) -> Iterator[None]:
-    """Show what goes into modules while they run: name and inputs [..., K]."""
+    """Show what goes into modules while they run: name and arguments."""
 
     def shown(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _, given: see(name, given[0])
+        return lambda _, given: see(name, given)
 
     handles = [each.register_forward_pre_hook(shown(name)) for name, each in modules.items()]
     try:
@@ -96,19 +98,32 @@ def grams(
     Args:
         layer: runs one flow through what the modules are in.
         flows: the samples.
-        modules: by any name.
+        modules: by any name; a stack of experts gives those of `inputs_of`, for each expert that
+            was chosen.
         precision: of the layer's products; those of the inputs are float32.
     """
     sums: dict[str, Tensor] = {}
     count = 0
+
+    def add(name: str, rows: Tensor) -> None:
+        with torch.autocast("cpu", enabled=False):
+            wide = rows.float()
+            sums[name] = sums.get(name, torch.zeros(())) + wide.T @ wide
+
     for flow in flows:
 
-        def add(name: str, inputs: Tensor, flow: Flow = flow) -> None:
-            rows = flow.tokens(inputs).float()
-            with torch.autocast("cpu", enabled=False):
-                sums[name] = sums.get(name, torch.zeros(())) + rows.T @ rows
+        def see(name: str, given: tuple[Any, ...], flow: Flow = flow) -> None:
+            module = modules[name]
+            if not isinstance(module, ExpertWeights):
+                add(name, flow.tokens(given[0]))
+                return
+            tokens, chosen = given[:2]
+            if flow.mask is not None:
+                tokens, chosen = (each[flow.mask.flatten()] for each in (tokens, chosen))
+            for product, rows in inputs_of(module, tokens, chosen):
+                add(f"{name}.{product}", rows)
 
-        with watching(modules, add), torch.no_grad(), computing(precision):
+        with watching(modules, see), torch.no_grad(), computing(precision):
             layer(flow)
         count += flow.states.shape[:2].numel() if flow.mask is None else int(flow.mask.sum())
     return {name: total / count for name, total in sums.items()}

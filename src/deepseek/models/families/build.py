@@ -74,16 +74,21 @@ def _stack(prefix: str, parts: dict[str, dict[int, Tensor]]) -> dict[str, Tensor
 
 
 def state_to_hf(
-    config: DecoderConfig | EncoderConfig, state: Mapping[str, Tensor]
+    config: DecoderConfig | EncoderConfig,
+    state: Mapping[str, Tensor],
+    *,
+    one_by_one: bool = False,
 ) -> dict[str, Tensor]:
     """Return a model's state as the family's checkpoint has it, the tied head left out.
 
-    Other families' checkpoints have one tensor per expert; our own keeps them stacked.
+    Other families' checkpoints have one tensor per expert; our own keeps them stacked, unless
+    `one_by_one` is set: both are read.
     """
     written: dict[str, Tensor] = {}
     tied = isinstance(config, DecoderConfig) and config.tie_embeddings
     for name, tensor in state.items():
-        match = None if config.family == OWN.model_type else _STACKED.match(name)
+        is_kept = config.family == OWN.model_type and not one_by_one
+        match = None if is_kept else _STACKED.match(name)
         if match is None:
             if not (tied and name == "lm_head.weight"):
                 written[their_name(config, name)] = tensor
