@@ -120,6 +120,28 @@ def test_an_encoder_comes_nearer_to_its_teacher(text: Path, tmp_path: Path) -> N
     assert found["training_loss"] < 0.6 * found["first_training_loss"]
 
 
+def test_a_classifier_learns_its_teachers_labels(text: Path, tmp_path: Path) -> None:
+    """Of which no text says one: those that the teacher finds are all there is."""
+    teacher, student = encoder(1), encoder(2, num_layers=1)
+    for seed, model in enumerate((teacher, student)):
+        torch.manual_seed(seed)
+        model.use_labels(("odd", "even", "neither"))
+    texts = text.read_text().splitlines()[:60]
+    assert teacher.tokenizer is not None
+    encoded = teacher.tokenizer.encode_batch(texts)
+    weight, bias = (teacher.get_parameter(f"classifier.{name}") for name in ("weight", "bias"))
+    torch.nn.init.normal_(weight, std=20)
+    with torch.no_grad():  # every label is found
+        bias.copy_(-teacher(*teacher.padded(encoded)).logits.mean(0))
+    asked = teacher.classify(texts)
+    work = work_of(student, teacher, tmp_path)
+    distil(settings(text, imitation=Imitation(hidden=0.0), steps=60), work)
+    assert len(set(asked)) > 1
+    found = work.model.classify(texts)
+    same = sum(one == other for one, other in zip(found, asked, strict=True))
+    assert same > 45
+
+
 def test_an_encoders_killed_stage_ends_the_same(text: Path, tmp_path: Path) -> None:
     teacher, stage = encoder(1), settings(text, steps=5, checkpoint_every=2)
     whole, killed = (work_of(encoder(2), teacher, tmp_path, name) for name in ("one", "two"))

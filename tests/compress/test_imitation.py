@@ -162,8 +162,44 @@ def test_an_encoder_sees_no_padding_and_not_the_next_row() -> None:
     assert_close(loss.loss(student, part_of(tokens, counted)), found)
 
 
+LABELS = ("bird", "fish", "fox")
+
+
+def classifier(seed: int, **changes: object) -> Encoder:
+    model = encoder(seed, **changes)
+    torch.manual_seed(seed)
+    model.use_labels(LABELS)
+    torch.nn.init.normal_(model.get_parameter("classifier.weight"))
+    return model
+
+
+def test_a_classifiers_labels_are_imitated_text_by_text() -> None:
+    teacher, student = classifier(1), classifier(2, num_layers=2)
+    loss = ImitationLoss(Imitation(hidden=0.0, temperature=2.0), teacher, seed=3)
+    loss.begin(student)
+    tokens = torch.randint(0, 256, (2, 9))
+    counted = torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0]]).bool()
+    found = loss.loss(student, part_of(tokens, counted))
+    expected = torch.zeros(())
+    for row, size in ((0, 5), (1, 3)):
+        text = tokens[row : row + 1, :size]
+        ours, theirs = (each(text).logits[0] / 2 for each in (student, teacher))
+        chances = theirs.detach().softmax(0)
+        expected = expected + size * 4 * (chances * (chances / ours.softmax(0)).log()).sum()
+    assert_close(found, expected)
+    names = [name for name, _ in student.named_parameters()]
+    gradients = [
+        torch.autograd.grad(each, list(student.parameters()), allow_unused=True)
+        for each in (found, expected)
+    ]
+    for name, one, other in zip(names, *gradients, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None and other is not None:
+            assert_close(one / 10, other / 10)
+
+
 def test_one_is_no_way_from_itself() -> None:
-    for model in (decoder(1), encoder(1)):
+    for model in (decoder(1), encoder(1), classifier(1)):
         imitation = Imitation(hidden=1.0, relations=1.0)
         loss = ImitationLoss(imitation, model, seed=3)
         loss.begin(model)
@@ -180,6 +216,10 @@ def test_what_cannot_be_imitated_is_said() -> None:
 
     with pytest.raises(ConfigError, match=r"logits and tokens.*0 for an encoder"):
         begin(Imitation(logits=1.0), encoder(1), encoder(2))
+    with pytest.raises(ConfigError, match=r"logits and tokens"):
+        begin(Imitation(tokens=1.0), classifier(1), classifier(2))
+    with pytest.raises(ConfigError, match=r"labels.*bird, fish, fox"):
+        begin(Imitation(), classifier(1), encoder(2))
     with pytest.raises(ConfigError, match="weights"):
         begin(Imitation(hidden=0.0), encoder(1), encoder(2))
     with pytest.raises(ConfigError, match="pairs"):

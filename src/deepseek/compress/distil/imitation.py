@@ -37,7 +37,8 @@ class Imitation(Config):
     """
 
     logits: float | None = None
-    """Of KL(teacher || model) of the next token. None for 1 with a decoder; an encoder has none."""
+    """Of KL(teacher || model) of the next token, or of a text's label at each of its tokens. None
+    for 1 with a decoder or a classifier; another encoder has none."""
     tokens: float = 0.0
     """Of the cross-entropy of the text's own next token; an encoder has none."""
     temperature: float = 1.0
@@ -69,13 +70,15 @@ class Imitation(Config):
         """Return it with all weights said, as they are for a kind of model.
 
         Raises:
-            ConfigError: nothing would be imitated, or an encoder's logits.
+            ConfigError: nothing would be imitated, or logits that the model has not.
         """
         is_decoder = isinstance(model, Decoder)
-        if (self.logits or self.tokens) and not is_decoder:
+        has_logits = isinstance(model, Decoder) or model.classifier is not None
+        if (self.logits and not has_logits) or (self.tokens and not is_decoder):
             got = f"{self.logits} and {self.tokens}"
-            raise ConfigError(describe("logits and tokens", "Imitation", "0 for an encoder", got))
-        logits = float(is_decoder) if self.logits is None else self.logits
+            must = "0 for an encoder (logits may be of one with labels)"
+            raise ConfigError(describe("logits and tokens", "Imitation", must, got))
+        logits = float(has_logits) if self.logits is None else self.logits
         hidden = float(not is_decoder) if self.hidden is None else self.hidden
         if not (logits or hidden or self.relations):
             must = "above 0 for logits, hidden states or relations"
@@ -101,6 +104,8 @@ class _Seen(NamedTuple):
     """[B, T, hidden] each; the last one alone where no others are compared."""
     projected: list[Tensor]
     """Queries, keys and values of the watched layer, [B, T, width] each."""
+    labels: Tensor | None = None
+    """Of an encoder with labels: their logits [B, labels]."""
 
 
 class ImitationLoss:
@@ -120,7 +125,8 @@ class ImitationLoss:
         """Add maps to the teacher's width to the model, where they differ.
 
         Raises:
-            ConfigError: the model, or the teacher, has no such states, layers or heads.
+            ConfigError: the model, or the teacher, has no such states, layers or heads, or other
+                labels.
         """
         wants = self._wants = self._imitation.of(model)
         ours, theirs = model.config.num_layers, self._teacher.config.num_layers
@@ -129,6 +135,8 @@ class ImitationLoss:
         _check_pairs("pairs", self._pairs, (0, 0), (ours, theirs))
         _check_pairs("related", [self._related], (1, 1), (ours, theirs))
         widths = model.config.hidden_size, self._teacher.config.hidden_size
+        if wants.logits and isinstance(model, Encoder):
+            _check_labels(model, self._teacher)
         if wants.hidden and widths[0] != widths[1]:
             maps = insert_maps(len(self._pairs), *widths, seed=self._seed)
             model.add_module(LESSON, maps)
@@ -149,7 +157,11 @@ class ImitationLoss:
         with torch.no_grad(), torch.autocast(part.tokens.device.type, enabled=False):
             taught = self._see(self._teacher, inputs, self._related[1])
         total = part.tokens.new_zeros((), dtype=torch.float32)
-        if wants.logits:
+        if wants.logits and seen.labels is not None and taught.labels is not None:
+            total = total + wants.logits * label_divergence(
+                seen.labels, taught.labels, inputs.counts.sum(1), wants.temperature
+            )
+        elif wants.logits:
             assert isinstance(model, Decoder) and isinstance(self._teacher, Decoder)
             total = total + wants.logits * linear_divergence(
                 seen.states[-1].flatten(0, 1),
@@ -196,12 +208,39 @@ class ImitationLoss:
         wants = self._wants
         with watched(projections(model, layer) if wants.relations else ()) as projected:
             if isinstance(model, Encoder):
-                states = model(inputs.tokens, inputs.mask, output_hidden_states=True).hidden_states
-            elif wants.hidden:
+                output = model(inputs.tokens, inputs.mask, output_hidden_states=True)
+                return _Seen(output.hidden_states, projected, output.logits)
+            if wants.hidden:
                 states = model.every_state(inputs.tokens)
             else:
                 states = (model.final_states(inputs.tokens),)
         return _Seen(states, projected)
+
+
+def label_divergence(
+    ours: Tensor, theirs: Tensor, counts: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Return the sum over texts of KL(teacher || model) of their label in nats, each times a count,
+    at a temperature and times its square: float32 scalar.
+
+    Source: Hinton et al. (1503.02531), section 2.
+
+    Args:
+        ours, theirs: logits [B, labels]; no gradient flows into the teacher's.
+        counts: [B], of each text.
+        temperature: by which the logits of both are divided, above 0.
+    """
+    both = (ours, theirs.detach())
+    logs, target = ((each.float() / temperature).log_softmax(-1) for each in both)
+    return ((target.exp() * (target - logs)).sum(-1) * counts).sum() * temperature**2
+
+
+def _check_labels(model: Encoder, teacher: Decoder | Encoder) -> None:
+    labels = teacher.config.labels if isinstance(teacher, Encoder) else ()
+    if labels != model.config.labels:
+        must = f"those of the model, {', '.join(model.config.labels)}"
+        step = "Set logits: 0 to imitate its states alone"
+        raise ConfigError(describe("teacher's labels", "Imitation", must, labels, step))
 
 
 def _inputs_of(model: Decoder | Encoder, part: Part) -> _Inputs:
