@@ -44,8 +44,8 @@ def input_scales(
     """
     seen: dict[str, Magnitudes] = {}
 
-    def see(name: str, inputs: Tensor) -> None:
-        rows = inputs.flatten(0, -2)
+    def see(name: str, given: tuple[Any, ...]) -> None:
+        rows = given[0].flatten(0, -2)
         values = rows.reshape(1, -1) if granularity == "tensor" else rows.T
         if name not in seen:
             seen[name] = Magnitudes(len(values))
