@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from deepseek.cli.main import main
-from deepseek.hub import Bundle
+from deepseek.hub import Bundle, save
 from tests.compress.conftest import start, text
+from tests.compress.small import small_decoder
 
 __all__ = ["start", "text"]
 
@@ -34,6 +35,22 @@ def test_int8_in_one_command(
     again, _, _ = run(capsys, *words, "--out", str(tmp_path / "run"))
     assert again == 0
     assert len((tmp_path / "run" / "ledger.jsonl").read_text().splitlines()) == 1
+
+
+def test_eight_bits_are_rotated_unless_a_reader_does_not_know_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = small_decoder()
+    start, text = save(model, tmp_path / "start").path, tmp_path / "text.txt"
+    text.write_text("a few words, again and again. " * 40)
+    words = (str(start), "--to", "int8", "--no-gates", "--text", str(text))
+    for number, more in enumerate(((), ("--no-rotate",), ("--group", "32"))):
+        code, found, _ = run(capsys, *words, *more, "--out", str(tmp_path / str(number)))
+        assert code == 0
+        rotated = {grid.is_rotated for grid in Bundle.open(Path(found["bundle"])).grids.values()}
+        assert (True in rotated) == (not more)
+    assert main(["show", str(tmp_path / "0" / "stages" / "1-quantize")]) == 0
+    assert "rotated int8 by rows" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_gate_that_does_not_hold_is_exit_code_1(

@@ -15,11 +15,17 @@ from deepseek.generate.modules import engine_of
 from deepseek.hub import Bundle
 from deepseek.models import Decoder
 from deepseek.ops.cpu import why_missing
+from tests.compress.small import small_decoder
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"bits": 8, "method": "gptq"}, {"bits": 4, "method": "round", "group": None}],
+    [
+        {},
+        {"bits": 8, "rotate": False},
+        {"bits": 8, "method": "gptq"},
+        {"bits": 4, "method": "round", "group": None},
+    ],
 )
 def test_a_model_is_quantized_in_place_and_saved(
     start: Path, text: Path, tmp_path: Path, settings: dict[str, object]
@@ -39,6 +45,20 @@ def test_a_model_is_quantized_in_place_and_saved(
     if why_missing() is None:
         engine = engine_of(model)
         assert engine is not None and engine.scheme.as_stored
+
+
+def test_rotated_weights_run_on_their_grid_to_the_bit(tmp_path: Path) -> None:
+    model = small_decoder()
+    grids = model.quantize(calibration=Calibration(samples=2, length=16))  # type: ignore[attr-defined]
+    assert {weight.is_rotated for weight in grids.weights.values()} == {True, False}
+    deepseek.save(model, tmp_path / "small", quantized=grids)
+    loaded = deepseek.load(tmp_path / "small", dtype="float32")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    if why_missing() is None:
+        for each in (model, loaded):
+            engine = engine_of(each)
+            assert engine is not None and engine.scheme.as_stored
 
 
 def test_a_setting_that_is_none_is_told(start: Path) -> None:

@@ -87,9 +87,9 @@ def quantized_weights(bundle: Bundle) -> dict[str, QuantizedWeight]:
 def words_of(grids: Mapping[str, StoredGrid]) -> str:
     """Return what is on which grid, as a person reads it: `int4 in groups of 32 (210), …`."""
     words = [
-        f"int{grid.bits} "
+        "rotated " * grid.is_rotated
+        + f"int{grid.bits} "
         + ("by rows" if grid.groups == 1 else f"in groups of {grid.group}")
-        + " rotated" * grid.is_rotated
         for grid in grids.values()
     ]
     return ", ".join(f"{each} ({words.count(each)})" for each in dict.fromkeys(words))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
 from deepseek.ops.grid import Grid
-from deepseek.ops.rotation import hadamard
+from deepseek.ops.rotation import STEPS
 from deepseek.ops.scheme import ROTATED
 
 _SCALE_BITS = 7
@@ -90,8 +90,11 @@ class QuantizedWeight:
 def rotate(states: Tensor) -> Tensor:
     """Return every 64 channels [..., K] behind an orthogonal Walsh-Hadamard transform: its own
     inverse. Outliers spread over the block, so that one scale serves it; see `ops.rotation`."""
-    matrix = torch.from_numpy(hadamard()).to(states.dtype)
-    return (states.unflatten(-1, (-1, ROTATED)) @ matrix).flatten(-2)
+    for step in STEPS:
+        pairs = states.unflatten(-1, (-1, 2, step))
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        states = torch.stack((first + second, first - second), -2).flatten(-3)
+    return states * ROTATED**-0.5
 
 
 def short_scale(scale: Tensor) -> Tensor:

@@ -10,17 +10,16 @@ import numpy.typing as npt
 
 from deepseek.ops.scheme import ROTATED
 
-
-def hadamard() -> npt.NDArray[np.float32]:
-    """Return the orthogonal Walsh-Hadamard matrix of 64 channels, its own inverse and its own
-    transpose: float32 [64, 64], in the order of Sylvester's construction."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < ROTATED:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(ROTATED**0.5)
+STEPS = tuple(1 << step for step in range(ROTATED.bit_length() - 1))
+"""Distances of the sums and differences of the fast transform, in their order: whoever keeps it has
+the same bits, as the engine does and `ops.quantized.rotate`."""
 
 
 def rotate(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return every 64 channels [..., K] behind the rotation; a second time gives them back."""
-    blocks = values.reshape(*values.shape[:-1], -1, ROTATED)
-    return np.matmul(blocks, hadamard()).reshape(values.shape)
+    """Return every 64 channels [..., K] behind an orthogonal Walsh-Hadamard transform, which is its
+    own inverse and its own transpose: in the order of Sylvester's construction."""
+    for step in STEPS:
+        pairs = values.reshape(*values.shape[:-1], -1, 2, step)
+        first, second = pairs[..., 0, :], pairs[..., 1, :]
+        values = np.stack((first + second, first - second), -2).reshape(values.shape)
+    return values * np.float32(ROTATED**-0.5)

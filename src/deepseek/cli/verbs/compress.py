@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deepseek.cli.models import positive, ready
 from deepseek.cli.output import Output, size
@@ -105,10 +105,9 @@ def _of_target(args: argparse.Namespace) -> Pipeline:
     method = args.method or ("learned" if bits == 4 else "round")
     # rounding learns nothing: a few samples tell how far the layers' outputs move
     samples = args.samples or (4 if method == "round" else None)
-    given = {"text": args.text, "samples": samples, "seed": args.seed}
-    calibration = {key: value for key, value in given.items() if value is not None}
+    calibration = {"text": args.text, "samples": samples, "seed": args.seed}
     settings = {name: getattr(args, name) for name in ("method", "group", "head_bits", "rotate")}
-    stage = Quantize.usual(bits, calibration=calibration, **settings)
+    stage = Quantize.usual(bits, calibration=_given(calibration), **_given(settings))
     return Pipeline(
         model=args.model,
         stages=(stage,),
@@ -116,6 +115,10 @@ def _of_target(args: argparse.Namespace) -> Pipeline:
         kv=args.kv,
         seed=args.seed or 0,
     )
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _show(done: Compressed, out: Output) -> None:

@@ -105,15 +105,14 @@ class Quantize(Stage):
 
         Args:
             bits: of the layers' products.
-            **given: other fields; None counts as not given.
+            **given: other fields.
 
         Raises:
             ConfigError: a field is none that can be.
         """
-        asked = {key: value for key, value in given.items() if value is not None}
         if bits == 4:
-            return cls.from_dict({"bits": 4, **asked})
-        asked = {"method": "round", "group": None, **asked}
+            return cls.from_dict({"bits": 4, **given})
+        asked = {"method": "round", "group": None, **given}
         group = asked["group"]
         can_rotate = asked["method"] in ("round", "gptq") and (not group or group % ROTATED == 0)
         return cls.from_dict({"bits": bits, "rotate": can_rotate, **asked})
