@@ -62,7 +62,7 @@ async def running(
     config = SchedulerConfig(
         context=executor.context, max_running=max_running, max_step_tokens=step_tokens
     )
-    pool = PagePool(pages, executor.page_size)
+    pool = PagePool(pages, executor.page_size, least_copied=executor.least_copied)
     vocab_size = engine.config.vocab_size
     drafters: dict[str, Callable[[], Drafter]] = {
         "text": PromptLookup,
@@ -147,6 +147,24 @@ def test_answers_are_those_of_generate_whatever_runs_beside(pages: int, drafts: 
             assert server.scheduler.counters.cached_tokens > 0
             if drafts != "none":
                 assert server.scheduler.counters.accepted_tokens > 0
+
+    run(body)
+
+
+def test_answers_behind_copied_pages_are_those_of_generate() -> None:
+    """Prompts that leave an earlier one within a page, at its start, in its middle and at its end,
+    one after another and together."""
+    common = "it was the best of times, it was the worst of times, it was the age of wisdom, it was"
+    first = request(common + " an age", ignore_eos=True)
+    others = [request(common[:at] + "Then?" * 4, ignore_eos=True) for at in (20, 61, 63, 64, 70)]
+
+    async def body() -> None:
+        async with running() as server:
+            await collect(server.service, first)
+            found = await asyncio.gather(*(collect(server.service, each) for each in others))
+            for each, outputs in zip(others, found, strict=True):
+                assert tokens_of(outputs) == alone(each)[1]
+            assert server.scheduler.counters.cached_tokens >= 20 + 61 + 63 + 64 + 64
 
     run(body)
 
@@ -241,8 +259,8 @@ def test_attack_26_numbers_that_are_not_finite_end_the_answer_and_leave_the_cach
             execute = server.executor.execute
             poisoned = request("poison " * 20, max_tokens=9)
 
-            def bad(work: object) -> list[Result]:
-                results = execute(work)  # type: ignore[arg-type]
+            def bad(work: object, copies: object = ()) -> list[Result]:
+                results = execute(work, copies)  # type: ignore[arg-type]
                 return [
                     Result((), is_finite=False)
                     if item.is_choosing and item.request.prompt == poisoned.prompt
@@ -269,7 +287,7 @@ def test_attack_31_a_dead_engine_tells_everybody() -> None:
         deaths: list[BaseException] = []
         async with running(dies=True) as server:
             server.service.on_death = deaths.append
-            server.executor.execute = lambda work: 1 / 0  # type: ignore[method-assign,assignment]
+            server.executor.execute = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
             with pytest.raises(EngineError):
                 await collect(server.service, request(TEXTS[0]))
             with pytest.raises(EngineError):

@@ -54,7 +54,7 @@ def serve(prompts: list[tuple[int, ...]], powercap: Path, new_tokens: int = 4) -
         scheduler.add(request, 0.0)
     while not scheduler.is_idle:
         step = scheduler.plan(clock.now_s)
-        results = executor.execute(step.work)
+        results = executor.execute(step.work, step.copies)
         chosen = [[choice.token_id for choice in result.tokens] for result in results]
         scheduler.commit(step, chosen, [None] * len(chosen), clock.now_s)
         telemetry.on_step(step, 1.0)

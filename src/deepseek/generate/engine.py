@@ -102,6 +102,12 @@ class Engine:
         return self.native.adapter_bytes
 
     @property
+    def can_copy_pages(self) -> bool:
+        """Whether a text may go on, to the bit, from any token of a copied page: not where
+        attention is routed, for what a page's groups have chosen is kept with it."""
+        return self.routing is None
+
+    @property
     def head_count(self) -> HeadCount:
         """Attention heads of all tokens and layers since it was made: those that had a gate, and of
         them those that were not computed. Without gates both are 0."""

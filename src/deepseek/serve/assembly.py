@@ -89,7 +89,8 @@ def _scheduler(executor: EngineExecutor, values: Values, drafter: Drafter | None
         max_step_tokens=values.step_tokens.value,
         max_waiting=values.max_waiting.value,
     )
-    return Scheduler(config, PagePool(executor.num_pages, executor.page_size), drafter)
+    pool = PagePool(executor.num_pages, executor.page_size, least_copied=executor.least_copied)
+    return Scheduler(config, pool, drafter)
 
 
 def _compiler(tokenizer: Tokenizer, vocab_size: int) -> Callable[[Grammar], Matcher]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deepseek.serve.core.request import Work
+from deepseek.serve.core.request import PageCopy, Work
 from deepseek.serve.generation import GenerationRequest, TokenChoice
 
 
@@ -56,6 +56,8 @@ class Executor(Protocol):
     max_step_tokens: int
     context: int
     """Most tokens of a prompt and its answer together."""
+    least_copied: int | None
+    """Tokens that a page is copied for; None where pages cannot be copied."""
 
     def open(
         self, request_id: str, generation: GenerationRequest, matcher: Matcher | None = None
@@ -67,8 +69,9 @@ class Executor(Protocol):
         """
         ...
 
-    def execute(self, work: Sequence[Work]) -> list[Result]:
-        """Append the tokens of a step and choose the next ones."""
+    def execute(self, work: Sequence[Work], copies: Sequence[PageCopy] = ()) -> list[Result]:
+        """Copy pages, one after another, then append the tokens of a step and choose the next
+        ones."""
         ...
 
     def close(self, request_id: str) -> None:

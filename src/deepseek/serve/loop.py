@@ -210,7 +210,7 @@ class EngineLoop:
         ]
         if step.work:
             planned_s = self._clock()
-            results = self.executor.execute(step.work)
+            results = self.executor.execute(step.work, step.copies)
             end_s = self._clock()
             given += self._commit(step, results, end_s, end_s - planned_s)
             if self._on_step is not None:

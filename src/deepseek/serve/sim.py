@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deepseek.errors import ConfigError, VerifyError, describe
 from deepseek.serve.core.chain import Root
-from deepseek.serve.core.request import Request, Work
+from deepseek.serve.core.request import PageCopy, Request, Work
 from deepseek.serve.executor import Matcher, Result
 from deepseek.serve.generation import GenerationRequest, TokenChoice
 
@@ -91,6 +91,7 @@ class SimExecutor:
         self.context = context
         self.num_tokens_computed = 0
         self.vocab_size = vocab_size
+        self.least_copied = 1
         self._language = language or hashed_language(vocab_size)
         self._spend = spend
         self._base_s = base_s
@@ -114,7 +115,7 @@ class SimExecutor:
         """Forget a request."""
         self._open.pop(request_id, None)
 
-    def execute(self, work: Sequence[Work]) -> list[Result]:
+    def execute(self, work: Sequence[Work], copies: Sequence[PageCopy] = ()) -> list[Result]:
         """Return what was chosen for each work; see `Executor`.
 
         Raises:
@@ -125,6 +126,11 @@ class SimExecutor:
         if num_tokens > self.max_step_tokens:
             raise VerifyError(f"a step of {num_tokens} tokens; at most {self.max_step_tokens}")
         self._check_writers(work)
+        size = self.page_size
+        for target, source in copies:
+            part = self._tokens[source * size : (source + 1) * size]
+            self._tokens[target * size : (target + 1) * size] = part
+            self._roots[target] = self._roots[source]
         for item in work:
             self._write(item)
         chosen = [self._choose(item) for item in work]

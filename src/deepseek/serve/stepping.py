@@ -46,6 +46,11 @@ class StepEngine(Protocol):
         """Bytes of all adapters in memory."""
         ...
 
+    @property
+    def can_copy_pages(self) -> bool:
+        """Whether pages have `copy(target, source)`, from any token of which a text may go on."""
+        ...
+
     def new_pages(self, num_pages: int) -> Any:
         """Return memory for pages of 64 tokens; it says its `num_bytes`."""
         ...

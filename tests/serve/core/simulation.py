@@ -30,13 +30,14 @@ class Simulation:
         language: Language | None = None,
         hash_: PageHash = page_hash,
         is_checked: bool = True,
+        copies: bool = True,
         **limits: int,
     ) -> None:
         given = {"context": 40, "max_running": 4, "max_step_tokens": 16, **limits}
         self.config = SchedulerConfig(**given)
         self.clock = VirtualClock()
         self.language = language or hashed_language(VOCAB_SIZE)
-        self.pool = PagePool(num_pages, page_size, hash_)
+        self.pool = PagePool(num_pages, page_size, hash_, least_copied=1 if copies else None)
         self.scheduler = Scheduler(self.config, self.pool, drafter)
         self.executor = SimExecutor(
             num_pages=num_pages,
@@ -85,7 +86,7 @@ class Simulation:
         """Execute a planned step, and say how its requests end."""
         if not step.work:
             return ()
-        results = self.executor.execute(step.work)
+        results = self.executor.execute(step.work, step.copies)
         chosen = [[choice.token_id for choice in result.tokens] for result in results]
         reasons = [
             end(work.request, tokens) if end else None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deepseek.errors import CapacityError, ConfigError, VerifyError
 from deepseek.serve.core.chain import Chain, Root, page_hash
-from deepseek.serve.core.pages import PagePool
+from deepseek.serve.core.pages import Beginning, PagePool
 
 ANN = Root("ann", None)
 BOB = Root("bob", None)
@@ -199,6 +199,52 @@ def test_forgotten_pages_are_found_by_nobody() -> None:
     assert pool.num_cached == 0
     again = leave(pool, ANN, text(0, 8))
     assert found(pool, ANN, text(0, 9)) == again
+
+
+def begun(pool: PagePool, root: Root, tokens: list[int]) -> Beginning | None:
+    """Return the page that a new request of a root would begin its own page with."""
+    chain = Chain(root)
+    return pool.beginning(chain, pool.match(chain, tokens), tokens)
+
+
+def test_the_page_with_most_in_common_is_copied() -> None:
+    pool = PagePool(16, 4, least_copied=2)
+    first = leave(pool, ANN, [1, 2, 3, 4, 5, 6, 7, 8])
+    second = leave(pool, ANN, [1, 2, 3, 9, 5])
+    assert begun(pool, ANN, [1, 2, 3, 0, 0]) == (second[0], 3)  # the newest of equals
+    assert begun(pool, ANN, [1, 2, 3, 4, 5, 6, 0, 0]) == (first[1], 2)
+    assert begun(pool, ANN, [1, 2, 3, 4, 5, 6]) is None  # the last token is computed
+    assert begun(pool, ANN, [1, 0, 0]) is None
+    assert begun(pool, ANN, [1, 2, 3]) == (second[0], 2)
+    for other in (BOB, Root("ann", "lora")):
+        assert begun(pool, other, [1, 2, 3, 4, 5, 6, 0, 0]) is None
+    pool.allocate(16)
+    assert begun(pool, ANN, [1, 2, 3, 4, 5, 6, 0, 0]) is None
+    with_none = PagePool(4, 4)
+    leave(with_none, ANN, text(0, 5))
+    assert begun(with_none, ANN, [0, 1, 2, 99]) is None
+
+
+def test_a_copy_of_a_page_that_is_not_trusted_is_as_bad() -> None:
+    """And so is the copy of a copy, and what was computed behind them."""
+    pool = PagePool(16, 4, least_copied=1)
+    _, bad = compute(pool, ANN, text(0, 5))
+    texts = [[0, 1, 2, 20, *text(21, 5)], [0, 1, 2, 20, 21, 22, 40, *text(41, 5)]]
+    for tokens in texts:
+        chain = Chain(ANN)
+        pages = pool.match(chain, tokens)
+        source = pool.beginning(chain, pages, tokens)
+        assert source is not None
+        pool.share(chain, pages)
+        fresh = pool.allocate(pool.pages_for(len(tokens)) - len(pages))
+        pool.copied(fresh[0], source.page)
+        pool.publish(chain, tokens, pages + fresh, len(tokens))
+        assert len(found(pool, ANN, [*tokens, 0])) == len(tokens) // 4
+    pool.forget(bad)
+    for tokens in texts:
+        assert found(pool, ANN, [*tokens, 0]) == []
+    again = leave(pool, ANN, [0, 1, 2, 20, 5])
+    assert found(pool, ANN, [0, 1, 2, 20, 5]) == again[:1]
 
 
 def test_forgetting_cached_pages_frees_them() -> None:

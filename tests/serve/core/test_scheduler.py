@@ -148,12 +148,54 @@ def test_nobody_waits_for_the_prefix_of_a_worse_priority() -> None:
 
 
 def test_those_who_wait_for_a_prefix_do_not_block_others() -> None:
-    sim = Simulation(max_step_tokens=12, max_running=4)
+    sim = Simulation(max_step_tokens=12, max_running=4, copies=False)
     sim.add(text(0, 8), id="a")
     sim.add(text(0, 8), id="b")
     sim.add(text(50, 2), id="c")
     assert counts(sim.step()) == {"a": 8, "c": 2}
     assert counts(sim.step()) == {"a": 1, "b": 4, "c": 1}
+
+
+def test_a_text_that_leaves_another_within_a_page_begins_with_a_copy() -> None:
+    sim = Simulation(max_step_tokens=20)
+    first = sim.add(text(0, 9), 1)
+    sim.run()
+    other = sim.add([*text(0, 7), 90, 91, 92], 4)
+    step = sim.step()
+    assert counts(step) == {"r1": 3}
+    ((target, source),) = step.copies
+    assert target == other.pages[1] != source
+    assert sim.pool.num_users(source) == 0
+    assert other.num_cached == sim.scheduler.counters.cached_tokens == 7
+    sim.run()
+    for request in (first, other):
+        sim.assert_answered(request)
+    sim.assert_nothing_held()
+
+
+def test_a_page_that_is_needed_may_be_its_own_copy_or_anothers() -> None:
+    """Sources are handed out in the very step that copies them: the last one to itself."""
+    sim = Simulation(num_pages=5, page_size=4, context=13, max_running=3, max_step_tokens=20)
+    old = [sim.add([place, *text(0, 3), 7, place], 1) for place in range(3)]
+    sim.run()
+    assert sim.pool.num_cached == 3
+    new = [sim.add([place, *text(0, 2), 30 + place, 7], 1) for place in (0, 2, 1)]
+    sim.run()
+    copies = [copy for step in sim.steps for copy in step.copies]
+    assert copies
+    for request in (*old, *new):
+        sim.assert_answered(request)
+    sim.assert_nothing_held()
+
+
+def test_one_who_reads_no_cache_copies_nothing() -> None:
+    sim = Simulation(max_step_tokens=20)
+    sim.add(text(0, 9), 1)
+    sim.run()
+    sim.add([*text(0, 7), 90, 91], 1, reads_cache=False, id="audit")
+    step = sim.step()
+    assert counts(step) == {"audit": 9}
+    assert step.copies == ()
 
 
 def test_latest_arrival_is_turned_back_when_pages_are_short() -> None:

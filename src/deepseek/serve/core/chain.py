@@ -49,7 +49,8 @@ class CachedPage:
         self.parent = parent
         self.tokens = tokens
         self.digest = digest
-        self.children: set[CachedPage] = set()
+        self.children: dict[CachedPage, None] = {}
+        """The pages published behind it, the newest last."""
         self.is_published = True
 
     def holds(self, root: Root, parent: CachedPage | None, tokens: tuple[int, ...]) -> bool:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from deepseek.errors import CapacityError, ConfigError, VerifyError, describe
-from deepseek.serve.core.chain import CachedPage, Chain, PageHash, page_hash
+from deepseek.serve.core.chain import CachedPage, Chain, PageHash, Root, page_hash
 from deepseek.serve.core.eviction import FairLru
+
+_MOST_COMPARED = 32
+"""Pages behind the same text that are looked at for the one that begins as another text goes on."""
+
+
+class Beginning(NamedTuple):
+    """The part of a published page that another text begins its own page with."""
+
+    page: int
+    num_tokens: int
 
 
 class PagePool:
@@ -15,18 +27,27 @@ class PagePool:
     A page that nobody uses any more keeps its content and can be found by it until it is handed out
     again, so eviction costs nothing. Only pages that are full and computed are published, and they
     are never written again. A page is found only by requests of its root (tenant and adapter), and
-    only behind the very page that it was computed behind.
+    only behind the very page that it was computed behind. A text that leaves the published ones
+    within a page may begin its own with a copy of what it has in common.
 
     Every operation takes constant time for each page that it touches.
     """
 
-    def __init__(self, num_pages: int, page_size: int, hash_: PageHash = page_hash) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        hash_: PageHash = page_hash,
+        *,
+        least_copied: int | None = None,
+    ) -> None:
         """Make a pool of empty pages.
 
         Args:
             num_pages: pages there are.
             page_size: tokens that a page holds.
             hash_: digest of a page; however bad, it can cost hits only.
+            least_copied: tokens in common that a page is copied for; None where pages cannot be.
 
         Raises:
             ConfigError: a number is not positive.
@@ -45,6 +66,11 @@ class PagePool:
         self._by_digest: dict[bytes, CachedPage] = {}
         self._by_page: dict[int, CachedPage] = {}
         self._tainted: set[int] = set()
+        self._least_copied = least_copied
+        self._firsts: dict[Root, dict[CachedPage, None]] = {}
+        """The published pages at the start of a text, the newest last."""
+        self._copy_of: dict[int, int] = {}
+        """Pages that began as the copy of another, as long as they hold something."""
 
     @property
     def num_free(self) -> int:
@@ -87,6 +113,31 @@ class PagePool:
             pages.append(parent.page)
         return pages
 
+    def beginning(
+        self, chain: Chain, pages: Sequence[int], tokens: Sequence[int]
+    ) -> Beginning | None:
+        """Return the page that has most in common with what follows the pages that `match` found,
+        or None where that is too little. It is not taken: it is to be copied in the step that is
+        being planned, before anything of that step is computed.
+        """
+        if self._least_copied is None:
+            return None
+        parent = self._by_page[pages[-1]] if pages else None
+        near = self._firsts.get(chain.root, {}) if parent is None else parent.children
+        start = len(pages) * self.page_size
+        rest = tokens[start : min(start + self.page_size, len(tokens) - 1)]
+        best = None
+        for entry in itertools.islice(reversed(near), _MOST_COMPARED):
+            count = _num_common(entry.tokens, rest)
+            if count >= self._least_copied and (best is None or count > best.num_tokens):
+                best = Beginning(entry.page, count)
+        return best
+
+    def copied(self, page: int, source: int) -> None:
+        """Take note that a page begins as a copy of another: distrust of that is one of it."""
+        if page != source:
+            self._copy_of[page] = source
+
     def digests(self, chain: Chain, tokens: Sequence[int], start: int) -> list[bytes]:
         """Return the digests of the full pages from number `start` on."""
         count = len(tokens) // self.page_size
@@ -117,6 +168,7 @@ class PagePool:
         for page in pages:
             self._refs[page] = 1
             self._tainted.discard(page)
+            self._copy_of.pop(page, None)
         return pages
 
     def release(self, pages: Sequence[int]) -> None:
@@ -148,10 +200,14 @@ class PagePool:
             chain.link(entry, index + 1)
 
     def forget(self, pages: Sequence[int]) -> None:
-        """Make pages, and all that was computed behind them, unfindable until they are handed out
-        again: their numbers cannot be trusted."""
-        self._tainted.update(pages)
-        for page in pages:
+        """Make pages, their copies, and all that was computed behind them, unfindable until they
+        are handed out again: their numbers cannot be trusted."""
+        bad, fresh = set(pages), set(pages)
+        while fresh:
+            fresh = {page for page, source in self._copy_of.items() if source in fresh} - bad
+            bad |= fresh
+        self._tainted |= bad
+        for page in bad:
             entry = self._by_page.get(page)
             if entry is not None:
                 self._unpublish(entry)
@@ -197,17 +253,24 @@ class PagePool:
         entry = CachedPage(page, chain.root, parent, self._tokens_of(index, tokens), digest)
         self._by_digest[digest] = entry
         self._by_page[page] = entry
-        if parent is not None:
-            parent.children.add(entry)
+        self._siblings(entry)[entry] = None
         return entry
+
+    def _siblings(self, entry: CachedPage) -> dict[CachedPage, None]:
+        """Return the published pages behind the same text."""
+        if entry.parent is not None:
+            return entry.parent.children
+        return self._firsts.setdefault(entry.root, {})
 
     def _tokens_of(self, index: int, tokens: Sequence[int]) -> tuple[int, ...]:
         return tuple(tokens[index * self.page_size : (index + 1) * self.page_size])
 
     def _unpublish(self, entry: CachedPage) -> None:
         """Make a page and those behind it unfindable."""
-        if entry.parent is not None:
-            entry.parent.children.discard(entry)
+        siblings = self._siblings(entry)
+        siblings.pop(entry, None)
+        if not siblings and entry.parent is None:
+            del self._firsts[entry.root]
         rest = [entry]
         while rest:
             entry = rest.pop()
@@ -226,3 +289,11 @@ class PagePool:
             self._blank.append(page)
         else:
             self._evictable.add(entry.root.tenant, page)
+
+
+def _num_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two texts begin with in common."""
+    for place, (ours, theirs) in enumerate(zip(one, other, strict=False)):
+        if ours != theirs:
+            return place
+    return min(len(one), len(other))

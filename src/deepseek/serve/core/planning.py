@@ -6,7 +6,7 @@ import math
 
 from deepseek.serve.core.drafting import DraftControl, Drafter
 from deepseek.serve.core.policy import Entry, turn
-from deepseek.serve.core.request import Work
+from deepseek.serve.core.request import PageCopy, Work
 from deepseek.serve.core.roster import Roster
 
 
@@ -27,6 +27,7 @@ class StepPlan:
         self._max_running = max_running
         self._now_s = now_s
         self._counts: dict[Entry, int] = {}
+        self._copies: dict[Entry, PageCopy] = {}
         self._closed_from = math.inf
         self.budget = budget
         """Tokens that may still be handed out."""
@@ -96,6 +97,10 @@ class StepPlan:
             if entry in self._counts
         }
 
+    def copies(self) -> tuple[PageCopy, ...]:
+        """Return the copies of pages that the work needs."""
+        return tuple(self._copies.values())
+
     def _work(self, entry: Entry, count: int) -> Work:
         request = entry.request
         start = request.num_computed
@@ -119,6 +124,7 @@ class StepPlan:
 
     def _preempt(self, entry: Entry) -> None:
         self.budget += self._counts.pop(entry, 0)
+        self._copies.pop(entry, None)
         self._closed_from = min(self._closed_from, entry.request.priority)
         self._roster.preempt(entry)
 
@@ -139,7 +145,15 @@ class StepPlan:
             if not self._can_turn_back_for(entry):
                 return False
             self._preempt(roster.running[-1])
-        roster.admit(entry, found, self._now_s)
+        begun = None
+        if request.reads_cache:
+            begun = self._pool.beginning(entry.chain, found, request.tokens)
+        num_begun = 0 if begun is None else begun.num_tokens
+        roster.admit(entry, found, num_begun, self._now_s)
+        if begun is not None:
+            copy = PageCopy(request.pages[-1], begun.page)
+            self._pool.copied(*copy)
+            self._copies[entry] = copy
         self._give(entry)
         return True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "repetition", "cancelled", "deadline", "error"]
 """`stop`: a token or string that ends the text, or a grammar that is complete; `length`: as many
@@ -86,6 +86,13 @@ class Work:
         return self.start + len(self.tokens) - self.num_drafts == len(self.request.tokens)
 
 
+class PageCopy(NamedTuple):
+    """A page that begins as another does."""
+
+    target: int
+    source: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One decision of the scheduler: which requests advance, by how many tokens each."""
@@ -93,6 +100,8 @@ class Step:
     work: tuple[Work, ...]
     dropped: tuple[Request, ...] = ()
     """Finished without another token: cancelled, or their deadline has passed."""
+    copies: tuple[PageCopy, ...] = ()
+    """To be done in this order before anything is computed."""
 
     @property
     def num_tokens(self) -> int:

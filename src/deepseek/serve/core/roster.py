@@ -46,13 +46,20 @@ class Roster:
         self.share.enter(entry.tenant)
         self.waiting.push(entry)
 
-    def admit(self, entry: Entry, pages: list[int], now_s: float) -> None:
-        """Let a waiting request run, with the pages that were found for it."""
+    def admit(self, entry: Entry, pages: list[int], num_begun: int, now_s: float) -> None:
+        """Let a waiting request run, with the pages that were found for it.
+
+        Args:
+            entry: the request.
+            pages: found for it.
+            num_begun: tokens that the page behind them begins with, which is then a copy.
+            now_s: the time.
+        """
         request = entry.request
         self.waiting.remove(entry)
         self.pool.share(entry.chain, pages)
-        request.pages = pages
-        request.num_computed = len(pages) * self.pool.page_size
+        request.pages = [*pages, *self.pool.allocate(1 if num_begun else 0)]
+        request.num_computed = len(pages) * self.pool.page_size + num_begun
         request.phase = Phase.RUNNING
         bisect.insort(self.running, entry, key=rank_of)
         self.computing.begin(entry)

@@ -192,7 +192,7 @@ class Scheduler:
         if self._drafter is not None:
             plan.add_drafts(self._drafter, self._control, config.context)
         work = plan.work()
-        step = Step(tuple(work.values()), tuple(self._dropped))
+        step = Step(tuple(work.values()), tuple(self._dropped), plan.copies())
         self._dropped.clear()
         if work:
             self._planned = _Planned(step, tuple(work), now_s)

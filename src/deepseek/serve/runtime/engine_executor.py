@@ -11,11 +11,14 @@ from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.generate.adapters import NO_ADAPTER, EngineAdapter
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
 from deepseek.ops.cpu import kernels
-from deepseek.serve.core.request import Work
+from deepseek.serve.core.request import PageCopy, Work
 from deepseek.serve.executor import Matcher, Result
 from deepseek.serve.generation import GenerationRequest, TokenChoice
 from deepseek.serve.runtime.sampler import Sampler, describe_choice
 from deepseek.serve.stepping import StepEngine
+
+_LEAST_COPIED = 8
+"""Tokens in common that a page is copied for; fewer are computed as soon."""
 
 
 @dataclasses.dataclass
@@ -54,6 +57,7 @@ class EngineExecutor:
         self._engine, self.num_pages = engine, num_pages
         self.context = engine.config.max_positions
         self._pages = engine.new_pages(num_pages)
+        self.least_copied = _LEAST_COPIED if engine.can_copy_pages else None
         self._open: dict[str, _Open] = {}
         tokenizer = engine.tokenizer
         self._end_token_ids = () if tokenizer is None else tokenizer.eos_token_ids
@@ -85,8 +89,11 @@ class EngineExecutor:
         """Forget a request; its pages are the scheduler's."""
         self._open.pop(request_id, None)
 
-    def execute(self, work: Sequence[Work]) -> list[Result]:
-        """Append the tokens of a step and choose the next ones."""
+    def execute(self, work: Sequence[Work], copies: Sequence[PageCopy] = ()) -> list[Result]:
+        """Copy pages, one after another, then append the tokens of a step and choose the next
+        ones."""
+        for target, source in copies:
+            self._pages.copy(target, source)
         plan = [self._selected(item) for item in work]
         tokens = [token for item in work for token in item.tokens]
         places = [np.arange(item.start, item.start + len(item.tokens)) for item in work]

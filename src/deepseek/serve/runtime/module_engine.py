@@ -70,6 +70,11 @@ class ModuleEngine:
         """Threads that compute."""
         return torch.get_num_threads()
 
+    @property
+    def can_copy_pages(self) -> bool:
+        """Pages of modules are not copied."""
+        return False
+
     def new_pages(self, num_pages: int) -> ModulePages:
         """Return memory for `num_pages` pages of 64 tokens, in every layer.
 
