@@ -12,17 +12,8 @@ import deepseek.serve.core
 FOLDER = Path(deepseek.serve.core.__file__).parent
 
 ALLOWED = {
-    *(
-        "__future__",
-        "array",
-        "bisect",
-        "collections",
-        "dataclasses",
-        "enum",
-        "hashlib",
-        "itertools",
-    ),
-    *("math", "statistics", "typing"),
+    *("__future__", "array", "bisect", "collections", "dataclasses", "enum", "hashlib"),
+    *("itertools", "math", "statistics", "typing"),
     *("deepseek.config", "deepseek.errors", "deepseek.serve.core"),
 }
 
