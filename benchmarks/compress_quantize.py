@@ -13,8 +13,9 @@ made of numbers of many groups.
 Both models run as modules in float32 on the same windows of a text that every Python carries; the
 windows between them are what calibrates, with as many of the files of `--calibrate`. A second text,
 given by `--other`, shows what rounding costs where nothing was learned. `--llama-quantize PROGRAM`
-measures what llama.cpp makes of the same numbers, without an importance matrix. It fails when a
-recipe's perplexity ratio is above its gate.
+measures what llama.cpp makes of the same numbers, without an importance matrix, and `--others` what
+torchao, NNCF and llm-compressor do (`benchmarks/peers/README.md`). It fails when a recipe's
+perplexity ratio is above its gate.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
 import json
 import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,6 +40,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.peers.llama_quantize import quantized as quantized_by_llama
+from benchmarks.peers.weight_quantizers import KINDS as OTHERS
+from benchmarks.peers.weight_quantizers import OtherModel
+from benchmarks.peers.weight_quantizers import quantized as quantized_by_other
 from benchmarks.quality import (
     WINDOW,
     Scores,
@@ -56,6 +61,7 @@ from deepseek.compress.quantize.stage import quantize
 from deepseek.compress.work import Work
 from deepseek.errors import ConfigError, DeepseekError, describe
 from deepseek.evaluate import read_corpus
+from deepseek.hub import save
 from deepseek.models import Decoder
 from deepseek.models.layers import Attention, FeedForward
 from deepseek.records import Measurement
@@ -152,11 +158,9 @@ def log_chances(model: Decoder, window: Tensor) -> Tensor:
         return model(window[None]).logits[0].log_softmax(-1)
 
 
-def score(reference: Decoder, model: Decoder, windows: Tensor) -> list[Scores]:
-    """Return a model's scores of every window."""
-    return [
-        compare(log_chances(reference, each), log_chances(model, each), each) for each in windows
-    ]
+def score(reference: Decoder, chances: Callable[[Tensor], Tensor], windows: Tensor) -> list[Scores]:
+    """Return the scores of a model, given by its `log_chances`, of every window."""
+    return [compare(log_chances(reference, each), chances(each), each) for each in windows]
 
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
@@ -203,7 +207,11 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
             dataclasses.replace(each, conditions={**each.conditions, **conditions})
             for each in outcome
         ]
-        found += losses(reference, model, texts, conditions)
+        found += losses(reference, functools.partial(log_chances, model), texts, conditions)
+    if options.others:
+        found += other_programs(
+            options.others, reference, calibration(learned, RECIPES["round-int4"]), texts, about
+        )
     if options.llama_quantize is not None:
         for peer in quantized_by_llama(options.llama_quantize, reference):
             conditions = {**about, "scheme": peer.name}
@@ -214,20 +222,59 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
                 Measurement(name=name, value=value, unit=unit, conditions=conditions)
                 for name, (value, unit) in sizes.items()
             ]
-            found += losses(reference, peer.model, texts, conditions)
-    return [*model_figures(reference, score(reference, reference, text.measured), about), *found]
+            found += losses(
+                reference, functools.partial(log_chances, peer.model), texts, conditions
+            )
+    own = score(reference, functools.partial(log_chances, reference), text.measured)
+    return [*model_figures(reference, own, about), *found]
+
+
+def other_programs(
+    names: Sequence[str],
+    reference: Decoder,
+    samples: Sequence[Batch],
+    texts: Mapping[str, Tensor],
+    about: Mapping[str, object],
+) -> list[Measurement]:
+    """Return the figures of what other programs make of a model."""
+    found: list[Measurement] = []
+    with tempfile.TemporaryDirectory(prefix="deepseek-others-") as folder:
+        save(reference, Path(folder) / "model")
+        for name in names:
+            began, used = time.perf_counter(), time.process_time()
+            peer = quantized_by_other(name, Path(folder) / "model", samples)
+            took = time.perf_counter() - began, time.process_time() - used
+            conditions = {**about, "scheme": name}
+            weights = sum(value.numel() for value in reference.parameters() if value.ndim == 2)
+            sizes = {
+                "quantized_weight_bytes": (peer.num_bytes, "bytes"),
+                "bits_per_quantized_weight": (8 * peer.num_bytes / weights, "bits"),
+                "quantizing_s": (took[0], "s"),
+                "quantizing_processor_s": (took[1], "s"),
+            }
+            found += [
+                Measurement(name=each, value=value, unit=unit, conditions=conditions)
+                for each, (value, unit) in sizes.items()
+            ]
+
+            def chances(window: Tensor, peer: OtherModel = peer) -> Tensor:
+                return peer.logits(window).log_softmax(-1)
+
+            found += losses(reference, chances, texts, conditions)
+    return found
 
 
 def losses(
     reference: Decoder,
-    model: Decoder,
+    chances: Callable[[Tensor], Tensor],
     texts: Mapping[str, Tensor],
     conditions: Mapping[str, object],
 ) -> list[Measurement]:
-    """Return what a model loses on each text; the first has no name."""
+    """Return what a model, given by its `log_chances`, loses on each text; the first has no
+    name."""
     found: list[Measurement] = []
     for label, windows in texts.items():
-        scores = score(reference, model, windows)
+        scores = score(reference, chances, windows)
         figures = scheme_figures(scores, {**conditions, **({"text": label} if label else {})})
         found += [
             dataclasses.replace(each, name=f"{each.name}_other") if label else each
@@ -293,7 +340,10 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="name or folder")
     parser.add_argument("--as-is", action="store_true", help="leave the channels in their order")
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument(
+        "--others", nargs="+", choices=OTHERS, default=[], help="other programs, if installed"
+    )
     parser.add_argument("--tokens", type=positive, default=8192, help="to measure on (8192)")
     parser.add_argument(
         "--text", type=Path, nargs="+", default=[], metavar="FILE",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import compress_quantize as benchmark
+from benchmarks.peers import weight_quantizers
 from benchmarks.quality import WINDOW, rounding_error
 from deepseek import hub
 from deepseek.compress.quantize import Learned
@@ -74,3 +77,30 @@ def test_it_measures_every_recipe_and_fails_above_a_gate(
     assert printed["over_gates"] and "round-int4" in printed["over_gates"][0]
     assert benchmark.main(words[:-3]) == 0
     assert "learned-int4" in capsys.readouterr().out
+
+
+def test_other_programs_are_measured_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that changes nothing but the head, in place of those that are not installed here."""
+
+    def unchanged(model: Any, rows: Sequence[torch.Tensor]) -> Any:
+        assert all(row.dtype is torch.int64 for row in rows)
+        weight_quantizers._round_heads(model)
+        return model
+
+    monkeypatch.setitem(weight_quantizers.KINDS, "torchao-int8", (8, 2, unchanged))
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    hub.save(small_decoder(WIDE.replace(max_positions=WINDOW)), folder, name="small")
+    text.write_text("some words, and then some others. " * 70)
+    words = ["--model", str(folder), "--text", str(text), "--tokens", "1024", "--json"]
+    assert benchmark.main([*words, "--recipes", "round-int8", "--others", "torchao-int8"]) == 0
+    found = {
+        (each["conditions"]["scheme"], each["name"]): each["value"]
+        for each in json.loads(capsys.readouterr().out)["measurements"]
+        if "scheme" in each["conditions"]
+    }
+    divergence = [found[name, "kl_divergence"] for name in ("torchao-int8", "round-int8")]
+    assert 0 < divergence[0] < divergence[1]
+    sizes = [found[name, "quantized_weight_bytes"] for name in ("torchao-int8", "round-int8")]
+    assert sizes[0] == sizes[1]
