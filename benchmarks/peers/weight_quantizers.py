@@ -7,7 +7,9 @@ so that all are of one size.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,8 @@ def quantized(name: str, folder: Path, samples: Sequence[Batch]) -> OtherModel:
         if each.dim() == 2
     )
     rows = [row for batch in samples for row in batch.input_ids]
-    made = make(model, rows)
+    with contextlib.redirect_stdout(sys.stderr):  # they talk
+        made = make(model, rows)
 
     def logits(window: Tensor) -> Tensor:
         with torch.no_grad():
