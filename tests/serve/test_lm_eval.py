@@ -87,7 +87,7 @@ def test_tasks_through_the_server_are_those_in_process(
     """SmolLM2 on a few items of two tasks: the same scores, answers and metrics."""
     model = deepseek.load(smollm2_folder, dtype="float32")
     assert isinstance(model, Decoder) and model.tokenizer is not None
-    choices, sums = next_sentence_items(6, seed=1), addition_items(4, seed=1)
+    choices, sums = next_sentence_items(12, seed=1), addition_items(6, seed=1)
     chosen = multiple_choice(model, choices, tokenizer=model.tokenizer)
     matched = exact_match(model, sums, tokenizer=model.tokenizer, max_gen_toks=8, pattern=PATTERN)
     options = ["--name", smollm2_folder.name, "--scheme", "float32", "--pages", "300"]

@@ -197,6 +197,21 @@ def test_logprobs_of_prompt_and_answer_are_those_of_one_pass() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("length", [62, 63, 64, 65, 66, 127, 128, 129])
+def test_prompt_logprobs_are_there_wherever_a_step_ends(length: int) -> None:
+    """Steps of 64 tokens: one may leave the last token of a prompt alone, when all the rest is
+    read and nothing can be chosen yet."""
+    wanted = dataclasses.replace(request("a"), prompt=(97,) * length, prompt_logprobs=0)
+
+    async def body() -> None:
+        async with running(step_tokens=64) as server:
+            outputs = await collect(server.service, wanted)
+            (prompt,) = [each.prompt_logprobs for each in outputs if each.prompt_logprobs]
+            assert len(prompt) == length
+
+    run(body)
+
+
 def test_a_prompt_of_one_token_has_prompt_logprobs_too() -> None:
     async def body() -> None:
         async with running() as server:

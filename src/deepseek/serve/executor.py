@@ -41,7 +41,7 @@ class Result:
     """Chosen tokens, up to and including the first that differs from its guess; empty where the
     work does not choose."""
     prompt: tuple[TokenChoice, ...] = ()
-    """Logprobs of the prompt's tokens behind the first, once all of them are there."""
+    """Logprobs of the prompt's tokens behind the first, with the first token that is chosen."""
     is_finite: bool = True
     """False where the model's numbers are not: what the request's pages hold is bad."""
     error: str | None = None

@@ -32,6 +32,8 @@ class _Open:
     prompt: list[TokenChoice] = dataclasses.field(default_factory=list)
     """The tokens of the prompt behind the first, as far as they have been read."""
 
+    is_prompt_given: bool = False
+
     @property
     def reads_prompt(self) -> bool:
         """Whether logprobs of the prompt are wanted and not all there."""
@@ -138,12 +140,12 @@ class EngineExecutor:
         certainty: Sequence[tuple[float, float]],
     ) -> Result:
         request = self._open[item.request.id]
-        prompt: tuple[TokenChoice, ...] = ()
         if request.reads_prompt:
             _read_prompt(request, item, logits, certainty)
-            prompt = () if request.reads_prompt else tuple(request.prompt)
-        if not item.is_choosing:
-            return Result((), prompt)
+        if not item.is_choosing:  # the prompt may be read already where one token of it is left
+            return Result(())
+        prompt = () if request.is_prompt_given else tuple(request.prompt)
+        request.is_prompt_given = True
         chosen: list[TokenChoice] = []
         drafts = (*item.tokens[len(item.tokens) - item.num_drafts :], None)
         first = len(logits) - item.num_drafts - 1
