@@ -7,8 +7,9 @@ import torch
 from deepseek.compress.calibration import Batch
 from deepseek.compress.quantize.targets import layers_of
 from deepseek.compress.quantize.walk import Flow, first_flows, grams, relative_error, through
-from deepseek.models import Decoder, Encoder
-from tests.compress.small import samples, small_decoder, small_encoder
+from deepseek.models import Decoder, Encoder, ExpertsConfig
+from deepseek.models.single_weights import weight_of
+from tests.compress.small import WIDE, samples, small_decoder, small_encoder
 
 
 def seen(model: Decoder | Encoder, batches: list[Batch]) -> tuple[list[Flow], torch.Tensor]:
@@ -49,3 +50,27 @@ def test_layers_one_by_one_are_the_model() -> None:
         for flow, batch in zip(flows, batches, strict=True):
             found = model.lm_head(model.model.norm(flow.states))
             torch.testing.assert_close(found, model(batch.input_ids).logits)
+
+
+def test_an_experts_gram_is_of_the_tokens_that_chose_it() -> None:
+    experts = ExpertsConfig(num_experts=4, num_active=2, width=32)
+    model, batches = small_decoder(WIDE.replace(experts=experts)), samples(2)
+    layer, flows = layers_of(model)[1][0], first_flows(model, batches)
+    stack = model.get_submodule("model.layers.0.mlp.experts")
+    found = grams(lambda f: layer(f.states, f.about), flows, {"e": stack}, "float32")
+    given: list[tuple[torch.Tensor, ...]] = []
+    handle = stack.register_forward_pre_hook(lambda _, arguments: given.append(arguments))
+    through(layer, flows, "float32")
+    handle.remove()
+    tokens, chosen = (torch.cat([each[place] for each in given]) for place in (0, 1))
+    for expert in range(4):
+        rows = tokens[[expert in row for row in chosen.tolist()]]
+        assert 0 < len(rows) < len(tokens)
+        torch.testing.assert_close(found[f"e.{expert}.gate_proj"], rows.T @ rows / len(tokens))
+        gate, up, down = (
+            weight_of(model, f"model.layers.0.mlp.experts.{expert}.{part}_proj.weight")
+            for part in ("gate", "up", "down")
+        )
+        inner = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        assert inner.shape[1] == down.shape[1]
+        torch.testing.assert_close(found[f"e.{expert}.down_proj"], inner.T @ inner / len(tokens))

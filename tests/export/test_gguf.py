@@ -17,12 +17,12 @@ from deepseek.export import write_gguf
 from deepseek.hub import Quantized
 from deepseek.hub.gguf_model import gguf_name, hf_name
 from deepseek.models import Decoder
-from tests.grids import put_on_grids
+from tests.grids import Kind, put_on_grids
 from tests.hub.test_gguf_tokenizer import DIGITS, TEXTS
 from tests.hub.tiny import tiny_decoder, tiny_tokenizer
 from tests.models.zoo import ours, reference
 
-Kinds = dict[str, tuple[int, int | None, bool]]
+Kinds = dict[str, Kind]
 GRIDS: dict[str, tuple[Kinds, set[str]]] = {
     "int4": ({"": (4, 32, False)}, {"Q4_1"}),
     "symmetric": ({"": (4, 32, True)}, {"Q4_0"}),
@@ -30,6 +30,7 @@ GRIDS: dict[str, tuple[Kinds, set[str]]] = {
     "wide groups": ({"embed": (8, 64, True), "mlp": (8, None, True), "": (4, 64, False)}, set()),
     "narrow groups": ({"mlp": (4, 16, True), "": (4, 32, True)}, {"F32", "Q4_0"}),
     "int8 with zero points": ({"": (8, 32, False)}, {"F32"}),
+    "rotated": ({"down": (8, 32, True), "": (8, 64, True, True)}, {"F32", "Q8_0"}),
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from deepseek.errors import ConfigError
 from deepseek.generate import generate
+from deepseek.ops.routing import Routing
 from deepseek.ops.sampling import Sampling
 from deepseek.serve.core.drafting import Drafter, PromptLookup
 from deepseek.serve.core.ledger import check
@@ -167,6 +168,13 @@ def test_answers_behind_copied_pages_are_those_of_generate() -> None:
             assert server.scheduler.counters.cached_tokens >= 20 + 61 + 63 + 64 + 64
 
     run(body)
+
+
+def test_pages_of_routed_attention_are_not_copied() -> None:
+    """With a page is kept what its groups of queries chose, which belongs to all of its tokens."""
+    routed = dataclasses.replace(tiny_engine(), routing=Routing())
+    assert EngineExecutor(routed, 4).least_copied is None
+    assert EngineExecutor(tiny_engine(), 4).least_copied is not None
 
 
 def test_logprobs_of_prompt_and_answer_are_those_of_one_pass() -> None:

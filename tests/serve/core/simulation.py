@@ -80,6 +80,7 @@ class Simulation:
             assert len(step.work) <= self.config.max_running
             assert bool(step.work) == bool(self.scheduler.num_running + self.scheduler.num_waiting)
             self._check_preempted(step, before)
+            self._check_copies(step)
         return step
 
     def commit(self, step: Step, end: End | None = None) -> tuple[Request, ...]:
@@ -141,6 +142,13 @@ class Simulation:
         assert self.pool.num_free == self.pool.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.executor.num_open == 0
+
+    def _check_copies(self, step: Step) -> None:
+        """Each is the first page that a request of this step writes, and of no other."""
+        written = {work.pages[work.start // self.pool.page_size] for work in step.work}
+        targets = [copy.target for copy in step.copies]
+        assert len(set(targets)) == len(targets)
+        assert set(targets) <= written
 
     def _check_preempted(self, step: Step, before: set[Request]) -> None:
         turned_back = [request for request in before if request.phase is Phase.WAITING]

@@ -247,6 +247,19 @@ def test_a_copy_of_a_page_that_is_not_trusted_is_as_bad() -> None:
     assert found(pool, ANN, [0, 1, 2, 20, 5]) == again[:1]
 
 
+def test_a_page_that_is_handed_out_again_is_no_copy_any_more() -> None:
+    pool = PagePool(8, 4, least_copied=1)
+    _, source = compute(pool, ANN, text(0, 4))
+    (page,) = pool.allocate(1)
+    pool.copied(page, source[0])
+    pool.release([page])
+    chain, tokens, pages = Chain(BOB), text(50, 4), pool.allocate(1)
+    assert pages == [page]
+    pool.publish(chain, tokens, pages, 4)
+    pool.forget(source)
+    assert found(pool, BOB, [*tokens, 0]) == pages
+
+
 def test_forgetting_cached_pages_frees_them() -> None:
     pool = PagePool(4, 4)
     pages = leave(pool, ANN, text(0, 12))

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from deepseek.errors import CapacityError, ConfigError, VerifyError
 from deepseek.serve.core.pages import PagePool
+from deepseek.serve.core.planning import StepPlan
 from deepseek.serve.core.request import Phase, Request, Step
 from deepseek.serve.core.scheduler import Scheduler, SchedulerConfig
 from tests.serve.core.simulation import Simulation
@@ -186,6 +187,19 @@ def test_a_page_that_is_needed_may_be_its_own_copy_or_anothers() -> None:
     for request in (*old, *new):
         sim.assert_answered(request)
     sim.assert_nothing_held()
+
+
+def test_one_who_is_turned_back_in_the_step_that_took_him_in_copies_nothing() -> None:
+    sim = Simulation(max_step_tokens=16)
+    sim.add(text(0, 5), 1)
+    sim.run()
+    request = sim.add([*text(0, 3), 50, 51], 1)
+    entry = sim.scheduler._entries[request.id]
+    plan = StepPlan(sim.scheduler._roster, 16, 2, 0.0)
+    assert plan._admit(entry, [])
+    assert len(plan.copies()) == 1
+    plan._preempt(entry)
+    assert (plan.copies(), plan.work()) == ((), {})
 
 
 def test_one_who_reads_no_cache_copies_nothing() -> None:
