@@ -135,8 +135,7 @@ class PagePool:
 
     def copied(self, page: int, source: int) -> None:
         """Take note that a page begins as a copy of another: distrust of that is one of it."""
-        if page != source:
-            self._copy_of[page] = source
+        self._copy_of[page] = source
 
     def digests(self, chain: Chain, tokens: Sequence[int], start: int) -> list[bytes]:
         """Return the digests of the full pages from number `start` on."""

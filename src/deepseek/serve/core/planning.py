@@ -152,8 +152,9 @@ class StepPlan:
         roster.admit(entry, found, num_begun, self._now_s)
         if begun is not None:
             copy = PageCopy(request.pages[-1], begun.page)
-            self._pool.copied(*copy)
-            self._copies[entry] = copy
+            if copy.target != copy.source:  # the page was the next to be handed out
+                self._pool.copied(*copy)
+                self._copies[entry] = copy
         self._give(entry)
         return True
 

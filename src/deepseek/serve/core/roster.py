@@ -71,7 +71,8 @@ class Roster:
             self.share.charge(entry.tenant, len(request.prompt) - request.num_cached)
 
     def preempt(self, entry: Entry) -> None:
-        """Take the pages of a running request, which then waits; they stay cached for now."""
+        """Take the pages of a running request, which then waits; until others need the room it
+        may find them again."""
         self._stop(entry)
         entry.request.phase = Phase.WAITING
         entry.request.num_preempted += 1
