@@ -99,6 +99,13 @@ def test_weights_of_eight_bits_are_rotated_where_their_width_allows(
             assert torch.equal(work.model.get_parameter(name).data, weight.values())
 
 
+def test_what_is_usual_is_rotated_only_where_that_can_be() -> None:
+    assert Quantize.usual(8).rotate and Quantize.usual(8, group=64, method="gptq").rotate
+    others = ({"group": 32}, {"head_group": 32}, {"method": "learned"}, {"rotate": False})
+    assert not any(Quantize.usual(8, **settings).rotate for settings in others)
+    assert Quantize.usual(4) == Quantize()
+
+
 @pytest.mark.parametrize(
     ("word", "settings"),
     [

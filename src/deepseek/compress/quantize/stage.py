@@ -64,8 +64,9 @@ class Quantize(Stage):
     there by what the layers give, and clings most to the text it sees: let that be mixed."""
     rotate: bool = False
     """Rotate every 64 channels of inputs and of weights of 8 bits, where a width is a multiple of
-    64: outliers spread, and rounding costs less. The engine and vLLM read it; transformers 5 does
-    not, nor has GPTQ's layout a place for it. With `round` and `gptq`, and for a head of 8 bits."""
+    64: outliers spread, and rounding costs less. The engine reads it; transformers 5 reads the file
+    without it, and GPTQ's layout has no place for it. With `round` and `gptq`, and for a head of 8
+    bits."""
     ignore: tuple[str, ...] = ()
     """Patterns (`*`, `?`) of names of weights that stay as they are."""
     mixed: MixedBits | None = None
@@ -113,8 +114,9 @@ class Quantize(Stage):
         if bits == 4:
             return cls.from_dict({"bits": 4, **given})
         asked = {"method": "round", "group": None, **given}
-        group = asked["group"]
-        can_rotate = asked["method"] in ("round", "gptq") and (not group or group % ROTATED == 0)
+        groups = asked["group"], asked.get("head_group")
+        is_wide = all(not group or group % ROTATED == 0 for group in groups)
+        can_rotate = asked["method"] in ("round", "gptq") and is_wide
         return cls.from_dict({"bits": bits, "rotate": can_rotate, **asked})
 
     def grid(self, bits: int) -> Grid:
