@@ -21,6 +21,7 @@ perplexity ratio is above its gate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -29,7 +30,7 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -41,7 +42,6 @@ from torch import Tensor
 
 from benchmarks.peers.llama_quantize import quantized as quantized_by_llama
 from benchmarks.peers.weight_quantizers import KINDS as OTHERS
-from benchmarks.peers.weight_quantizers import OtherModel
 from benchmarks.peers.weight_quantizers import quantized as quantized_by_other
 from benchmarks.quality import (
     WINDOW,
@@ -58,8 +58,8 @@ from deepseek.cli.models import positive
 from deepseek.compress.calibration import Batch
 from deepseek.compress.quantize import EndToEnd, Quantize
 from deepseek.compress.quantize.stage import quantize
-from deepseek.compress.work import Work
-from deepseek.errors import ConfigError, DeepseekError, describe
+from deepseek.compress.work import Report, Work
+from deepseek.errors import BackendError, ConfigError, DeepseekError, describe
 from deepseek.evaluate import read_corpus
 from deepseek.hub import save
 from deepseek.models import Decoder
@@ -163,8 +163,50 @@ def score(reference: Decoder, chances: Callable[[Tensor], Tensor], windows: Tens
     return [compare(log_chances(reference, each), chances(each), each) for each in windows]
 
 
-def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
-    """Return the figures of the model and of each recipe."""
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """What every way to a grid is measured by."""
+
+    reference: Decoder
+    texts: Mapping[str, Tensor]
+    """Windows [windows, 512] that are measured; the first text has no name."""
+    learned: Sequence[Tensor]
+    """Windows of each text that may be learned from."""
+    about: Mapping[str, object]
+
+    def samples(self, stage: Quantize) -> list[Batch]:
+        """Return what a stage learns from."""
+        return calibration(self.learned, stage)
+
+    def losses(
+        self, chances: Callable[[Tensor], Tensor], conditions: Mapping[str, object]
+    ) -> list[Measurement]:
+        """Return what a model, given by its `log_chances`, loses on each text."""
+        found: list[Measurement] = []
+        for label, windows in self.texts.items():
+            scores = score(self.reference, chances, windows)
+            figures = scheme_figures(scores, {**conditions, **({"text": label} if label else {})})
+            found += [
+                dataclasses.replace(each, name=f"{each.name}_other") if label else each
+                for each in figures
+            ]
+        return found
+
+    def sizes(self, num_bytes: int, conditions: Mapping[str, object]) -> list[Measurement]:
+        """Return what all weights take."""
+        numbers = sum(value.numel() for value in self.reference.parameters() if value.ndim == 2)
+        figures = (
+            ("quantized_weight_bytes", num_bytes, "bytes"),
+            ("bits_per_quantized_weight", 8 * num_bytes / numbers, "bits"),
+        )
+        return [
+            Measurement(name=name, value=value, unit=unit, conditions=conditions)
+            for name, value, unit in figures
+        ]
+
+
+def prepare(options: argparse.Namespace) -> Contest:
+    """Return the model as it is measured, and the windows of the texts."""
     reference = load_reference(options.model)
     reference.requires_grad_(False)
     if not options.as_is:
@@ -187,99 +229,89 @@ def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
         "calibration_files": [file.name for file in options.calibrate],
         "interval": "Student's over windows; of a share, Wilson at the effective number of tokens",
     }
-    found: list[Measurement] = []
+    return Contest(reference, texts, learned, about)
+
+
+def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
+    """Return the figures of the model and of each way to a grid."""
+    contest = prepare(options)
+    reference = contest.reference
+    own = score(reference, functools.partial(log_chances, reference), contest.texts[""])
+    found = model_figures(reference, own, contest.about)
     for name in options.recipes:
-        model, task = copy.deepcopy(reference), bar.add_task(name, total=1.0)
-        with tempfile.TemporaryDirectory(prefix="deepseek-quantize-") as folder:
-            work = Work(
-                model=model, start=Path(options.model), folder=Path(folder), seed=SEED,
-                report=lambda words, share, task=task: bar.update(task, completed=share or 0.0),
-            )  # fmt: skip
-            stage, began, used = RECIPES[name], time.perf_counter(), time.process_time()
-            outcome = quantize(stage, work, calibration(learned, stage))
-        conditions = {**about, "scheme": name, "threads": torch.get_num_threads()}
-        took = time.perf_counter() - began, time.process_time() - used
-        outcome += tuple(
-            Measurement(name=each, value=value, unit="s")
-            for each, value in zip(("quantizing_s", "quantizing_processor_s"), took, strict=True)
+        task = bar.add_task(name, total=1.0)
+        found += recipe(
+            contest, name, lambda _, share, task=task: bar.update(task, completed=share or 0.0)
         )
-        found += [
-            dataclasses.replace(each, conditions={**each.conditions, **conditions})
-            for each in outcome
-        ]
-        found += losses(reference, functools.partial(log_chances, model), texts, conditions)
     if options.others:
-        found += other_programs(
-            options.others, reference, calibration(learned, RECIPES["round-int4"]), texts, about
-        )
+        found += other_programs(contest, options.others)
     if options.llama_quantize is not None:
-        for peer in quantized_by_llama(options.llama_quantize, reference):
-            conditions = {**about, "scheme": peer.name}
-            weights = sum(value.numel() for value in peer.model.parameters() if value.ndim == 2)
-            sizes = {"quantized_weight_bytes": (peer.num_bytes, "bytes")}
-            sizes["bits_per_quantized_weight"] = (8 * peer.num_bytes / weights, "bits")
-            found += [
-                Measurement(name=name, value=value, unit=unit, conditions=conditions)
-                for name, (value, unit) in sizes.items()
-            ]
-            found += losses(
-                reference, functools.partial(log_chances, peer.model), texts, conditions
-            )
-    own = score(reference, functools.partial(log_chances, reference), text.measured)
-    return [*model_figures(reference, own, about), *found]
-
-
-def other_programs(
-    names: Sequence[str],
-    reference: Decoder,
-    samples: Sequence[Batch],
-    texts: Mapping[str, Tensor],
-    about: Mapping[str, object],
-) -> list[Measurement]:
-    """Return the figures of what other programs make of a model."""
-    found: list[Measurement] = []
-    with tempfile.TemporaryDirectory(prefix="deepseek-others-") as folder:
-        save(reference, Path(folder) / "model")
-        for name in names:
-            began, used = time.perf_counter(), time.process_time()
-            peer = quantized_by_other(name, Path(folder) / "model", samples)
-            took = time.perf_counter() - began, time.process_time() - used
-            conditions = {**about, "scheme": name}
-            weights = sum(value.numel() for value in reference.parameters() if value.ndim == 2)
-            sizes = {
-                "quantized_weight_bytes": (peer.num_bytes, "bytes"),
-                "bits_per_quantized_weight": (8 * peer.num_bytes / weights, "bits"),
-                "quantizing_s": (took[0], "s"),
-                "quantizing_processor_s": (took[1], "s"),
-            }
-            found += [
-                Measurement(name=each, value=value, unit=unit, conditions=conditions)
-                for each, (value, unit) in sizes.items()
-            ]
-
-            def chances(window: Tensor, peer: OtherModel = peer) -> Tensor:
-                return peer.logits(window).log_softmax(-1)
-
-            found += losses(reference, chances, texts, conditions)
+        found += llama_files(contest, options.llama_quantize)
     return found
 
 
-def losses(
-    reference: Decoder,
-    chances: Callable[[Tensor], Tensor],
-    texts: Mapping[str, Tensor],
-    conditions: Mapping[str, object],
-) -> list[Measurement]:
-    """Return what a model, given by its `log_chances`, loses on each text; the first has no
-    name."""
+def recipe(contest: Contest, name: str, report: Report) -> list[Measurement]:
+    """Return the figures of one of our own ways."""
+    model, stage = copy.deepcopy(contest.reference), RECIPES[name]
+    conditions = {**contest.about, "scheme": name, "threads": torch.get_num_threads()}
+    with tempfile.TemporaryDirectory(prefix="deepseek-quantize-") as place:
+        folder = Path(place)
+        work = Work(model=model, start=folder, folder=folder, seed=SEED, report=report)
+        with timed(conditions) as found:
+            outcome = quantize(stage, work, contest.samples(stage))
+    found += [
+        dataclasses.replace(each, conditions={**each.conditions, **conditions}) for each in outcome
+    ]
+    return found + contest.losses(functools.partial(log_chances, model), conditions)
+
+
+@contextlib.contextmanager
+def timed(conditions: Mapping[str, object]) -> Iterator[list[Measurement]]:
+    """Give a list that holds what the block took, once it is done."""
+    began, used = time.perf_counter(), time.process_time()
     found: list[Measurement] = []
-    for label, windows in texts.items():
-        scores = score(reference, chances, windows)
-        figures = scheme_figures(scores, {**conditions, **({"text": label} if label else {})})
-        found += [
-            dataclasses.replace(each, name=f"{each.name}_other") if label else each
-            for each in figures
-        ]
+    yield found
+    took = {
+        "quantizing_s": time.perf_counter() - began,
+        "quantizing_processor_s": time.process_time() - used,
+    }
+    found += [
+        Measurement(name=name, value=value, unit="s", conditions=conditions)
+        for name, value in took.items()
+    ]
+
+
+def other_programs(contest: Contest, names: Sequence[str]) -> list[Measurement]:
+    """Return the figures of what other programs make of a model.
+
+    Raises:
+        BackendError: one is not installed.
+    """
+    found: list[Measurement] = []
+    samples = contest.samples(RECIPES["round-int4"])
+    with tempfile.TemporaryDirectory(prefix="deepseek-others-") as folder:
+        path = save(contest.reference, Path(folder) / "model").path
+        for name in names:
+            conditions = {**contest.about, "scheme": name, "threads": torch.get_num_threads()}
+            with timed(conditions) as took:
+                try:
+                    peer = quantized_by_other(name, path, samples)
+                except ImportError as error:
+                    step = "See benchmarks/peers/README.md"
+                    must = "installed, with what it needs"
+                    raise BackendError(describe(name, "--others", must, error, step)) from error
+            found += [*took, *contest.sizes(peer.num_bytes, conditions)]
+            found += contest.losses(peer.log_chances, conditions)
+    return found
+
+
+def llama_files(contest: Contest, program: Path) -> list[Measurement]:
+    """Return the figures of what llama.cpp makes of a model."""
+    found: list[Measurement] = []
+    for peer in quantized_by_llama(program, contest.reference):
+        conditions = {**contest.about, "scheme": peer.name}
+        found += contest.sizes(peer.num_bytes, conditions)
+        found += contest.losses(functools.partial(log_chances, peer.model), conditions)
     return found
 
 

@@ -29,8 +29,8 @@ class OtherModel:
     """What one of them made."""
 
     name: str
-    logits: Callable[[Tensor], Tensor]
-    """Of a window [T]: [T, vocab]."""
+    log_chances: Callable[[Tensor], Tensor]
+    """The logarithms of its chances of each next token of a window [T]: [T, vocab]."""
     num_bytes: int
     """Of all weights: codes, scales in float16 and zero points."""
 
@@ -59,11 +59,11 @@ def quantized(name: str, folder: Path, samples: Sequence[Batch]) -> OtherModel:
     with contextlib.redirect_stdout(sys.stderr):  # they talk
         made = make(model, rows)
 
-    def logits(window: Tensor) -> Tensor:
+    def log_chances(window: Tensor) -> Tensor:
         with torch.no_grad():
-            return made(input_ids=window[None]).logits[0].float()
+            return made(input_ids=window[None]).logits[0].float().log_softmax(-1)
 
-    return OtherModel(name, logits, num_bytes)
+    return OtherModel(name, log_chances, num_bytes)
 
 
 def _bytes(weight: Tensor, bits: int, in_groups: bool, per_group: float) -> int:
