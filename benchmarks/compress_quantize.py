@@ -42,6 +42,7 @@ from torch import Tensor
 
 from benchmarks.peers.llama_quantize import quantized as quantized_by_llama
 from benchmarks.peers.weight_quantizers import KINDS as OTHERS
+from benchmarks.peers.weight_quantizers import check_installed
 from benchmarks.peers.weight_quantizers import quantized as quantized_by_other
 from benchmarks.quality import (
     WINDOW,
@@ -59,7 +60,7 @@ from deepseek.compress.calibration import Batch
 from deepseek.compress.quantize import EndToEnd, Quantize
 from deepseek.compress.quantize.stage import quantize
 from deepseek.compress.work import Report, Work
-from deepseek.errors import BackendError, ConfigError, DeepseekError, describe
+from deepseek.errors import ConfigError, DeepseekError, describe
 from deepseek.evaluate import read_corpus
 from deepseek.hub import save
 from deepseek.models import Decoder
@@ -233,7 +234,12 @@ def prepare(options: argparse.Namespace) -> Contest:
 
 
 def run(options: argparse.Namespace, bar: Progress) -> list[Measurement]:
-    """Return the figures of the model and of each way to a grid."""
+    """Return the figures of the model and of each way to a grid.
+
+    Raises:
+        BackendError: a program that is asked for is not installed.
+    """
+    check_installed(options.others)
     contest = prepare(options)
     reference = contest.reference
     own = score(reference, functools.partial(log_chances, reference), contest.texts[""])
@@ -282,11 +288,7 @@ def timed(conditions: Mapping[str, object]) -> Iterator[list[Measurement]]:
 
 
 def other_programs(contest: Contest, names: Sequence[str]) -> list[Measurement]:
-    """Return the figures of what other programs make of a model.
-
-    Raises:
-        BackendError: one is not installed.
-    """
+    """Return the figures of what other programs make of a model."""
     found: list[Measurement] = []
     samples = contest.samples(RECIPES["round-int4"])
     with tempfile.TemporaryDirectory(prefix="deepseek-others-") as folder:
@@ -294,12 +296,7 @@ def other_programs(contest: Contest, names: Sequence[str]) -> list[Measurement]:
         for name in names:
             conditions = {**contest.about, "scheme": name, "threads": torch.get_num_threads()}
             with timed(conditions) as took:
-                try:
-                    peer = quantized_by_other(name, path, samples)
-                except ImportError as error:
-                    step = "See benchmarks/peers/README.md"
-                    must = "installed, with what it needs"
-                    raise BackendError(describe(name, "--others", must, error, step)) from error
+                peer = quantized_by_other(name, path, samples)
             found += [*took, *contest.sizes(peer.num_bytes, conditions)]
             found += contest.losses(peer.log_chances, conditions)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from deepseek.compress.calibration import Batch
 from deepseek.compress.quantize.grid import Grid, round_weight
+from deepseek.errors import BackendError, describe
 
 _GROUP = 32
+_MODULES = {"torchao": "torchao", "nncf": "nncf", "llm-compressor": "llmcompressor"}
 _HEADS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -35,6 +38,17 @@ class OtherModel:
     """Of all weights: codes, scales in float16 and zero points."""
 
 
+def check_installed(names: Sequence[str]) -> None:
+    """Raise a BackendError unless the programs of some kinds can be imported."""
+    for name in names:
+        module = next(module for start, module in _MODULES.items() if name.startswith(start))
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            must, step = "installed, with what it needs", "See benchmarks/peers/README.md"
+            raise BackendError(describe(name, "--others", must, error, step)) from error
+
+
 def quantized(name: str, folder: Path, samples: Sequence[Batch]) -> OtherModel:
     """Return a model in float32 as one of `KINDS` has rounded it.
 
@@ -42,9 +56,6 @@ def quantized(name: str, folder: Path, samples: Sequence[Batch]) -> OtherModel:
         name: of the kind.
         folder: the model, as transformers reads it.
         samples: what those learn from that learn.
-
-    Raises:
-        ImportError: the program is not installed.
     """
     from transformers import AutoModelForCausalLM
 

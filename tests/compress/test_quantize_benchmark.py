@@ -90,6 +90,7 @@ def test_other_programs_are_measured_beside(
         return model
 
     monkeypatch.setitem(weight_quantizers.KINDS, "torchao-int8", (8, 2, unchanged))
+    monkeypatch.setitem(weight_quantizers._MODULES, "torchao", "torch")
     folder, text = tmp_path / "model", tmp_path / "text.txt"
     hub.save(small_decoder(WIDE.replace(max_positions=WINDOW)), folder, name="small")
     text.write_text("some words, and then some others. " * 70)
@@ -104,3 +105,13 @@ def test_other_programs_are_measured_beside(
     assert 0 < divergence[0] < divergence[1]
     sizes = [found[name, "quantized_weight_bytes"] for name in ("torchao-int8", "round-int8")]
     assert sizes[0] == sizes[1]
+
+
+def test_a_program_that_is_not_installed_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(weight_quantizers._MODULES, "nncf", "no_such_module")
+    assert benchmark.main(["--recipes", "--others", "nncf-int8"]) == 2
+    said = capsys.readouterr().err
+    assert "nncf-int8 of --others must be installed" in said
+    assert len(said.splitlines()) == 1
