@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 
 from deepseek.ops.quantized import QuantizedWeight, rotate, short_scale
 
-Kind = tuple[int, int | None, bool] | tuple[int, int | None, bool, bool]
-"""Bits, group (None for a row), whether it is symmetric, and whether it is rotated."""
+Kind = (
+    tuple[int, int | None, bool]
+    | tuple[int, int | None, bool, bool]
+    | tuple[int, int | None, bool, bool, float]
+)
+"""Bits, group (None for a row), whether it is symmetric, whether it is rotated, and the scale of
+its inputs where that is static."""
 
 
 def rounded(
@@ -44,17 +50,17 @@ def put_on_grids(model: nn.Module, kinds: Mapping[str, Kind]) -> dict[str, Quant
         kind = next((kind for part, kind in kinds.items() if part in name), None)
         if kind is None or parameter.dim() != 2:
             continue
-        bits, group, symmetric, *rest = kind
+        bits, group, symmetric, rotated, scale = (*kind, *(False, None)[len(kind) - 3 :])
         width = parameter.shape[1]
-        found[name] = rounded(
-            parameter, bits, group or width, symmetric=symmetric, rotated=any(rest)
-        )
+        weight = rounded(parameter, bits, group or width, symmetric=symmetric, rotated=rotated)
+        found[name] = dataclasses.replace(weight, input_scale=scale)
         parameter.data.copy_(found[name].values())
     return found
 
 
 def assert_same(one: QuantizedWeight, other: QuantizedWeight) -> None:
-    """Raise unless two weights have the same codes, scales and zero points."""
-    assert (one.bits, one.is_rotated) == (other.bits, other.is_rotated)
+    """Raise unless two weights have the same codes, scales, zero points and inputs."""
+    for name in ("bits", "is_rotated", "input_scale"):
+        assert getattr(one, name) == getattr(other, name), name
     for part in ("codes", "scale", "zero"):
         assert torch.equal(getattr(one, part), getattr(other, part)), part

@@ -45,6 +45,15 @@ GRIDS: dict[str, Kinds] = {
         "o_proj": (4, 64, True),
         "": (4, 32, False),
     },
+    "int8 static": {"embed": (8, None, True), "": (8, None, True, False, 0.01)},
+    "mixed static": {
+        "embed": (8, None, True, True),
+        "down": (8, 64, True, True, 0.002),
+        "o_proj": (4, 64, True, False, 0.02),
+        "lm_head": (8, 64, True),
+        "mlp": (8, 32, True),
+        "": (4, 32, False, False, 0.03),
+    },
     "linear": {"self_attn": (4, 32, True), "mlp": (8, 32, True)},
 }
 CASES = ["wide", "wide-tied"]

@@ -43,6 +43,13 @@ ROTATED: dict[str, Kind] = {
     "down": (8, 32, True),
     "": (8, 64, True, True),
 }
+STATIC: dict[str, Kind] = {
+    "embed": (8, None, True),
+    "o_proj": (4, 64, True, False, 2**-7),
+    "q_proj": (8, None, True, False, 2**-6),
+    "down": (8, 32, True),
+    "": (8, 64, True, True, 2**-5),
+}
 LINEAR = {name: kind for name, kind in MIXED.items() if name not in ("embed", "lm_head")}
 
 
@@ -54,7 +61,7 @@ def saved(folder: Path, kinds: Mapping[str, Kind], **changes: Any) -> Bundle:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED])
+@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED, STATIC])
 def test_weights_come_back_exactly(tmp_path: Path, kinds: Mapping[str, Kind], tied: bool) -> None:
     model = tiny_decoder(tie_word_embeddings=tied)
     weights = put_on_grids(model, kinds)
@@ -111,7 +118,7 @@ def test_any_weight_is_packed_as_its_library_packs_it(
         assert set(packed) == set(tensors)
 
 
-@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED])
+@pytest.mark.parametrize("kinds", [ALL, MIXED, LINEAR, ROTATED, STATIC])
 def test_the_config_is_what_its_library_writes(tmp_path: Path, kinds: Mapping[str, Kind]) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
     config = dict(saved(tmp_path, kinds).config["quantization_config"])
@@ -120,7 +127,7 @@ def test_the_config_is_what_its_library_writes(tmp_path: Path, kinds: Mapping[st
     transforms = config.pop("transform_config")
     dumped = quantization.QuantizationConfig.model_validate(config).model_dump(mode="json")
     assert dumped == config
-    if kinds is ROTATED:
+    if kinds in (ROTATED, STATIC):
         transform = pytest.importorskip("compressed_tensors.transform")
         found = transform.TransformConfig.model_validate(transforms).model_dump(mode="json")
         assert found == transforms
@@ -226,7 +233,7 @@ def test_a_quantized_folder_is_pulled(tmp_path: Path) -> None:
     assert set(pulled.grids) == set(bundle.grids)
 
 
-@pytest.mark.parametrize("case", ["name", "shape", "gptq embedding", "gptq mixed"])
+@pytest.mark.parametrize("case", ["name", "shape", "gptq embedding", "gptq mixed", "gptq static"])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
     model, layout = tiny_decoder(), "compressed-tensors"
     weights = put_on_grids(model, ALL if case == "gptq embedding" else LINEAR)
@@ -239,6 +246,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
         layout = "gptq"
         if case == "gptq mixed":
             weights = {name: each for name, each in weights.items() if "embed" not in name}
+        elif case == "gptq static":
+            weights = put_on_grids(model, {"up_proj": (4, 32, True, False, 0.01)})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConfigError):
         hub.save(model, tmp_path / "b", quantized=Quantized(weights=weights, layout=layout))
@@ -331,6 +340,47 @@ def test_a_folder_that_was_tampered_with_is_one_error(tmp_path: Path, fault: str
     saved(tmp_path, ALL)
     rewrite(tmp_path, FAULTS[fault])
     with pytest.raises(FormatError):
+        hub.load(tmp_path)
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj"
+
+
+def inputs_of(config: dict[str, Any]) -> dict[str, Any]:
+    group = next(group for group in config["config_groups"].values() if O_PROJ in group["targets"])
+    return group["input_activations"]
+
+
+STATIC_FAULTS: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+    "dynamic": lambda config, header: inputs_of(config).update(dynamic=True),
+    "four bits": lambda config, header: inputs_of(config).update(num_bits=4),
+    "by token": lambda config, header: inputs_of(config).update(strategy="token"),
+    "asymmetric": lambda config, header: inputs_of(config).update(symmetric=False),
+    "no scale": lambda config, header: header.update(
+        {"other": header.pop(f"{O_PROJ}.input_scale")}
+    ),
+    "type": lambda config, header: header[f"{O_PROJ}.input_scale"].update(dtype="I32"),
+    "shape": lambda config, header: header[f"{O_PROJ}.input_scale"].update(shape=[1, 1]),
+}
+
+
+@pytest.mark.parametrize("fault", STATIC_FAULTS)
+def test_static_inputs_that_were_tampered_with_are_one_error(tmp_path: Path, fault: str) -> None:
+    saved(tmp_path, STATIC)
+    rewrite(tmp_path, STATIC_FAULTS[fault])
+    with pytest.raises(FormatError):
+        hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_of_inputs_that_is_none_is_refused(tmp_path: Path, value: float) -> None:
+    bundle = saved(tmp_path, STATIC)
+    place = bundle.tensors[f"{O_PROJ}.input_scale"].offset
+    (tmp_path / "bundle.json").unlink()
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<f", value))
+    with pytest.raises(FormatError, match="input_scale"):
         hub.load(tmp_path)
 
 
@@ -465,4 +515,29 @@ def test_transformers_reads_smollm2(tmp_path: Path, smollm2_folder: Path, case: 
     found = transformers_logits(tmp_path, ids, **settings_)
     with torch.inference_mode():
         expected = hub.load(tmp_path)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_static_inputs_are_those_of_their_library(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    model = tiny_decoder()
+    kinds: dict[str, Kind] = {
+        "down": (8, None, True, False, 0.02),
+        "proj": (8, None, True, False, 0.04),
+        "lm_head": (8, None, True, False, 0.1),
+    }
+    weights = put_on_grids(model, kinds)
+    hub.save(model, tmp_path, quantized=Quantized(weights=weights))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, weight in weights.items():
+        module, scale = model.get_submodule(name.removesuffix(".weight")), weight.input_scale
+        assert scale is not None
+        module.register_forward_pre_hook(
+            lambda _, given, scale=scale: ((given[0] / scale).round().clamp(-128, 127) * scale,)
+        )
+    ids = torch.randint(0, 96, (2, 40))
+    with torch.inference_mode():
+        expected, found = model(ids).logits, theirs(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)

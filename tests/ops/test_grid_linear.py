@@ -25,7 +25,14 @@ KINDS = [*((*kind, False) for kind in PLAIN), (8, 64, True), (8, 128, True), (8,
 
 
 def draw(
-    bits: int, rows: int, width: int, group: int, seed: int, *, rotated: bool = False
+    bits: int,
+    rows: int,
+    width: int,
+    group: int,
+    seed: int,
+    *,
+    rotated: bool = False,
+    input_scale: float | None = None,
 ) -> QuantizedWeight:
     """Return a weight of random codes; a scale may be 0, a zero point at either end."""
     rng = torch.Generator().manual_seed(seed)
@@ -35,7 +42,7 @@ def draw(
     zero = torch.full(scale.shape, 128, dtype=torch.uint8)
     if bits == 4:
         zero = torch.randint(0, 16, scale.shape, generator=rng, dtype=torch.uint8)
-    return QuantizedWeight(bits, codes, scale, zero, is_rotated=rotated)
+    return QuantizedWeight(bits, codes, scale, zero, rotated, input_scale)
 
 
 def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndarray) -> np.ndarray:
@@ -58,8 +65,16 @@ def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None =
     form = grid_form(weight.bits, weight.group, width, is_rotated=weight.is_rotated)
     assert form is not None
     scale, least = (part.view(np.uint16) for part in halves_of(weight.grid(), form))
-    codes = weight.codes.numpy()
-    native.program.add_codes(form.storage, form.group, form.is_rotated, codes, scale, least, bias)
+    native.program.add_codes(
+        form.storage,
+        form.group,
+        form.is_rotated,
+        weight.codes.numpy(),
+        scale,
+        least,
+        bias,
+        input_scale=weight.input_scale or 0.0,
+    )
 
 
 @NEEDS_KERNELS
@@ -72,6 +87,7 @@ def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None =
     groups=st.integers(1, 4),
     odd=st.integers(1, 200),
     seed=st.integers(0, 2**16),
+    input_scale=st.sampled_from([None, 0.005, 0.02, 0.1]),
 )
 def test_products_are_the_specification(
     isa: str,
@@ -83,16 +99,20 @@ def test_products_are_the_specification(
     groups: int,
     odd: int,
     seed: int,
+    input_scale: float | None,
 ) -> None:
+    """With a static scale of inputs too, of which 0.005 cuts off what is beyond 0.635."""
     width = odd if group is None else group * groups
-    weight = draw(bits, columns, width, group or width, seed, rotated=rotated)
+    weight = draw(
+        bits, columns, width, group or width, seed, rotated=rotated, input_scale=input_scale
+    )
     rng = np.random.default_rng(seed)
     inputs = rng.standard_normal((rows, width)).astype(np.float32)
     bias = rng.standard_normal(columns).astype(np.float32)
     found = product(isa, inputs, weight, bias)
     expected = grid_linear_reference(torch.from_numpy(inputs), weight, torch.from_numpy(bias))
     # a level of an input in the middle between two may be rounded either way
-    size = np.abs(inputs).max() / 127 * weight.values().abs().amax(1).numpy()
+    size = (input_scale or np.abs(inputs).max() / 127) * weight.values().abs().amax(1).numpy()
     off = np.abs(found - expected.numpy())
     assert (off <= 1e-4 * (1 + np.abs(expected.numpy())) + 1.01 * size).all()
     assert np.median(off) <= 1e-4 * (1 + np.abs(expected.numpy()).max())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from deepseek.compress.quantize.learned import Learned
     from deepseek.compress.quantize.mixed import MixedBits
     from deepseek.compress.quantize.stage import Quantize
+    from deepseek.compress.quantize.static_inputs import StaticInputs
     from deepseek.compress.run import Compressed, compress
     from deepseek.compress.stage import Stage
     from deepseek.compress.work import Work
@@ -47,6 +48,7 @@ __all__ = [
     "Sparsify",
     "SpeedGate",
     "Stage",
+    "StaticInputs",
     "Student",
     "TaskGate",
     "TextGate",
@@ -76,6 +78,7 @@ _HOMES = {
     "Sparsify": "prune.sparsify",
     "SpeedGate": "gates",
     "Stage": "stage",
+    "StaticInputs": "quantize.static_inputs",
     "Student": "distil.student",
     "TaskGate": "gates",
     "TextGate": "gates",

@@ -11,6 +11,7 @@ from deepseek.compress.prune.vocabulary import PruneVocabulary
 from deepseek.compress.qat.stage import QuantizeAware
 from deepseek.compress.quantize.equalize import Equalize
 from deepseek.compress.quantize.stage import Quantize
+from deepseek.compress.quantize.static_inputs import StaticInputs
 
 StageConfig = (
     Distil
@@ -21,6 +22,7 @@ StageConfig = (
     | Quantize
     | QuantizeAware
     | Sparsify
+    | StaticInputs
     | Student
 )
 
@@ -33,6 +35,7 @@ APPLY: dict[type, str] = {
     Quantize: "deepseek.compress.quantize.stage:apply",
     QuantizeAware: "deepseek.compress.qat.stage:quantize_aware",
     Sparsify: "deepseek.compress.prune.sparsify:apply",
+    StaticInputs: "deepseek.compress.quantize.static_inputs:apply",
     Student: "deepseek.compress.distil.student:make_student",
 }
 """Module and function that do a stage: they take the stage and the `Work`, change it, and return

@@ -504,7 +504,8 @@ def _form_as_stored(source: Rows | GridSource) -> Form | None:
 
 
 def _grid_form(source: GridSource) -> Form | None:
-    return grid_form(source.bits, source.group, source.shape[1], is_rotated=source.is_rotated)
+    form = grid_form(source.bits, source.group, source.shape[1], is_rotated=source.is_rotated)
+    return None if form is None else form._replace(input_scale=source.input_scale)
 
 
 def _add_matrix(
@@ -515,8 +516,8 @@ def _add_matrix(
     given = weights(name.removesuffix("weight") + "bias")
     bias = None if given is None else _vector(given)
     if packed is not None:
-        held = {"kind": form.storage, "group": form.group, "rotated": form.is_rotated}
-        packed.read_into(_packed_view(native, native.add_room(**held, n=count, k=width, bias=bias)))
+        place = native.add_room(**_held(form), n=count, k=width, bias=bias)
+        packed.read_into(_packed_view(native, place))
     elif _keeps_grid(source, form):
         _add_codes(native, source, form, bias)
     else:
@@ -534,6 +535,15 @@ def _add_matrix(
         )
 
 
+def _held(form: Form) -> dict[str, Any]:
+    return {
+        "kind": form.storage,
+        "group": form.group,
+        "rotated": form.is_rotated,
+        "input_scale": form.input_scale or 0.0,
+    }
+
+
 def _keeps_grid(source: Rows | GridSource, form: Form) -> TypeGuard[GridSource]:
     return not isinstance(source, Rows) and form == _grid_form(source)
 
@@ -542,9 +552,7 @@ def _add_codes(native: Any, source: GridSource, form: Form, bias: np.ndarray | N
     grid = source.read()
     scale, least = halves_of(grid, form)
     native.add_codes(
-        kind=form.storage,
-        group=form.group,
-        rotated=form.is_rotated,
+        **_held(form),
         codes=np.ascontiguousarray(grid.codes),
         scale=np.ascontiguousarray(scale).view(np.uint16),
         least=np.ascontiguousarray(least).view(np.uint16),

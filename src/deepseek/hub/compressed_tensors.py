@@ -3,9 +3,10 @@ torch.
 
 Source: the package `compressed-tensors` 0.20: `quantization_config` as its `QuantizationConfig`
 serializes it; `pack-quantized` (codes of 4 and 8 bits in words of 32, zero points packed along the
-rows) and `int-quantized` (int8). Not read: floating-point types, blocks, activation order, global
-scales, transforms other than `rotate` of `deepseek.ops.rotation`, which is its `hadamard` with a
-`head_dim` of 64: before a linear layer, or behind an embedding.
+rows) and `int-quantized` (int8); `input_scale` of inputs that are static. Not read: floating-point
+types, blocks, activation order, global scales, transforms other than `rotate` of
+`deepseek.ops.rotation`, which is its `hadamard` with a `head_dim` of 64: before a linear layer, or
+behind an embedding.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ VERSION = "0.20.0"
 _SCALES = ("F16", "BF16", "F32")
 _HEAD = "lm_head"
 _COMMON_GROUPS = (32, 64, 128)
+_INPUT_SCALE = "input_scale"
+_INPUTS = {True: "token", False: "tensor"}
+"""The strategy of inputs by whether it is dynamic."""
 
 
 class Settings(NamedTuple):
@@ -42,6 +46,7 @@ class Settings(NamedTuple):
     is_symmetric: bool
     is_embedding: bool = False
     is_rotated: bool = False
+    has_static_inputs: bool = False
 
     @property
     def format(self) -> str:
@@ -86,6 +91,7 @@ def grid_settings(name: str, grid: Grid) -> Settings:
         is_symmetric=bool((grid.zero == OFFSET[grid.bits]).all()),
         is_embedding=_is_embedding(name),
         is_rotated=grid.is_rotated,
+        has_static_inputs=grid.input_scale is not None,
     )
 
 
@@ -106,6 +112,8 @@ def write_grid(name: str, grid: Grid) -> Iterator[tuple[str, npt.NDArray[np.gene
             zero = pack_rows(np.ascontiguousarray(grid.zero.T), grid.bits)
             yield f"{name}_zero_point", np.ascontiguousarray(zero.T)
     yield f"{name}_scale", grid.scale.astype(np.float16)
+    if grid.input_scale is not None:
+        yield f"{_module(name)}.{_INPUT_SCALE}", np.array([grid.input_scale], np.float32)
 
 
 def write_config(
@@ -114,7 +122,8 @@ def write_config(
     """Return the `quantization_config` of a model.
 
     The settings that most linear weights have are said of their class, all others by name. Inputs
-    of int8 weights are declared int8 too, symmetric and with a scale for each token.
+    of int8 weights are declared int8 too, symmetric, with a scale for each token unless they have a
+    static one.
 
     Args:
         weights: those on a grid, with their settings.
@@ -177,8 +186,11 @@ def _write_transforms(modules: Mapping[Settings, list[str]], has_tied_head: bool
 
 
 def _config_group(settings: Settings, targets: list[str]) -> dict[str, Any]:
-    has_int8_inputs = settings.format == "int-quantized" and not settings.is_embedding
-    inputs = _args(8, "token", None, is_symmetric=True, is_dynamic=True)
+    has_int8_inputs = settings.has_static_inputs or (
+        settings.format == "int-quantized" and not settings.is_embedding
+    )
+    is_dynamic = not settings.has_static_inputs
+    inputs = _args(8, _INPUTS[is_dynamic], None, is_symmetric=True, is_dynamic=is_dynamic)
     strategy = "channel" if settings.group is None else "group"
     return {
         "targets": targets,
@@ -224,14 +236,23 @@ def read_grids(
         module, _, part = name.rpartition(".")
         if part == "weight_packed" or (part == "weight" and f"{name}_scale" in entries):
             weight = f"{module}.weight"
-            args = _weight_args(module, config.get("config_groups"))
+            entry = _group_of(module, config.get("config_groups"))
+            args = _table(entry.get("weights"), module)
             parts = {
                 each.rpartition(".")[2]: entries[each]
                 for each in (weight, *(f"{weight}_{end}" for end in _ENDS))
                 if each in entries
             }
+            scale = f"{module}.{_INPUT_SCALE}"
+            if scale in entries:
+                parts[_INPUT_SCALE] = entries[scale]
+            grid = _grid(folder, weight, args, parts)
             is_rotated = any(_meets(module, each) for each in rotations)
-            found[weight] = _grid(folder, weight, args, parts, is_rotated)
+            found[weight] = dataclasses.replace(
+                grid,
+                is_rotated=_checked_rotation(weight, grid, is_rotated),
+                input_scale=_input_scale(grid, weight, entry.get("input_activations")),
+            )
     return found
 
 
@@ -272,11 +293,7 @@ def _may_rotate(target: str, places: set[str]) -> bool:
 
 
 def _grid(
-    folder: Path,
-    name: str,
-    args: Mapping[str, Any],
-    parts: Mapping[str, TensorEntry],
-    is_rotated: bool,
+    folder: Path, name: str, args: Mapping[str, Any], parts: Mapping[str, TensorEntry]
 ) -> CompressedGrid:
     bits, strategy = args.get("num_bits"), args.get("strategy")
     if args.get("type", "int") != "int" or bits not in (4, 8):
@@ -299,10 +316,34 @@ def _grid(
         check_part(parts, "weight_zero_point", (dtype,), shape)
     elif "weight_zero_point" in parts:
         raise _refuse(f"weight_zero_point of {name!r}", "absent: it is symmetric", "there")
-    if is_rotated and (bits != 8 or group % ROTATED):
+    return CompressedGrid(folder, parts, bits, (rows, width), group)
+
+
+def _checked_rotation(name: str, grid: CompressedGrid, is_rotated: bool) -> bool:
+    if is_rotated and (grid.bits != 8 or grid.group % ROTATED):
         must = f"8 bits in groups of a multiple of {ROTATED}, for it is rotated"
-        raise _refuse(name, must, f"{bits} bits in groups of {group}")
-    return CompressedGrid(folder, parts, bits, (rows, width), group, is_rotated)
+        raise _refuse(name, must, f"{grid.bits} bits in groups of {grid.group}")
+    return is_rotated
+
+
+def _input_scale(grid: CompressedGrid, name: str, args: object) -> float | None:
+    """Return the scale of inputs that do not bring their own."""
+    is_static = isinstance(args, Mapping) and args.get("dynamic") is False
+    if not is_static:
+        if _INPUT_SCALE in grid.parts:
+            raise _refuse(f"{_INPUT_SCALE} of {name!r}", "absent: its inputs are dynamic", "there")
+        return None
+    wanted = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor"}
+    if any(args.get(key) != value for key, value in wanted.items()):
+        must = "int8, symmetric and of one scale, where they are static"
+        raise _refuse(f"inputs of {name!r}", must, dict(args))
+    count = grid.parts.get(_INPUT_SCALE)
+    shape = () if count is not None and count.shape == () else (1,)
+    check_part(grid.parts, _INPUT_SCALE, _SCALES, shape)
+    scale = float(grid.finite(grid.array(_INPUT_SCALE), _INPUT_SCALE).reshape(-1)[0])
+    if scale <= 0:
+        raise _refuse(f"{_INPUT_SCALE} of {name!r}", "above 0", scale)
+    return scale
 
 
 def _shape(folder: Path, name: str, bits: int, parts: Mapping[str, TensorEntry]) -> tuple[int, int]:
@@ -323,8 +364,8 @@ def _shape(folder: Path, name: str, bits: int, parts: Mapping[str, TensorEntry])
     return rows, width
 
 
-def _weight_args(module: str, groups: object) -> Mapping[str, Any]:
-    """Return the settings of a module's weight: those of its name, of a pattern, of its class."""
+def _group_of(module: str, groups: object) -> Mapping[str, Any]:
+    """Return the config group of a module: that of its name, of a pattern, of its class."""
     if not isinstance(groups, Mapping) or not groups:
         raise _refuse("config_groups", "a table", groups)
     of_class: object = None
@@ -333,9 +374,9 @@ def _weight_args(module: str, groups: object) -> Mapping[str, Any]:
             raise _refuse("config group", "a table with targets", group)
         targets = list(map(str, group["targets"]))
         if any(_names(module, target) for target in targets):
-            return _table(group.get("weights"), module)
+            return group
         if _class_of(module) in targets:
-            of_class = group.get("weights")
+            of_class = group
     return _table(of_class, module)
 
 
@@ -352,10 +393,10 @@ def _class_of(module: str) -> str:
     return "Embedding" if _is_embedding(module) else "Linear"
 
 
-def _table(weights: object, module: str) -> Mapping[str, Any]:
-    if not isinstance(weights, Mapping):
-        raise _refuse(f"settings of {module!r}", "in a config group", weights)
-    return weights
+def _table(settings: object, module: str) -> Mapping[str, Any]:
+    if not isinstance(settings, Mapping):
+        raise _refuse(f"settings of {module!r}", "in a config group", settings)
+    return settings
 
 
 def _matches(pattern: str, module: str) -> bool:

@@ -106,13 +106,17 @@ def write_grid(grid: Grid, zero_offset: int) -> dict[str, npt.NDArray[np.generic
     """Return the tensors of a weight; see `to_gptq`.
 
     Raises:
-        ConfigError: the sizes or zero points are not ones that the layout has, or it is rotated.
+        ConfigError: the sizes or zero points are not ones that the layout has, or it is rotated or
+            has static inputs.
     """
     rows, width = grid.codes.shape
     per_word = 32 // grid.bits
     if grid.is_rotated:
         step = "Quantize it with rotate: false"
         raise ConfigError(describe("weight", "the GPTQ layout", "not rotated", "rotated", step))
+    if grid.input_scale is not None:
+        must, step = "without static inputs", "Write compressed-tensors"
+        raise ConfigError(describe("weight", "the GPTQ layout", must, grid.input_scale, step))
     if rows % per_word or width % per_word:
         must = f"of sizes that are multiples of {per_word}"
         raise ConfigError(describe("weight", "the GPTQ layout", must, [rows, width]))

@@ -39,6 +39,8 @@ class StoredGrid:
     """Channels of one scale."""
     is_rotated: bool = False
     """Whether the codes are of the channels behind `deepseek.ops.rotation.rotate`."""
+    input_scale: float | None = None
+    """Of the int8 numbers that products with it read; None for each token's own."""
 
     @property
     def groups(self) -> int:
@@ -63,7 +65,8 @@ class StoredGrid:
         Raises:
             FormatError: a scale is no finite number, or the file has been cut since it was opened.
         """
-        return Grid(self.bits, self.read_codes(), *self.read_scales(), self.is_rotated)
+        scale, zero = self.read_scales()
+        return Grid(self.bits, self.read_codes(), scale, zero, self.is_rotated, self.input_scale)
 
     def array(self, part: str) -> npt.NDArray[np.generic]:
         """Return one part as the file holds it; bfloat16 as float32."""

@@ -36,6 +36,8 @@ class Grid:
     """[N, groups]: the code that stands for 0."""
     is_rotated: bool = False
     """Whether these are the numbers behind `rotate`; the weight's are what it gives of them."""
+    input_scale: float | None = None
+    """Of the int8 numbers that products with it read; None for each token's own."""
 
     @property
     def group(self) -> int:
@@ -87,6 +89,11 @@ class GridSource(Protocol):
     @property
     def is_rotated(self) -> bool:
         """Whether the codes are of the channels behind `rotate`."""
+        ...
+
+    @property
+    def input_scale(self) -> float | None:
+        """Of the int8 numbers that products with it read; None for each token's own."""
         ...
 
     def read_scales(self) -> tuple[Floats, Bytes]:

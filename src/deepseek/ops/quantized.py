@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from deepseek.errors import ShapeError, describe
+from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.ops.grid import Grid
 from deepseek.ops.rotation import STEPS
 from deepseek.ops.scheme import ROTATED
@@ -35,6 +36,9 @@ class QuantizedWeight:
     is_rotated: bool = False
     """Whether these are the numbers behind `rotate`; the weight's are what it gives of them. Eight
     bits and a width and groups of multiples of 64 alone."""
+    input_scale: float | None = None
+    """Of the int8 numbers that products with it read, behind `rotate` where it is rotated: a
+    static scale, a float32 number. None for each token's own."""
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -47,6 +51,9 @@ class QuantizedWeight:
             must = f"of 8 bits in groups of a multiple of {ROTATED}"
             got = f"{self.bits} bits in groups of {self.group}"
             raise ShapeError(describe("rotated weight", "QuantizedWeight", must, got))
+        if self.input_scale is not None and not 0 < self.input_scale < math.inf:
+            must = "above 0 and finite, or None"
+            raise ConfigError(describe("input_scale", "QuantizedWeight", must, self.input_scale))
 
     @property
     def group(self) -> int:
@@ -71,14 +78,14 @@ class QuantizedWeight:
     def of_grid(cls, grid: Grid) -> QuantizedWeight:
         """Return the weight that numpy arrays hold, in place."""
         parts = (torch.from_numpy(part) for part in (grid.codes, grid.scale, grid.zero))
-        return cls(grid.bits, *parts, is_rotated=grid.is_rotated)
+        return cls(grid.bits, *parts, grid.is_rotated, grid.input_scale)
 
     def grid(self) -> Grid:
         """Return the weight as numpy arrays, in place where it lies on the CPU."""
         codes, scale, zero = (
             part.detach().cpu().contiguous().numpy() for part in (self.codes, self.scale, self.zero)
         )
-        return Grid(self.bits, codes, scale, zero, self.is_rotated)
+        return Grid(self.bits, codes, scale, zero, self.is_rotated, self.input_scale)
 
     @property
     def num_bytes(self) -> int:

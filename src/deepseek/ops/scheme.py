@@ -80,6 +80,8 @@ class Form(NamedTuple):
     """Weights of one scale, integers only."""
     is_rotated: bool = False
     """Whether every 64 channels are rotated before they are rounded, the inputs' too."""
+    input_scale: float | None = None
+    """Of all inputs, integers only; None for each row's and group's own."""
 
     @property
     def bits(self) -> float:
@@ -99,7 +101,8 @@ class Form(NamedTuple):
         """The form as a person reads it."""
         if self.storage not in ("int8", "int4"):
             return self.storage
-        return f"{self.storage} in groups of {self.group}" + (", rotated" * self.is_rotated)
+        about = ", rotated" * self.is_rotated + ", inputs static" * (self.input_scale is not None)
+        return f"{self.storage} in groups of {self.group}{about}"
 
 
 def grid_form(bits: int, group: int, width: int, *, is_rotated: bool = False) -> Form | None:

@@ -69,7 +69,10 @@ def quantize_aware(stage: QuantizeAware, work: Work) -> Outcome:
         path=path,
     )
     found = learn(stage, work, learning, teacher)
-    grids = read_grids(path)
+    grids = {
+        name: dataclasses.replace(grid, input_scale=start[name].input_scale)
+        for name, grid in read_grids(path).items()
+    }
     work.set_quantized(grids)
     moved = sum(int((grids[name].codes != each.codes).sum()) for name, each in start.items())
     share = Measurement(

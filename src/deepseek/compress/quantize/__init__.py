@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from deepseek.compress.quantize.learned import Learned
     from deepseek.compress.quantize.mixed import MixedBits
     from deepseek.compress.quantize.stage import Quantize
+    from deepseek.compress.quantize.static_inputs import StaticInputs
 
-__all__ = ["EndToEnd", "Equalize", "Learned", "MixedBits", "Quantize"]
+__all__ = ["EndToEnd", "Equalize", "Learned", "MixedBits", "Quantize", "StaticInputs"]
 
 _HOMES = {
     "EndToEnd": "end_to_end",
@@ -21,6 +22,7 @@ _HOMES = {
     "Learned": "learned",
     "MixedBits": "mixed",
     "Quantize": "stage",
+    "StaticInputs": "static_inputs",
 }
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -15,34 +15,29 @@ _SHARES = tuple(1 - step / 50 for step in range(45))
 
 
 class Magnitudes:
-    """How often each magnitude was seen, row by row, in bins whose range doubles when it must."""
+    """How often each magnitude was seen, in bins whose range doubles when it must."""
 
-    def __init__(self, rows: int) -> None:
-        """Begin with nothing seen.
-
-        Args:
-            rows: what has a range of its own: channels, or 1.
-        """
-        self.counts = torch.zeros(rows, _BINS, dtype=torch.float64)
-        self.reach = torch.zeros(rows)
-        """What the last bin ends at [rows]."""
-        self.largest = torch.zeros(rows)
+    def __init__(self) -> None:
+        """Begin with nothing seen."""
+        self.counts = torch.zeros(_BINS, dtype=torch.float64)
+        self.reach = 0.0
+        """What the last bin ends at."""
+        self.largest = 0.0
 
     def see(self, values: Tensor) -> None:
-        """Count numbers [rows, n]."""
-        sizes = values.detach().float().abs()
-        self.largest = torch.maximum(self.largest, sizes.amax(1))
-        self.reach = torch.where(self.reach > 0, self.reach, self.largest)
-        while bool((is_short := self.reach < self.largest).any()):
-            halved = self.counts.unflatten(1, (-1, 2)).sum(-1)
-            doubled = torch.cat((halved, torch.zeros_like(halved)), 1)
-            self.counts = torch.where(is_short[:, None], doubled, self.counts)
-            self.reach = torch.where(is_short, 2 * self.reach, self.reach)
-        places = (sizes / self.reach.clamp(min=1e-30)[:, None] * _BINS).long().clamp(max=_BINS - 1)
-        self.counts.scatter_add_(1, places, torch.ones_like(sizes, dtype=torch.float64))
+        """Count numbers of any shape."""
+        sizes = values.detach().float().abs().flatten()
+        self.largest = max(self.largest, float(sizes.max()))
+        self.reach = self.reach or self.largest
+        while self.reach < self.largest:
+            halved = self.counts.unflatten(0, (-1, 2)).sum(-1)
+            self.counts = torch.cat((halved, torch.zeros_like(halved)))
+            self.reach *= 2
+        # without a range, histc takes that of the numbers
+        self.counts += torch.histc(sizes, _BINS, 0, self.reach or 1.0)
 
-    def limits(self, observer: Observer, *, bits: int = 8, percentile: float = 99.99) -> Tensor:
-        """Return the largest magnitude that a symmetric grid of each row shall hold [rows].
+    def limit(self, observer: Observer, *, bits: int = 8, percentile: float = 99.99) -> float:
+        """Return the largest magnitude that a symmetric grid shall hold.
 
         Args:
             observer: `minmax` the largest seen; `percentile` what so many per cent do not exceed;
@@ -58,36 +53,40 @@ class Magnitudes:
         if observer == "minmax":
             return self.largest
         if observer == "percentile":
-            seen = self.counts.cumsum(1) / self.counts.sum(1, keepdim=True).clamp(min=1)
-            bins = (seen < percentile / 100).sum(1) + 1
-            return torch.minimum(self.reach * bins / _BINS, self.largest)
+            seen = self.counts.cumsum(0) / self.counts.sum().clamp(min=1)
+            bins = int((seen < percentile / 100).sum()) + 1
+            return min(self.reach * bins / _BINS, self.largest)
         levels = (1 << (bits - 1)) - 1
-        loss = self._squared_errors if observer == "mse" else self._divergences
-        losses = torch.stack([loss(self.largest * share, levels) for share in _SHARES])
-        return self.largest * torch.tensor(_SHARES)[losses.argmin(0)]
+        loss = self._squared_error if observer == "mse" else self._divergence
+        return min((self.largest * share for share in _SHARES), key=lambda each: loss(each, levels))
+
+    def relative_error(self, limit: float, *, bits: int = 8) -> float:
+        """Return the squared error of a symmetric grid over the sum of squares; 0 for zeros."""
+        squares = float((self._middles().square() * self.counts).sum())
+        return self._squared_error(limit, (1 << (bits - 1)) - 1) / squares if squares else 0.0
 
     def _middles(self) -> Tensor:
-        return (torch.arange(_BINS) + 0.5) / _BINS * self.reach[:, None]
+        return (torch.arange(_BINS, dtype=torch.float64) + 0.5) / _BINS * self.reach
 
-    def _squared_errors(self, limit: Tensor, levels: int) -> Tensor:
-        middles, scale = self._middles(), limit.clamp(min=1e-30)[:, None] / levels
+    def _squared_error(self, limit: float, levels: int) -> float:
+        middles, scale = self._middles(), max(limit, 1e-30) / levels
         rounded = (middles / scale).round().clamp(max=levels) * scale
-        return ((rounded - middles).double().square() * self.counts).sum(1)
+        return float(((rounded - middles).square() * self.counts).sum())
 
-    def _divergences(self, limit: Tensor, levels: int) -> Tensor:
-        inside = self._middles() <= limit[:, None]
-        cut = torch.where(inside, self.counts, 0.0)
-        last = inside.sum(1).clamp(min=1) - 1
-        beyond = (self.counts - cut).sum(1)
-        seen = cut.scatter_add(1, last[:, None], beyond[:, None])
-        scale = limit.clamp(min=1e-30)[:, None] / levels
-        level = (self._middles() / scale).round().long().clamp(max=levels)
-        level = torch.where(inside, level, levels + 1)
-        holds = torch.where(inside, (self.counts > 0).double(), 0.0)
-        zeros = torch.zeros(len(cut), levels + 2, dtype=torch.float64)
-        total, filled = (zeros.scatter_add(1, level, each) for each in (cut, holds))
-        spread = (total / filled.clamp(min=1)).gather(1, level) * holds
-        share = seen / seen.sum(1, keepdim=True).clamp(min=1)
-        made = spread / spread.sum(1, keepdim=True).clamp(min=1e-30)
+    def _divergence(self, limit: float, levels: int) -> float:
+        inside = self._middles() <= limit
+        count = max(int(inside.sum()), 1)
+        seen = self.counts[:count].clone()
+        holds = (seen > 0).double()
+        scale = max(limit, 1e-30) / levels
+        level = (self._middles()[:count] / scale).round().long().clamp(max=levels)
+        total, filled = (
+            torch.zeros(levels + 1, dtype=torch.float64).index_add(0, level, each)
+            for each in (seen, holds)
+        )
+        spread = (total / filled.clamp(min=1))[level] * holds
+        seen[-1] += self.counts[count:].sum()
+        share = seen / seen.sum().clamp(min=1)
+        made = spread / spread.sum().clamp(min=1e-30)
         terms = share * (share.clamp(min=1e-30).log() - made.clamp(min=1e-12).log())
-        return torch.where(share > 0, terms, 0.0).sum(1)
+        return float(terms[share > 0].sum())

@@ -112,7 +112,8 @@ int add_weight(Program& program, const std::string& kind, int group, bool rotate
 
 // `codes` [n, k]; `scale` and `least` [n, groups] are patterns of half floats, `least` for int4 alone.
 int add_codes(Program& program, const std::string& kind, int group, bool rotated, Array<const uint8_t> codes,
-              Array<const uint16_t> scale, Array<const uint16_t> least, std::optional<Array<const float>> bias) {
+              Array<const uint16_t> scale, Array<const uint16_t> least, std::optional<Array<const float>> bias,
+              float input_scale) {
   Kind to = kind_of(kind);
   if (to != Kind::int8 && to != Kind::int4) throw std::invalid_argument("codes are int8 or int4");
   if (codes.ndim() != 2 || scale.ndim() != 2 || group < 32 || group > kMaxGroup || group % 32)
@@ -124,13 +125,13 @@ int add_codes(Program& program, const std::string& kind, int group, bool rotated
       (bias && bias->size() != n))
     throw std::invalid_argument("scale and least must be [n, groups], the bias [n]");
   nb::gil_scoped_release release;
-  return program.add_codes(to, group, rotated, int(n), int(k), codes.data(), scale.data(), least.data(),
+  return program.add_codes(to, group, rotated, input_scale, int(n), int(k), codes.data(), scale.data(), least.data(),
                            bias ? bias->data() : nullptr);
 }
 
 int add_room(Program& program, const std::string& kind, int group, bool rotated, int n, int k,
-             std::optional<Array<const float>> bias) {
-  return program.add_room(kind_of(kind), group, rotated, n, k, bias ? bias->data() : nullptr);
+             std::optional<Array<const float>> bias, float input_scale) {
+  return program.add_room(kind_of(kind), group, rotated, input_scale, n, k, bias ? bias->data() : nullptr);
 }
 
 // The packed bytes of a weight, in place.
@@ -252,9 +253,9 @@ NB_MODULE(_cpu, m) {
            nb::arg("source"), nb::arg("dtype"), nb::arg("n"), nb::arg("k"), nb::arg("stride"),
            nb::arg("bias").none())
       .def("add_codes", &add_codes, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"), nb::arg("codes"),
-           nb::arg("scale"), nb::arg("least"), nb::arg("bias").none())
+           nb::arg("scale"), nb::arg("least"), nb::arg("bias").none(), nb::arg("input_scale") = 0.0f)
       .def("add_room", &add_room, nb::arg("kind"), nb::arg("group"), nb::arg("rotated"), nb::arg("n"),
-           nb::arg("k"), nb::arg("bias").none())
+           nb::arg("k"), nb::arg("bias").none(), nb::arg("input_scale") = 0.0f)
       .def("packed", &packed)
       .def("weight_shape", &weight_shape)
       .def("add_vector",

@@ -106,7 +106,7 @@ Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, con
 
 int Program::add_weight(Kind kind, int group, bool rotated, int n, int k, const void* source,
                         Kind source_kind, ptrdiff_t stride, const float* bias) {
-  int index = add_room(kind, group, rotated, n, k, bias);
+  int index = add_room(kind, group, rotated, 0, n, k, bias);
   Weight& w = weights_[index];
   std::vector<std::vector<float>> scratch(pool_.size(), std::vector<float>(size_t(w.k_padded) * 16));
   std::atomic<int> next{0};
@@ -145,9 +145,9 @@ void pack_codes(const Weight& w, const uint8_t* codes, const uint16_t* scale, co
 
 }  // namespace
 
-int Program::add_codes(Kind kind, int group, bool rotated, int n, int k, const uint8_t* codes,
+int Program::add_codes(Kind kind, int group, bool rotated, float input_scale, int n, int k, const uint8_t* codes,
                        const uint16_t* scale, const uint16_t* least, const float* bias) {
-  int index = add_room(kind, group, rotated, n, k, bias);
+  int index = add_room(kind, group, rotated, input_scale, n, k, bias);
   const Weight& w = weights_[index];
   std::atomic<int> next{0};
   pool_.run([&](int) {
@@ -156,8 +156,9 @@ int Program::add_codes(Kind kind, int group, bool rotated, int n, int k, const u
   return index;
 }
 
-int Program::add_room(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
+int Program::add_room(Kind kind, int group, bool rotated, float input_scale, int n, int k, const float* bias) {
   Weight w = new_weight(kind, group, rotated, n, k, bias);
+  w.input_scale = input_scale;
   w.data = allocate(w.bytes());
   weights_.push_back(w);
   return int(weights_.size()) - 1;

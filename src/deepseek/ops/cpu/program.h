@@ -147,10 +147,10 @@ class Program {
                  Kind source_kind, ptrdiff_t stride, const float* bias);
   // Packs codes [n][k] as they are, with a scale for every row and group and, of int4, a least value; those of
   // a rotated weight are of its channels behind the rotation.
-  int add_codes(Kind kind, int group, bool rotated, int n, int k, const uint8_t* codes, const uint16_t* scale,
+  int add_codes(Kind kind, int group, bool rotated, float input_scale, int n, int k, const uint8_t* codes, const uint16_t* scale,
                 const uint16_t* least, const float* bias);
   // Room for weights that were packed before: the caller fills it.
-  int add_room(Kind kind, int group, bool rotated, int n, int k, const float* bias);
+  int add_room(Kind kind, int group, bool rotated, float input_scale, int n, int k, const float* bias);
   int add_vector(const float* values, int count);
   void start();  // after the last weight
 

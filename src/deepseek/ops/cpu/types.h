@@ -45,6 +45,7 @@ struct Weight {
   Kind kind = Kind::f32;
   int n = 0, k = 0, k_padded = 0, group = 1;
   bool rotated = false;
+  float input_scale = 0;        // of every input, integers only; 0: each row and group its own
   uint8_t* data = nullptr;
   const float* bias = nullptr;  // [columns padded to panels] or null
   size_t column_bytes = 0;      // bytes of one column of a panel, scales included

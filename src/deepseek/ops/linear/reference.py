@@ -45,7 +45,8 @@ def grid_linear_reference(
     inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
 ) -> Tensor:
     """Return `inputs @ weight.values().T + bias` as computed with a weight that keeps its grid,
-    float32 [M, N]: inputs are int8 with a scale per row and group of `grid_form`.
+    float32 [M, N]: inputs are int8 with a scale per row and group of `grid_form`, or the weight's
+    `input_scale`.
 
     Args:
         inputs: float32 [M, K].
@@ -59,7 +60,11 @@ def grid_linear_reference(
         raise ShapeError(describe("group", f"a weight [{rows}, {width}]", must, weight.group))
     if weight.is_rotated:
         inputs = rotate(inputs)
-    rounded = round_inputs(_padded(inputs, form.group), form.group)[..., :width]
+    if weight.input_scale is None:
+        rounded = round_inputs(_padded(inputs, form.group), form.group)[..., :width]
+    else:
+        levels = (inputs / weight.input_scale).round().clamp(-127, 127)
+        rounded = levels * weight.input_scale
     return F.linear(rounded, weight.numbers(), bias)
 
 

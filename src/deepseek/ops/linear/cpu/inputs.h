@@ -57,24 +57,28 @@ void rotate(float* x, int count) {
   }
 }
 
-// Symmetric int8 with a scale per group; the term undoes the offset of the weights.
+// Symmetric int8 with a scale per group, or the one scale of the weight, and then cut off where it ends;
+// the term undoes the offset of the weights.
 void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
   int8_t* out = (int8_t*)(to.data + row * to.row_bytes);
   float* scales = to.scale + size_t(row) * to.groups;
   float* float_terms = (float*)to.term + size_t(row) * to.groups;
   int32_t* int_terms = (int32_t*)to.term + size_t(row) * to.groups;
-  bool is_int8 = w.kind == Kind::int8;
+  bool is_int8 = w.kind == Kind::int8, is_fixed = w.input_scale > 0;
   alignas(64) int8_t narrow[kMaxGroup];
   for (int g = 0; g < to.groups; ++g) {
     const float* v = x + g * w.group;
     vf most = zero();
-    for (int i = 0; i < w.group; i += kLanes) most = vmax(most, absolute(load(v + i)));
-    float bound = largest(most);
-    float scale = bound / 127.0f, inverse = bound > 0 ? 127.0f / bound : 0.0f;
+    if (!is_fixed)
+      for (int i = 0; i < w.group; i += kLanes) most = vmax(most, absolute(load(v + i)));
+    float bound = is_fixed ? 127.0f * w.input_scale : largest(most);
+    float scale = is_fixed ? w.input_scale : bound / 127.0f, inverse = bound > 0 ? 127.0f / bound : 0.0f;
     vi total = zero_i();
     int8_t* target = is_int8 && kInt8Bytes == 2 ? narrow : out + g * w.group;
     for (int i = 0; i < w.group; i += kLanes) {
-      vi q = to_int(mul(load(v + i), all(inverse)));
+      vf level = mul(load(v + i), all(inverse));
+      if (is_fixed) level = vmax(vmin(level, all(127.0f)), all(-127.0f));
+      vi q = to_int(level);
       total = add_i(total, q);
       store_s8(target + i, q);
     }
