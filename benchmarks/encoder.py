@@ -28,7 +28,7 @@ import numpy as np
 
 from deepseek.records import Measurement, summarize
 
-SCHEMES = ("float32", "bfloat16", "int8", "int8-g192", "int4")
+SCHEMES = ("float32", "bfloat16", "int8", "int8-row", "int4")
 PEERS = ("eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16")
 ONNX = ("onnxruntime float32", "onnxruntime int8")
 FULL_PRECISION = ("eager float32", "compiled float32", "onnxruntime float32")

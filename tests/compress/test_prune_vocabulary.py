@@ -13,12 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from deepseek.compress import Distil, Work
+from deepseek.compress.distil.stage import distil
+from deepseek.compress.learning import open_teacher
 from deepseek.compress.prune import PruneVocabulary, vocabulary
 from deepseek.compress.prune.vocabulary import cut_tokenizer
 from deepseek.data import Tokenizer
 from deepseek.errors import ConfigError
 from deepseek.hub import load, save
-from deepseek.models import Decoder
+from deepseek.models import Decoder, Encoder
+from deepseek.optim import AdamW
+from deepseek.train import Source
 from tests.compress.prune import BERT, LLAMA, made, work_of
 from tests.hub.tiny import TEXT
 from tests.tolerances import assert_logits_equal
@@ -202,6 +207,36 @@ def test_a_bundle_forgets_the_old_numbers(tmp_path: Path) -> None:
     again = load(tmp_path / "small")
     assert again.tokenizer is not None
     assert again.tokenizer.encode(SHORT) == work.model.tokenizer.encode(SHORT)
+
+
+def states_of(model: Decoder | Encoder, ids: torch.Tensor) -> torch.Tensor:
+    return model(ids).logits if isinstance(model, Decoder) else model(ids).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_teacher_of_more_tokens_speaks_of_those_that_are_left(tmp_path: Path, kind: str) -> None:
+    teacher = made(LLAMA.replace(vocab_size=410) if kind == "decoder" else BERT)
+    teacher.tokenizer = KINDS["bpe" if kind == "decoder" else "wordpiece"]
+    save(teacher, tmp_path / "teacher")
+    work = Work(load(tmp_path / "teacher"), tmp_path / "teacher", tmp_path / "stage")
+    texts = texts_of(tmp_path)
+    vocabulary.apply(PruneVocabulary(texts=texts), work)
+    assert work.model.tokenizer is not None
+    stage = Distil(
+        data=(Source(path=texts[0]),),
+        steps=2,
+        length=16,
+        batch=2,
+        precision="float32",
+        checkpoint_every=1,
+        optimizer=AdamW(rate=1e-9),
+    )
+    taught = open_teacher(stage, work)
+    ids = torch.tensor([work.model.tokenizer.encode(SHORT)])
+    with torch.no_grad():
+        assert_logits_equal(*(states_of(each, ids) for each in (taught, work.model)))
+    outcome = {item.name: item.value for item in distil(stage, work)}
+    assert outcome["first_training_loss"] == pytest.approx(0, abs=1e-6)
 
 
 def _list(settings_: dict[str, Any]) -> list[int]:

@@ -66,7 +66,7 @@ def test_other_shapes_equal_the_modules(changes: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8-g192", "int4-g64", "int8-kv8"])
+@pytest.mark.parametrize("scheme", ["float32", "bfloat16", "int8-row", "int4-g64", "int8-kv8"])
 def test_a_text_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
     """Bit by bit: alone or in a batch, on one thread or three; the first token's state alone."""
     model = tiny_encoder()

@@ -91,7 +91,7 @@ def test_logits_equal_the_modules(case: str, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    "scheme", ["float32", "bfloat16", "int8", "int8-g192", "int4-g64", "int8-kv8"]
+    "scheme", ["float32", "bfloat16", "int8", "int8-g192", "int8-row", "int4-g64", "int8-kv8"]
 )
 def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
     """Bit by bit: alone or in a batch, whole or in chunks, on one thread or three."""

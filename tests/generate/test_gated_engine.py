@@ -57,7 +57,7 @@ def test_logits_and_counts_equal_the_modules(case: str, threshold: float, isa: s
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    "scheme", ["float32", "bfloat16", "int8", "int8-g192", "int4-g64", "int8-kv8"]
+    "scheme", ["float32", "bfloat16", "int8", "int8-row", "int4-g64", "int8-kv8"]
 )
 def test_a_row_does_not_depend_on_its_companions(scheme: str, isa: str) -> None:
     """Bit by bit, as without gates; the gates' own weights are float32 in every scheme."""

@@ -63,13 +63,13 @@ class Native:
         values: np.ndarray,
         kind: str = "float32",
         *,
-        group: int = 32,
+        group: int | None = 32,
         bias: np.ndarray | None = None,
     ) -> None:
         """Add a weight [n, k] of float32, possibly a view with a stride."""
         self.program.add_weight(
             kind=kind,
-            group=group,
+            group=group or 0,
             rotated=kind == "int8",
             source=values.ctypes.data,
             dtype="float32",

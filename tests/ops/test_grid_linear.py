@@ -62,12 +62,18 @@ def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndar
 
 def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None = None) -> None:
     width = weight.codes.shape[1]
-    form = grid_form(weight.bits, weight.group, width, is_rotated=weight.is_rotated)
+    form = grid_form(
+        weight.bits,
+        weight.group,
+        width,
+        is_rotated=weight.is_rotated,
+        input_scale=weight.input_scale,
+    )
     assert form is not None
     scale, least = (part.view(np.uint16) for part in halves_of(weight.grid(), form))
     native.program.add_codes(
         form.storage,
-        form.group,
+        form.group or 0,
         form.is_rotated,
         weight.codes.numpy(),
         scale,
@@ -182,6 +188,16 @@ def test_what_does_not_fit_is_refused() -> None:
 )
 def test_forms_of_grids(bits: int, group: int, width: int, form: Form | None) -> None:
     assert grid_form(bits, group, width) == form
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_one_scale_for_weights_and_inputs_is_held_by_rows(rotated: bool) -> None:
+    form = grid_form(8, 576, 576, is_rotated=rotated, input_scale=0.5)
+    assert form == Form("int8", None, rotated, 0.5)
+    assert form.text == f"int8 by rows{', rotated' * rotated}, inputs static"
+    grouped = grid_form(8, 64, 576, is_rotated=rotated, input_scale=0.5)
+    assert grouped == Form("int8", 64, rotated, 0.5)
+    assert grid_form(8, 100, 100, input_scale=0.5) == Form("int8", 64, False, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def test_a_width_is_padded_to_whole_groups(group: int) -> None:
     assert stored_width("int8", 100) == 128
     assert stored_bits("int8") == stored_bits("int8", 64) == 8.25
     assert stored_width("int8", 576, 192) == 576 and stored_bits("int8", 192) == 8 + 16 / 192
+    assert stored_width("int8", 100, None) == 128 and stored_bits("int8", None) == 8
     assert stored_width("bfloat16", 33) == 34 and stored_width("float32", 33) == 33
 
 
@@ -88,7 +89,7 @@ def test_the_cost_of_int4_depends_on_its_group() -> None:
     case = Case(operation="linear", storage="int4")
     wide = choose(case.replace(group=128))
     assert (choose(case).weight_bits, wide.weight_bits) == (5, 4.25)
-    assert "per group of 128" in wide.why and "groups of 128" in case.replace(group=128).text
+    assert "in groups of 128" in wide.why and "groups of 128" in case.replace(group=128).text
 
 
 def test_attention_that_is_not_causal_runs_through_torch() -> None:
@@ -193,3 +194,12 @@ def test_a_group_that_no_kernel_has_is_refused() -> None:
         ConfigError, match="group of Scheme must be one of 32, 64, 128, 192; got 48"
     ):
         Scheme(weights="int4", group=48)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no int8"):
+        Scheme(weights="int4", group=None)
+
+
+def test_a_scale_for_a_whole_row_has_a_name() -> None:
+    scheme = Scheme.named("int8-row")
+    assert (scheme.group, scheme.name, scheme.head_storage) == (None, "int8-row", "int8")
+    assert Scheme.from_dict(scheme.to_dict()) == scheme
+    assert scheme.form_of("int8").text == "int8 by rows, rotated"

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from deepseek import hub, train
+from deepseek.compress.prune.vocabulary import cut_rows, tokens_within
 from deepseek.compress.stage import Stage, kind_of
 from deepseek.compress.work import Outcome, Work
 from deepseek.errors import ConfigError, describe
@@ -73,13 +74,17 @@ def open_teacher(
 ) -> Decoder | Encoder:
     """Return the model that a stage learns from, which is not trained.
 
+    Where the work's model has lost tokens that the teacher has, the teacher loses them too: it says
+    what it would if there were no others.
+
     Args:
         stage: that names it.
         work: whose start it is otherwise.
         dtype: of its weights; None for that of the stage's products.
 
     Raises:
-        ConfigError: it is not there, of another kind than the model, or of another tokenizer.
+        ConfigError: it is not there, of another kind than the model, or of a tokenizer that has not
+            all of the model's tokens.
         FormatError: it is damaged.
     """
     name = stage.teacher or work.start
@@ -87,6 +92,9 @@ def open_teacher(
     if isinstance(teacher, Decoder) != isinstance(work.model, Decoder):
         must = f"one of the model's kind, {type(work.model).__name__}"
         raise ConfigError(describe("teacher", kind_of(stage), must, type(teacher).__name__))
+    kept = tokens_within(work.model, teacher)
+    if kept is not None and work.model.tokenizer is not None:
+        teacher = cut_rows(teacher, work.model.tokenizer, kept)
     check_teacher(work.model, teacher)
     return teacher.requires_grad_(False).eval()
 

@@ -504,8 +504,13 @@ def _form_as_stored(source: Rows | GridSource) -> Form | None:
 
 
 def _grid_form(source: GridSource) -> Form | None:
-    form = grid_form(source.bits, source.group, source.shape[1], is_rotated=source.is_rotated)
-    return None if form is None else form._replace(input_scale=source.input_scale)
+    return grid_form(
+        source.bits,
+        source.group,
+        source.shape[1],
+        is_rotated=source.is_rotated,
+        input_scale=source.input_scale,
+    )
 
 
 def _add_matrix(
@@ -524,7 +529,7 @@ def _add_matrix(
         rows = source if isinstance(source, Rows) else _rows_of(source.read().values())
         native.add_weight(
             kind=form.storage,
-            group=form.group,
+            group=form.group or 0,
             rotated=form.is_rotated,
             source=rows.address,
             dtype=rows.dtype,
@@ -538,7 +543,7 @@ def _add_matrix(
 def _held(form: Form) -> dict[str, Any]:
     return {
         "kind": form.storage,
-        "group": form.group,
+        "group": form.group or 0,
         "rotated": form.is_rotated,
         "input_scale": form.input_scale or 0.0,
     }

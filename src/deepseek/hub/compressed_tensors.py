@@ -328,8 +328,7 @@ def _checked_rotation(name: str, grid: CompressedGrid, is_rotated: bool) -> bool
 
 def _input_scale(grid: CompressedGrid, name: str, args: object) -> float | None:
     """Return the scale of inputs that do not bring their own."""
-    is_static = isinstance(args, Mapping) and args.get("dynamic") is False
-    if not is_static:
+    if not isinstance(args, Mapping) or args.get("dynamic") is not False:
         if _INPUT_SCALE in grid.parts:
             raise _refuse(f"{_INPUT_SCALE} of {name!r}", "absent: its inputs are dynamic", "there")
         return None

@@ -14,7 +14,7 @@ from deepseek.ops.scheme import KVStorage, Storage
 
 
 def compiled_linear(
-    weight: Tensor, bias: Tensor | None, *, storage: Storage, group: int, isa: str
+    weight: Tensor, bias: Tensor | None, *, storage: Storage, group: int | None, isa: str
 ) -> Product:
     """Pack a weight for the compiled kernels and return the product with it.
 

@@ -35,8 +35,9 @@ class Case(Config):
     device: str = "cpu"
     """As PyTorch names it."""
     has_gradients: bool = False
-    group: Group = 32
-    """Weights of one scale, integers only; int8 has at least 64 where it is rotated."""
+    group: Group | None = 32
+    """Weights of one scale, integers only; int8 has at least 64 where it is rotated, or None for a
+    whole row."""
     keeps_grid: bool = False
     """linear: integer weights keep the grid that a bundle has them on, rotated or not; the engine
     alone packs them."""
@@ -49,7 +50,9 @@ class Case(Config):
     def text(self) -> str:
         """The case as a person reads it."""
         parts = [self.storage, "one row" if self.rows == 1 else f"{self.rows} rows"]
-        if self.group != 32:
+        if self.group is None:
+            parts.insert(1, "by rows")
+        elif self.group != 32:
             parts.insert(1, f"groups of {self.group}")
         if self.keeps_grid:
             parts.append("on their own grid")
@@ -147,15 +150,19 @@ _PRODUCTS: Mapping[str, Mapping[str, int]] = {
     "amx_emulated": {"float32": 16, "bfloat16": 1, "int8": 1, "int4": 1},
 }
 _HOW_ON_GRID: Mapping[str, str] = {
-    "int8": "integer products, the scales of the bundle, inputs in groups of {group}",
-    "int4": "integer products, scales and zero points of the bundle, inputs in groups of {group}",
+    "int8": "integer products, the scales of the bundle, inputs {scaled}",
+    "int4": "integer products, scales and zero points of the bundle, inputs {scaled}",
 }
 _HOW: Mapping[str, str] = {
     "float32": "exact, weights packed once",
     "bfloat16": "products in bfloat16, sums in float32, weights packed once",
-    "int8": "integer products, a scale per group of {group}, rotated",
-    "int4": "integer products, a scale and a least value per group of {group}",
+    "int8": "integer products, scaled {scaled}, rotated",
+    "int4": "integer products, scale and least value {scaled}",
 }
+
+
+def _scaled(group: int | None) -> str:
+    return "by rows" if group is None else f"in groups of {group}"
 
 
 class CompiledBackend:
@@ -173,7 +180,7 @@ class CompiledBackend:
         if case.operation == "linear" and case.keeps_grid:
             return Kernel(
                 name=f"deepseek {isa}",
-                why=_HOW_ON_GRID[case.storage].format(group=case.group),
+                why=_HOW_ON_GRID[case.storage].format(scaled=_scaled(case.group)),
                 weight_bits=Form(case.storage, case.group).bits,
                 products_per_cycle=_PRODUCTS[isa][case.storage],
                 is_batch_invariant=True,
@@ -181,7 +188,9 @@ class CompiledBackend:
         if case.operation == "linear":
             return Kernel(
                 name=f"deepseek {isa}",
-                why=_HOW[case.storage].format(group=scaled_together(case.storage, case.group)),
+                why=_HOW[case.storage].format(
+                    scaled=_scaled(scaled_together(case.storage, case.group))
+                ),
                 weight_bits=stored_bits(case.storage, case.group),
                 products_per_cycle=_PRODUCTS[isa][case.storage],
                 is_batch_invariant=True,

@@ -152,6 +152,6 @@ def halves_of(grid: Grid, form: Form) -> tuple[Halves, Halves]:
         step = "Load it with a scheme or a dtype"
         raise ConfigError(describe("weight", "Engine", must, reason, step))
     width = grid.codes.shape[1]
-    places = np.arange(0, width, form.group) // grid.group
+    places = np.arange(0, width, form.group or width) // grid.group
     least = grid.scale * -grid.zero.astype(np.float32)
     return grid.scale[:, places].astype(np.float16), least[:, places].astype(np.float16)

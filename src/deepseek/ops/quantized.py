@@ -77,8 +77,8 @@ class QuantizedWeight:
     @classmethod
     def of_grid(cls, grid: Grid) -> QuantizedWeight:
         """Return the weight that numpy arrays hold, in place."""
-        parts = (torch.from_numpy(part) for part in (grid.codes, grid.scale, grid.zero))
-        return cls(grid.bits, *parts, grid.is_rotated, grid.input_scale)
+        codes, scale, zero = map(torch.from_numpy, (grid.codes, grid.scale, grid.zero))
+        return cls(grid.bits, codes, scale, zero, grid.is_rotated, grid.input_scale)
 
     def grid(self) -> Grid:
         """Return the weight as numpy arrays, in place where it lies on the CPU."""

@@ -55,6 +55,7 @@ def kinds(device: str) -> Iterator[Case]:
         )
         yield from (about.replace(storage=each) for each in ("float32", "bfloat16", "int8"))
         yield from (about.replace(storage="int4", group=group) for group in (32, 64, 128))
+        yield about.replace(storage="int8", group=None)
         about = about.replace(operation="attention")
         for storage, is_causal in itertools.product(("float32", "bfloat16", "int8"), (True, False)):
             yield about.replace(storage=storage, is_causal=is_causal)

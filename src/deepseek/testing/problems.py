@@ -54,7 +54,7 @@ def draw(case: Case, shape: tuple[int, int, int], seed: int) -> Problem:
 
 
 def _anywhere(
-    shape: tuple[int, int, int], _: int, generator: torch.Generator
+    shape: tuple[int, int, int], _: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     rows, columns, width = shape
     inputs = torch.randn(rows, width, generator=generator)
@@ -64,11 +64,12 @@ def _anywhere(
 
 
 def _on_grid(
-    shape: tuple[int, int, int], group: int, generator: torch.Generator
+    shape: tuple[int, int, int], group: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return whole levels times a power of two that differs from group to group; every group has
     its first and its last level, and zero, so that padding lies on the grid too."""
     rows, columns, width = shape
+    group = group or width
     groups = -(-width // group)
     inputs = torch.randint(-127, 128, (rows, groups, group), generator=generator)
     inputs[..., 0] = 127
@@ -91,7 +92,8 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
     weights of its group.
     """
     inputs, weight = problem.inputs, problem.weight
-    group = scaled_together(case.storage, case.group)
+    width = stored_width(case.storage, inputs.shape[-1], case.group)
+    group = scaled_together(case.storage, case.group) or width
     undecided = torch.zeros_like(weight)
     if case.storage == "bfloat16":
         inputs, weight = inputs.bfloat16().float(), weight.bfloat16().float()

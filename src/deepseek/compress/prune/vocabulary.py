@@ -136,6 +136,18 @@ def cut_rows(
     return smaller
 
 
+def tokens_within(model: Decoder | Encoder, whole: Decoder | Encoder) -> list[int] | None:
+    """Return the numbers that a model's tokens have in another one of more tokens; None where it
+    has no more of them, or not all."""
+    if model.tokenizer is None or whole.tokenizer is None:
+        return None
+    ours, theirs = model.tokenizer.backend.get_vocab(), whole.tokenizer.backend.get_vocab()
+    is_smaller = model.config.vocab_size == len(ours) < len(theirs)
+    if not is_smaller or not ours.keys() <= theirs.keys():
+        return None
+    return [theirs[token] for token in sorted(ours, key=ours.__getitem__)]
+
+
 def cut_tokenizer(tokenizer: Tokenizer, used: Iterable[int]) -> tuple[Tokenizer, list[int]]:
     """Return a tokenizer of the tokens that are used and of those it cannot do without, and their
     old numbers by new ones.

@@ -110,17 +110,18 @@ int add_weight(Program& program, const std::string& kind, int group, bool rotate
                             bias ? bias->data() : nullptr);
 }
 
-// `codes` [n, k]; `scale` and `least` [n, groups] are patterns of half floats, `least` for int4 alone.
+// `group` 0 is a whole row. `codes` [n, k]; `scale` and `least` [n, groups] are patterns of half floats, `least` for int4 alone.
 int add_codes(Program& program, const std::string& kind, int group, bool rotated, Array<const uint8_t> codes,
               Array<const uint16_t> scale, Array<const uint16_t> least, std::optional<Array<const float>> bias,
               float input_scale) {
   Kind to = kind_of(kind);
   if (to != Kind::int8 && to != Kind::int4) throw std::invalid_argument("codes are int8 or int4");
-  if (codes.ndim() != 2 || scale.ndim() != 2 || group < 32 || group > kMaxGroup || group % 32)
+  bool is_row = to == Kind::int8 && group == 0;
+  if (codes.ndim() != 2 || scale.ndim() != 2 || (!is_row && (group < 32 || group > kMaxGroup || group % 32)))
     throw std::invalid_argument("codes must be [n, k] in groups of a multiple of 32, at most 192");
   if (rotated && (to != Kind::int8 || group % kRotation || codes.shape(1) % kRotation))
     throw std::invalid_argument("rotated codes are int8 [n, k], k and group multiples of 64");
-  size_t n = codes.shape(0), k = codes.shape(1), groups = (k + group - 1) / group;
+  size_t n = codes.shape(0), k = codes.shape(1), groups = is_row ? 1 : (k + group - 1) / group;
   if (scale.shape(0) != n || scale.shape(1) != groups || (to == Kind::int4 && least.size() != n * groups) ||
       (bias && bias->size() != n))
     throw std::invalid_argument("scale and least must be [n, groups], the bias [n]");

@@ -90,6 +90,11 @@ uint8_t* Program::allocate(size_t bytes) {
 Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, const float* bias) {
   Weight w;
   w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
+  if (group == 0) {
+    if (kind != Kind::int8 || k > kMaxRow) 
+      throw std::invalid_argument("a scale for a whole row is of int8 and at most 65536 channels");
+    group = int(aligned(k, kRotation));
+  }
   w.group = kind == Kind::int8 ? std::max(rotated ? kRotation : 1, group) : kind == Kind::int4 ? group : kind == Kind::bf16 ? 2 : 1;
   w.k_padded = int(aligned(k, rotated ? std::max(kRotation, w.group) : w.group));
   w.column_bytes = kind == Kind::f32    ? size_t(w.k_padded) * 4

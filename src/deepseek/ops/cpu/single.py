@@ -31,7 +31,7 @@ class PackedLinear:
         bias: np.ndarray | None = None,
         *,
         storage: Storage,
-        group: int = 32,
+        group: int | None = 32,
         isa: str,
     ) -> None:
         """Pack the weight.
@@ -40,7 +40,8 @@ class PackedLinear:
             weight: float32 [N, K], N and K at least 1.
             bias: float32 [N] or None.
             storage: how the weight is held.
-            group: weights of one scale, integers only; int8 has at least 64.
+            group: weights of one scale, integers only; int8 has at least 64, or None for a whole
+                row.
             isa: instruction set whose kernels run, one of `instruction_sets()`.
 
         Raises:
@@ -54,7 +55,7 @@ class PackedLinear:
         self._isa, (self._columns, self._width) = isa, weight.shape
         self._form: dict[str, Any] = {
             "kind": storage,
-            "group": group,
+            "group": group or 0,
             "rotated": storage == "int8",
             "n": self._columns,
             "k": self._width,

@@ -21,8 +21,9 @@ constexpr int kSummary = 8;
 constexpr int kMaxQueries = 1024;
 // Channels that are rotated together before int8 quantization.
 constexpr int kRotation = 64;
-// Channels of a scale, at most.
+// Channels of a scale, at most, unless it is that of a whole row; and those, whose sums fit 32 bits.
 constexpr int kMaxGroup = 192;
+constexpr int kMaxRow = 65536;
 // Ranks of an adapter that are computed together, and at most.
 constexpr int kRankBlock = 4;
 constexpr int kMaxRank = 256;
@@ -39,7 +40,8 @@ enum class Kind : int { f32 = 0, bf16 = 1, int8 = 2, int4 = 3 };
 //         half  scale [groups, made even][w]    so that every vector of it all is aligned
 //   int4  per group: uint8 [group / 8][w][4]    low nibble: quad 2 i, high nibble: quad 2 i + 1
 //                    half  scale [w], half least [w]      weight = scale * nibble + least
-// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: at least 64 where it is rotated) with weights
+// k is padded to a multiple of `group` (f32: 1, bf16: 2, int8: at least 64 where it is rotated, or one group
+// of all of it, padded to 64) with weights
 // that are zero, or that meet inputs which are.
 struct Weight {
   Kind kind = Kind::f32;

@@ -12,13 +12,18 @@ from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
 from deepseek.ops.quantized import QuantizedWeight, rotate
-from deepseek.ops.scheme import ROTATED, Storage, grid_form, scaled_together
+from deepseek.ops.scheme import ROTATED, Storage, grid_form, scaled_together, stored_width
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
 def linear_reference(
-    inputs: Tensor, weight: Tensor, storage: Storage, *, group: int = 32, bias: Tensor | None = None
+    inputs: Tensor,
+    weight: Tensor,
+    storage: Storage,
+    *,
+    group: int | None = 32,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Return `inputs @ weight.T + bias` as computed with weights of a storage, float32 [M, N].
 
@@ -26,14 +31,15 @@ def linear_reference(
         inputs: float32 [M, K].
         weight: float32 [N, K].
         storage: how the weight is stored, and with it how the inputs are.
-        group: weights and inputs of one scale, integers only; int8 has at least 64.
+        group: weights and inputs of one scale, integers only; int8 has at least 64, or None for a
+            whole row.
         bias: float32 [N] or None.
     """
     if storage == "float32":
         return F.linear(inputs, weight, bias)
     if storage == "bfloat16":
         return F.linear(inputs.bfloat16().float(), weight.bfloat16().float(), bias)
-    group = scaled_together(storage, group)
+    group = scaled_together(storage, group) or stored_width(storage, inputs.shape[-1], None)
     inputs, weight = _padded(inputs, group), _padded(weight, group)
     if storage == "int8":
         inputs = round_inputs(rotate(inputs), group)
@@ -54,14 +60,21 @@ def grid_linear_reference(
         bias: float32 [N] or None.
     """
     rows, width = weight.codes.shape
-    form = grid_form(weight.bits, weight.group, width, is_rotated=weight.is_rotated)
+    form = grid_form(
+        weight.bits,
+        weight.group,
+        width,
+        is_rotated=weight.is_rotated,
+        input_scale=weight.input_scale,
+    )
     if form is None:
         must = "a multiple of 32 or a whole row"
         raise ShapeError(describe("group", f"a weight [{rows}, {width}]", must, weight.group))
     if weight.is_rotated:
         inputs = rotate(inputs)
     if weight.input_scale is None:
-        rounded = round_inputs(_padded(inputs, form.group), form.group)[..., :width]
+        group = form.group or width
+        rounded = round_inputs(_padded(inputs, group), group)[..., :width]
     else:
         levels = (inputs / weight.input_scale).round().clamp(-127, 127)
         rounded = levels * weight.input_scale

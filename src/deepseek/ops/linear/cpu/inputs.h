@@ -57,6 +57,18 @@ void rotate(float* x, int count) {
   }
 }
 
+// A vector of levels at a place of a row, as the products of an int8 or int4 weight read them.
+inline void put_levels(bool is_int8, int8_t* row, int place, vi levels) {
+  if (!is_int8 || kInt8Bytes == 1) return store_s8(row + place, levels);
+  alignas(64) int8_t narrow[64];
+  store_s8(narrow, levels);
+  int16_t* wide = (int16_t*)row + place;
+  for (int i = 0; i < kLanes; i += 4) {
+    wide[i] = narrow[i], wide[i + 1] = narrow[i + 2];
+    wide[i + 2] = narrow[i + 1], wide[i + 3] = narrow[i + 3];
+  }
+}
+
 // Symmetric int8 with a scale per group, or the one scale of the weight, and then cut off where it ends;
 // the term undoes the offset of the weights.
 void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
@@ -65,7 +77,6 @@ void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
   float* float_terms = (float*)to.term + size_t(row) * to.groups;
   int32_t* int_terms = (int32_t*)to.term + size_t(row) * to.groups;
   bool is_int8 = w.kind == Kind::int8, is_fixed = w.input_scale > 0;
-  alignas(64) int8_t narrow[kMaxGroup];
   for (int g = 0; g < to.groups; ++g) {
     const float* v = x + g * w.group;
     vf most = zero();
@@ -74,25 +85,17 @@ void quantize(const Weight& w, const float* x, const Inputs& to, int row) {
     float bound = is_fixed ? 127.0f * w.input_scale : largest(most);
     float scale = is_fixed ? w.input_scale : bound / 127.0f, inverse = bound > 0 ? 127.0f / bound : 0.0f;
     vi total = zero_i();
-    int8_t* target = is_int8 && kInt8Bytes == 2 ? narrow : out + g * w.group;
     for (int i = 0; i < w.group; i += kLanes) {
       vf level = mul(load(v + i), all(inverse));
       if (is_fixed) level = vmax(vmin(level, all(127.0f)), all(-127.0f));
       vi q = to_int(level);
       total = add_i(total, q);
-      store_s8(target + i, q);
+      put_levels(is_int8, out, g * w.group + i, q);
     }
     int32_t count = int32_t(sum(to_float(total)));  // exact: below 2^24
     scales[g] = scale;
     if (is_int8) int_terms[g] = -128 * count;
     else float_terms[g] = scale * float(count);
-    if (target == narrow) {
-      int16_t* wide = (int16_t*)out + g * w.group;
-      for (int i = 0; i < w.group; i += 4) {
-        wide[i] = narrow[i], wide[i + 1] = narrow[i + 2];
-        wide[i + 2] = narrow[i + 1], wide[i + 3] = narrow[i + 3];
-      }
-    }
   }
 }
 

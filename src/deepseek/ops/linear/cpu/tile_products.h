@@ -78,24 +78,37 @@ void tiles_bf16(const Weight& w, const Inputs& x, int row, int rows, int panel, 
   put_panel_rows(w, panel, sums, rows, out, stride, mode);
 }
 
-// The sums of 32 rows of whole tiles: a tile of weights meets two of inputs, in turns that keep the one
-// of the two which was read last.
-void multiply_bf16(const Weight& w, const Inputs& x, int row, int panel, float (*sums)[kPanel]) {
-  constexpr int kInner = 32, kLow = 3, kIn = 6, kWeight = 7;
-  int width = w.width(panel), vectors = width / kLanes;
+// A row's products are summed over all its channels before anything is scaled.
+inline bool sums_whole_rows(const Weight& w) {
+  if (w.kind == Kind::bf16) return w.k_padded % 32 == 0;
+  return w.kind == Kind::int8 && w.groups() == 1 && w.k_padded % 64 == 0;
+}
+
+// The sums of 32 rows of whole tiles, 64 bytes of inputs at a time: a tile of weights meets two of
+// inputs, in turns that keep the one of the two which was read last.
+template <bool is_bf16, typename Sum>
+void multiply_rows(const Weight& w, const Inputs& x, int row, int panel, Sum (*sums)[kPanel]) {
+  constexpr int kLow = 3, kIn = 6, kWeight = 7;
+  int width = w.width(panel), vectors = width / kLanes, bytes = w.k_padded * (is_bf16 ? 2 : 1);
+  auto dot = [](auto to, auto in, auto weight) {
+    if constexpr (is_bf16) tile_dot_bf16<to(), in(), weight()>();
+    else tile_dot_s8u8<to(), in(), weight()>();
+  };
   clear_sums(), tile_zero<kLow>(), tile_zero<kLow + 1>(), tile_zero<kLow + 2>();
   const uint8_t* in = x.data + size_t(row) * x.row_bytes;
   const uint8_t* from = w.panel(panel);
   ptrdiff_t pitch = ptrdiff_t(width) * 4;
-  for (int k = 0; k < w.k_padded; k += kInner, from += kInner / 2 * pitch) {
-    const uint8_t *high = in + k * 2, *low = high + kTileRows * x.row_bytes;
+  std::integral_constant<int, kIn> inputs;
+  std::integral_constant<int, kWeight> weights;
+  for (int byte = 0; byte < bytes; byte += 64, from += 16 * pitch) {
+    const uint8_t *high = in + byte, *low = high + kTileRows * x.row_bytes;
     each_vector(vectors, [&](auto v) {
       constexpr int first = v % 2 ? kLow : 0, second = kLow - first;
       tile_load<kWeight>(from + v * 64, pitch);
       if (v == 0) tile_load<kIn>(high, x.row_bytes);
-      tile_dot_bf16<first + v, kIn, kWeight>();
+      dot(std::integral_constant<int, first + v>{}, inputs, weights);
       tile_load<kIn>(v % 2 ? high : low, x.row_bytes);
-      tile_dot_bf16<second + v, kIn, kWeight>();
+      dot(std::integral_constant<int, second + v>{}, inputs, weights);
     });
   }
   each_vector(vectors, [&](auto v) {
@@ -104,19 +117,43 @@ void multiply_bf16(const Weight& w, const Inputs& x, int row, int panel, float (
   });
 }
 
+// Sums of int8 rows that have one scale, as the vector kernels form them.
+inline void scale_rows(const Weight& w, const Inputs& x, int row, int rows, int panel,
+                       const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
+  const uint8_t* data = w.panel(panel);
+  const uint16_t* halves = (const uint16_t*)(data + size_t(w.width(panel)) * w.k_padded);
+  each_vector(w.width(panel) / kLanes, [&](auto v) {
+    vf scale = load_half(halves + v * kLanes);
+    for (int m = 0; m < rows; ++m) {
+      vi dot = add_i(load_i(dots[m] + v * kLanes), all_i(((const int32_t*)x.term)[row + m]));
+      vf factor = mul(scale, all(x.scale[row + m]));
+      ::store(sums[m] + v * kLanes, fma(to_float(dot), factor, zero()));
+    }
+  });
+}
+
 // Rows in blocks of 32; those of a block are written while the products of the next are on their way.
-void blocks_bf16(const Weight& w, const Inputs& x, int row, int blocks, int panel, float* out,
-                 ptrdiff_t stride, Store mode) {
+template <bool is_bf16>
+void blocks_of_rows(const Weight& w, const Inputs& x, int row, int blocks, int panel, float* out,
+                    ptrdiff_t stride, Store mode) {
+  using Sum = std::conditional_t<is_bf16, float, int32_t>;
   constexpr int kRows = 2 * kTileRows;
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
   tile_configure(config);
-  alignas(64) float sums[2][kRows][kPanel];
+  alignas(64) Sum sums[2][kRows][kPanel];
   for (int block = 0; block <= blocks; ++block) {
-    if (block < blocks) multiply_bf16(w, x, row + block * kRows, panel, sums[block % 2]);
+    if (block < blocks) multiply_rows<is_bf16>(w, x, row + block * kRows, panel, sums[block % 2]);
     if (block == 0) continue;
     float* to = out + ptrdiff_t(block - 1) * kRows * stride;
-    put_panel_rows(w, panel, sums[(block - 1) % 2], kRows, to, stride, mode);
+    auto& last = sums[(block - 1) % 2];
+    if constexpr (is_bf16) {
+      put_panel_rows(w, panel, last, kRows, to, stride, mode);
+    } else {
+      alignas(64) float scaled[kRows][kPanel];
+      scale_rows(w, x, row + (block - 1) * kRows, kRows, panel, last, scaled);
+      put_panel_rows(w, panel, scaled, kRows, to, stride, mode);
+    }
   }
 }
 
@@ -230,8 +267,9 @@ void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, 
   if (w.kind == Kind::f32 || (!is_bf16 && row_stop - row_start < kFewestTileRows))
     return linear(w, x, row_start, row_stop, panel, out, stride, mode);
   int row = row_start, blocks = (row_stop - row_start) / (2 * kTileRows);
-  if (is_bf16 && w.k_padded % 32 == 0 && blocks > 0) {
-    blocks_bf16(w, x, row, blocks, panel, out, stride, mode);
+  if (sums_whole_rows(w) && blocks > 0) {
+    auto run = is_bf16 ? blocks_of_rows<true> : blocks_of_rows<false>;
+    run(w, x, row, blocks, panel, out, stride, mode);
     row += blocks * 2 * kTileRows;
   }
   // weights of a group of one tile stay in their registers while more rows go by
