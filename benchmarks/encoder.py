@@ -5,7 +5,7 @@
 
 Contenders stay loaded in processes of their own and take turns, so that whatever else the machine
 does meets all of them; ratios are to the others of the same round. `--small` is a bundle that was
-made smaller: our schemes run on it too. Before anything is timed every contender's logits are held
+made smaller: our schemes run on it too, and the grid that it is stored on. Before anything is timed every contender's logits are held
 against those of PyTorch in float32. ONNX Runtime needs `pip install onnxruntime onnx onnxscript`.
 """
 
@@ -207,9 +207,10 @@ def contenders(options: argparse.Namespace, folder: Path) -> list[Contender]:
         ours = Contender(f"deepseek {scheme}", {**whole, "scheme": scheme})
         check(ours, reference, scheme)
         found.append(ours)
-        if options.small is not None:
+    if options.small is not None:
+        for scheme in (None, *options.schemes):
             small = {**shared, "model": str(options.small), "scheme": scheme}
-            found.append(Contender(f"deepseek small {scheme}", small))
+            found.append(Contender(f"deepseek small {scheme or 'stored'}", small))
     return found
 
 
