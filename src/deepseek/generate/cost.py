@@ -153,13 +153,14 @@ def _cost(step: _Step, kind: _Kind, count: int) -> OperationCost:
         matrices, per_row = kind.matrices[:3], kind.num_active
         used = min(len(kind.matrices) // 3, step.rows * per_row)
     stored = sum(height * kind.form.width(width) for height, width in matrices)
+    scales = 0 if kind.form.group else 2 * sum(height for height, _ in matrices)
     return OperationCost(
         name=kind.name,
         count=count,
         shape=_whole_shape(kind),
         storage=kind.form.storage,
         kernel=kernel,
-        weight_bytes=count * used * math.ceil(stored * bits / 8),
+        weight_bytes=count * used * (math.ceil(stored * bits / 8) + scales),
         cache_bytes=0,
         products=count * step.rows * per_row * sum(map(math.prod, matrices)),
     )
