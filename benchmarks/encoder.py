@@ -5,8 +5,9 @@
 
 Contenders stay loaded in processes of their own and take turns, so that whatever else the machine
 does meets all of them; ratios are to the others of the same round. `--small` is a bundle that was
-made smaller: our schemes run on it too, and the grid that it is stored on. Before anything is timed every contender's logits are held
-against those of PyTorch in float32. ONNX Runtime needs `pip install onnxruntime onnx onnxscript`.
+made smaller: our schemes run on it too, and the grid that it is stored on. Before anything is timed
+every contender's logits are held against those of PyTorch in float32. ONNX Runtime needs
+`pip install onnxruntime onnx onnxscript`.
 """
 
 from __future__ import annotations
