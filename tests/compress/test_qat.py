@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Literal
@@ -25,11 +26,13 @@ from deepseek.compress.qat import (
 )
 from deepseek.compress.qat.grid import read_grids, write_grids
 from deepseek.compress.qat.stage import first_grids
+from deepseek.compress.quantize import Quantize
 from deepseek.errors import ConfigError, FormatError
 from deepseek.ops.quantized import QuantizedWeight, short_scale
 from deepseek.optim import AdamW
 from deepseek.train import Source
 from tests.compress.learners import Killed, decoder, encoder, kill_after, work_of, write_sums
+from tests.grids import rounded
 from tests.tolerances import assert_close
 
 
@@ -152,11 +155,13 @@ def test_a_grid_of_a_stage_before_stays(tmp_path: Path) -> None:
     teacher = decoder(1)
     work = work_of(decoder(1), teacher, tmp_path)
     name = "model.layers.0.mlp.up_proj.weight"
-    work.set_quantized({name: fitted(work.model.get_parameter(name).detach(), Grid(group=8))})
+    grid = fitted(work.model.get_parameter(name).detach(), Grid(group=8))
+    work.set_quantized({name: dataclasses.replace(grid, input_scale=0.25)})
     zero = work.quantized[name].zero.clone()
     codes = work.quantized[name].codes.clone()
     quantize_aware(settings(text, steps=3), work)
     assert list(work.quantized) == [name]
+    assert work.quantized[name].input_scale == 0.25
     assert work.quantized[name].group == 8 and torch.equal(work.quantized[name].zero, zero)
     assert not torch.equal(work.quantized[name].codes, codes)
     assert_on_grid(work)
@@ -219,3 +224,15 @@ def test_what_cannot_be_is_said() -> None:
     stage = QuantizeAware()
     assert QuantizeAware.from_dict(stage.to_dict()) == stage
     assert stage.puts_on_grid and stage.why_not_after([stage]) is None
+    rotated = Quantize.usual(8)
+    assert "rotated" in str(stage.why_not_after([rotated]))
+    assert stage.why_not_after([rotated.replace(rotate=False)]) is None
+
+
+def test_a_rotated_grid_is_refused(tmp_path: Path) -> None:
+    work = work_of(decoder(1, hidden_size=64), decoder(1, hidden_size=64), tmp_path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = work.model.get_parameter(name).detach()
+    work.set_quantized({name: rounded(weight, 8, 64, symmetric=True, rotated=True)})
+    with pytest.raises(ConfigError, match="grid of qat must be not rotated"):
+        quantize_aware(settings(write_sums(tmp_path / "sums.txt"), steps=3), work)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -14,7 +14,10 @@ from deepseek.compress.distil.imitation import Imitation, ImitationLoss
 from deepseek.compress.learning import Learning, learn, open_teacher
 from deepseek.compress.qat.fake import fake_quantize, quantize_on
 from deepseek.compress.qat.grid import Grid, fitted, read_grids, write_grids
+from deepseek.compress.quantize.stage import Quantize
+from deepseek.compress.stage import Stage, kind_of
 from deepseek.compress.work import Outcome, Work
+from deepseek.errors import ConfigError, describe
 from deepseek.models import Decoder, Encoder
 from deepseek.ops.quantized import QuantizedWeight
 from deepseek.records import Measurement
@@ -48,17 +51,26 @@ class QuantizeAware(Learning):
     """What of the teacher, with which weights."""
     steps: int = 200
 
+    def why_not_after(self, before: Sequence[Stage]) -> str | None:
+        """Return why it cannot follow these stages, or None where it can."""
+        if any(isinstance(stage, Quantize) and stage.rotate for stage in before):
+            return "the grid is rotated by then, and this stage trains on none that is"
+        return super().why_not_after(before)
+
 
 def quantize_aware(stage: QuantizeAware, work: Work) -> Outcome:
     """Train the model of `work` on its grid and leave it there; a killed stage goes on in the
     folder of `work` and ends with the same bits.
 
     Raises:
-        ConfigError: as `distil`, and groups that do not divide a matrix.
+        ConfigError: as `distil`, groups that do not divide a matrix, or grids that are rotated.
         FormatError: as `distil`.
         CapacityError: as `distil`.
         Interrupted: as `distil`.
     """
+    if any(each.is_rotated for each in work.quantized.values()):
+        must, step = "not rotated", "Quantize it with rotate: false"
+        raise ConfigError(describe("grid", kind_of(stage), must, "rotated", step))
     teacher = open_teacher(stage, work)
     start = dict(work.quantized) or first_grids(work.model, stage)
     path = work.folder / _GRIDS
