@@ -110,7 +110,8 @@ int add_weight(Program& program, const std::string& kind, int group, bool rotate
                             bias ? bias->data() : nullptr);
 }
 
-// `group` 0 is a whole row. `codes` [n, k]; `scale` and `least` [n, groups] are patterns of half floats, `least` for int4 alone.
+// `group` 0 is a whole row. `codes` [n, k]; `scale` and `least` [n, groups] are patterns of half floats, `least`
+// for int4 alone.
 int add_codes(Program& program, const std::string& kind, int group, bool rotated, Array<const uint8_t> codes,
               Array<const uint16_t> scale, Array<const uint16_t> least, std::optional<Array<const float>> bias,
               float input_scale) {

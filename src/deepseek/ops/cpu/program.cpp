@@ -91,7 +91,7 @@ Weight Program::new_weight(Kind kind, int group, bool rotated, int n, int k, con
   Weight w;
   w.kind = kind, w.n = n, w.k = k, w.rotated = rotated;
   if (group == 0) {
-    if (kind != Kind::int8 || k > kMaxRow) 
+    if (kind != Kind::int8 || k > kMaxRow)
       throw std::invalid_argument("a scale for a whole row is of int8 and at most 65536 channels");
     group = int(aligned(k, kRotation));
   }
