@@ -249,7 +249,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, case: str) -> None:
         elif case == "gptq static":
             weights = put_on_grids(model, {"up_proj": (4, 32, True, False, 0.01)})
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="static" if case == "gptq static" else None):
         hub.save(model, tmp_path / "b", quantized=Quantized(weights=weights, layout=layout))
     assert sorted(tmp_path.iterdir()) == before
 

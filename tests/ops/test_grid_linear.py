@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard
 
 from deepseek.errors import ConfigError, ShapeError
-from deepseek.ops.grid import Grid, halves_of, why_not_exact
+from deepseek.ops.grid import Grid, form_of, halves_of, why_not_exact
 from deepseek.ops.linear.reference import grid_linear_reference
 from deepseek.ops.quantized import QuantizedWeight, short_scale
 from deepseek.ops.quantized import rotate as rotate_tensor
@@ -61,14 +61,7 @@ def product(isa: str, inputs: np.ndarray, weight: QuantizedWeight, bias: np.ndar
 
 
 def add_codes(native: Native, weight: QuantizedWeight, bias: np.ndarray | None = None) -> None:
-    width = weight.codes.shape[1]
-    form = grid_form(
-        weight.bits,
-        weight.group,
-        width,
-        is_rotated=weight.is_rotated,
-        input_scale=weight.input_scale,
-    )
+    form = form_of(weight.grid())
     assert form is not None
     scale, least = (part.view(np.uint16) for part in halves_of(weight.grid(), form))
     native.program.add_codes(

@@ -18,11 +18,11 @@ from deepseek.graph import Instruction, Program, ProgramShape, plan_memory
 from deepseek.graph.program import LOGITS
 from deepseek.models.config import DecoderConfig
 from deepseek.ops.cpu import chosen_instruction_set, default_threads, kernels
-from deepseek.ops.grid import GridSource, halves_of
+from deepseek.ops.grid import GridSource, form_of, halves_of
 from deepseek.ops.head_count import HeadCount
 from deepseek.ops.low_rank import LowRankUpdate
 from deepseek.ops.routing import Routing
-from deepseek.ops.scheme import Form, Scheme, Storage, grid_form
+from deepseek.ops.scheme import Form, Scheme, Storage
 
 if TYPE_CHECKING:
     from deepseek.data import Tokenizer
@@ -500,17 +500,7 @@ def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None
 def _form_as_stored(source: Rows | GridSource) -> Form | None:
     if isinstance(source, Rows):
         return Form("bfloat16" if source.dtype == "bfloat16" else "float32")
-    return _grid_form(source)
-
-
-def _grid_form(source: GridSource) -> Form | None:
-    return grid_form(
-        source.bits,
-        source.group,
-        source.shape[1],
-        is_rotated=source.is_rotated,
-        input_scale=source.input_scale,
-    )
+    return form_of(source)
 
 
 def _add_matrix(
@@ -550,7 +540,7 @@ def _held(form: Form) -> dict[str, Any]:
 
 
 def _keeps_grid(source: Rows | GridSource, form: Form) -> TypeGuard[GridSource]:
-    return not isinstance(source, Rows) and form == _grid_form(source)
+    return not isinstance(source, Rows) and form == form_of(source)
 
 
 def _add_codes(native: Any, source: GridSource, form: Form, bias: np.ndarray | None) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from deepseek.errors import ConfigError, describe
 from deepseek.ops.rotation import rotate
-from deepseek.ops.scheme import Form
+from deepseek.ops.scheme import Form, grid_form
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -103,6 +103,18 @@ class GridSource(Protocol):
     def read(self) -> Grid:
         """Return all of it."""
         ...
+
+
+def form_of(source: GridSource) -> Form | None:
+    """Return how the engine holds a weight with the numbers that its grid has; None where it
+    cannot."""
+    return grid_form(
+        source.bits,
+        source.group,
+        source.shape[1],
+        is_rotated=source.is_rotated,
+        input_scale=source.input_scale,
+    )
 
 
 def why_not_exact(bits: int, scale: Floats, zero: Bytes) -> str | None:

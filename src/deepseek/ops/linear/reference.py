@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepseek.errors import ShapeError, describe
+from deepseek.ops.grid import form_of
 from deepseek.ops.quantized import QuantizedWeight, rotate
-from deepseek.ops.scheme import ROTATED, Storage, grid_form, scaled_together, stored_width
+from deepseek.ops.scheme import ROTATED, Storage, scaled_together, stored_width
 
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -51,22 +52,16 @@ def grid_linear_reference(
     inputs: Tensor, weight: QuantizedWeight, bias: Tensor | None = None
 ) -> Tensor:
     """Return `inputs @ weight.values().T + bias` as computed with a weight that keeps its grid,
-    float32 [M, N]: inputs are int8 with a scale per row and group of `grid_form`, or the weight's
+    float32 [M, N]: inputs are int8 with a scale per row and group of `form_of`, or the weight's
     `input_scale`.
 
     Args:
         inputs: float32 [M, K].
-        weight: [N, K], of a group that `grid_form` has a form for.
+        weight: [N, K], of a group that `form_of` has a form for.
         bias: float32 [N] or None.
     """
     rows, width = weight.codes.shape
-    form = grid_form(
-        weight.bits,
-        weight.group,
-        width,
-        is_rotated=weight.is_rotated,
-        input_scale=weight.input_scale,
-    )
+    form = form_of(weight.grid())
     if form is None:
         must = "a multiple of 32 or a whole row"
         raise ShapeError(describe("group", f"a weight [{rows}, {width}]", must, weight.group))
