@@ -124,14 +124,10 @@ def input_ranges(
 
 
 def _products_on_grid(work: Work) -> dict[str, QuantizedWeight]:
-    """Return the weights of linear layers that lie on a grid, by the layers' names; those of an
-    embedding that is the head too are no layer's own."""
-    modules = dict(work.model.named_modules())
-    shared = {id(each.weight) for each in modules.values() if isinstance(each, nn.Embedding)}
+    """Return the weights of linear layers that lie on a grid, by the layers' names; that of a head
+    which is the embedding goes by the embedding's."""
     return {
         name: work.quantized[f"{name}.weight"]
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-        and id(module.weight) not in shared
-        and f"{name}.weight" in work.quantized
+        for name, module in work.model.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in work.quantized
     }
