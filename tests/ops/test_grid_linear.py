@@ -186,6 +186,7 @@ def test_forms_of_grids(bits: int, group: int, width: int, form: Form | None) ->
 @pytest.mark.parametrize("rotated", [False, True])
 def test_one_scale_for_weights_and_inputs_is_held_by_rows(rotated: bool) -> None:
     form = grid_form(8, 576, 576, is_rotated=rotated, input_scale=0.5)
+    assert form is not None
     assert form == Form("int8", None, rotated, 0.5)
     assert form.text == f"int8 by rows{', rotated' * rotated}, inputs static"
     grouped = grid_form(8, 64, 576, is_rotated=rotated, input_scale=0.5)
