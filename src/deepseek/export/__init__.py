@@ -7,10 +7,37 @@ from typing import TYPE_CHECKING
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
+    from deepseek.export.formats import (
+        FORMATS,
+        Exported,
+        Format,
+        Reader,
+        export,
+        known_formats,
+        open_exported,
+    )
     from deepseek.export.gguf import write_gguf
 
-__all__ = ["write_gguf"]
+__all__ = [
+    "FORMATS",
+    "Exported",
+    "Format",
+    "Reader",
+    "export",
+    "known_formats",
+    "open_exported",
+    "write_gguf",
+]
 
-_HOMES = {"write_gguf": "gguf"}
+_HOMES = {
+    "FORMATS": "formats",
+    "Exported": "formats",
+    "Format": "formats",
+    "Reader": "formats",
+    "export": "formats",
+    "known_formats": "formats",
+    "open_exported": "formats",
+    "write_gguf": "gguf",
+}
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

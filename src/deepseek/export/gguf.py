@@ -9,6 +9,7 @@ written in a floating-point type.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, describe
+from deepseek.export.formats import Exported
 from deepseek.generate.modules import grids_kept
 from deepseek.hub import Bundle
 from deepseek.hub import load as load_bundle
@@ -103,6 +105,15 @@ def write_gguf(
     finally:
         fresh.unlink(missing_ok=True)
     return types
+
+
+def write(bundle: Bundle, folder: Path, *, floats: FloatType | None = None) -> Exported:
+    """Write a bundle as `model.gguf` in a folder; options as in `write_gguf`. Is a `Format`'s
+    writer."""
+    path = folder / "model.gguf"
+    types = Counter(write_gguf(bundle, path, floats=floats).values())
+    held = ", ".join(f"{kind} ({count})" for kind, count in types.most_common())
+    return Exported("gguf", folder, (path,), (f"types of the tensors: {held}",))
 
 
 def _load(source: Bundle | str | Path) -> Decoder:
