@@ -89,7 +89,8 @@ class Reader(Protocol):
         ...
 
     def layers(self, ids: Ids, mask: Ids) -> Sequence[Floats] | None:
-        """Return the states behind each layer, [batch, tokens, width]; None if it cannot."""
+        """Return the states behind each layer, [batch, tokens, width] each, as `hidden_states[1:]`
+        of the source has them (a decoder's last one is normed); None if it cannot."""
         ...
 
 
