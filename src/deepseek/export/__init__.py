@@ -17,15 +17,18 @@ if TYPE_CHECKING:
         open_exported,
     )
     from deepseek.export.gguf import write_gguf
+    from deepseek.export.verifying.verifier import Verified, verify
 
 __all__ = [
     "FORMATS",
     "Exported",
     "Format",
     "Reader",
+    "Verified",
     "export",
     "known_formats",
     "open_exported",
+    "verify",
     "write_gguf",
 ]
 
@@ -34,9 +37,11 @@ _HOMES = {
     "Exported": "formats",
     "Format": "formats",
     "Reader": "formats",
+    "Verified": "verifying.verifier",
     "export": "formats",
     "known_formats": "formats",
     "open_exported": "formats",
+    "verify": "verifying.verifier",
     "write_gguf": "gguf",
 }
 
