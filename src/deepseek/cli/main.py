@@ -35,6 +35,7 @@ VERBS: dict[str, str] = {
     "adapt": "adapt a model to a domain, to conversations or to preferences",
     "compress": "make a model smaller, and prove that it still works",
     "verify": "prove that an exported model computes what its source does",
+    "delta": "ship a new version as its small, signed difference, and apply it",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
     "bench": "measure speed and memory beside transformers, what attention costs, or a server",
     "explain": "which kernel runs each operation of a model, and what a step costs",
