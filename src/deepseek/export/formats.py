@@ -111,6 +111,8 @@ class Format:
     """Of `pip install 'deepseek-stack[…]'`, which brings the writer and the reader."""
     options: frozenset[str] = field(default_factory=frozenset)
     """Names of the options its writer takes."""
+    reports: bool = False
+    """Whether its writer also takes `progress`."""
     suffix: str = ""
     """Of the file by which a folder without a manifest is known, such as `.onnx`."""
     packages: tuple[str, ...] = ()
@@ -120,6 +122,37 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
+    "onnx": Format(
+        "onnx",
+        "ONNX Runtime and what imports ONNX; a decoder with its key/value cache",
+        writer="deepseek.export.onnx.writer:write",
+        reader="deepseek.export.onnx.reader:OnnxReader",
+        extra="export",
+        options=frozenset({"optimize", "quantize", "activations"}),
+        reports=True,
+        suffix=".onnx",
+        packages=("onnx", "onnxruntime"),
+    ),
+    "openvino": Format(
+        "openvino",
+        "OpenVINO on Intel processors and accelerators; a decoder with its key/value cache",
+        writer="deepseek.export.openvino:write",
+        reader="deepseek.export.openvino:read",
+        extra="openvino",
+        reports=True,
+        suffix=".xml",
+        packages=("onnx", "openvino"),
+    ),
+    "torch": Format(
+        "torch",
+        "PyTorch's AOTInductor: machine code for one processor, run without the model's Python",
+        writer="deepseek.export.aoti:write",
+        reader="deepseek.export.aoti:read",
+        options=frozenset({"max_tokens"}),
+        reports=True,
+        suffix=".pt2",
+        packages=("torch",),
+    ),
     "gguf": Format(
         "gguf",
         "llama.cpp, Ollama and what stands on them",
@@ -169,7 +202,12 @@ def missing_packages(format: Format) -> tuple[str, ...]:
 
 
 def export(
-    source: Bundle | str | Path, format: str, folder: str | Path, **options: object
+    source: Bundle | str | Path,
+    format: str,
+    folder: str | Path,
+    *,
+    progress: Progress | None = None,
+    **options: object,
 ) -> Exported:
     """Write a model in another runtime's format.
 
@@ -178,6 +216,7 @@ def export(
         format: one of `known_formats`.
         folder: where its files go, with `export.json` and the tokenizer's; made whole or not at
             all. What an earlier export left there is replaced.
+        progress: called with what is done and the share of it.
         options: of the format.
 
     Raises:
@@ -198,11 +237,11 @@ def export(
     target = Path(folder)
     _check_target(target)
     with replace_folder(target) as fresh:
-        made = load_place(chosen.writer)(bundle, fresh, **options)
+        given = {**options, "progress": progress} if chosen.reports else options
+        made = load_place(chosen.writer)(bundle, fresh, **given)
         assert isinstance(made, Exported)
         _copy_tokenizer(bundle, fresh)
-        shown = {name: value for name, value in options.items() if name != "progress"}
-        Manifest.of(fresh, format, kind, bundle, shown, made.notes).write(fresh)
+        Manifest.of(fresh, format, kind, bundle, options, made.notes).write(fresh)
     names = [path.relative_to(fresh) for path in made.files]
     return dataclasses.replace(made, folder=target, files=tuple(target / name for name in names))
 
