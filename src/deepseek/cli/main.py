@@ -34,6 +34,7 @@ VERBS: dict[str, str] = {
     "train": "train a model in stages, exactly, and go on after any stop",
     "adapt": "adapt a model to a domain, to conversations or to preferences",
     "compress": "make a model smaller, and prove that it still works",
+    "export": "write a model in another runtime's format",
     "verify": "prove that an exported model computes what its source does",
     "delta": "ship a new version as its small, signed difference, and apply it",
     "eval": "measure quality: perplexity, retrieval, choice, divergence",
@@ -93,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return out.fail(CapacityError(told), EXIT_USER_MISTAKE)
         step = f"This is a defect of deepseek: please report it with what {DEBUG_VARIABLE}=1 shows."
         return out.fail(RuntimeError(f"{type(error).__name__}: {error}. {step}"), EXIT_DEFECT)
+
+
+def export_main() -> int:
+    """Run `ds_export`, which is `deepseek export`, on the words of the process."""
+    return main(["export", *sys.argv[1:]])
 
 
 def _run(words: Sequence[str], out: Output) -> int:
