@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -154,39 +153,6 @@ def test_threads_stay_within_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu.default_threads() == 1
     monkeypatch.setattr(cpu, "cgroup_cores", lambda: 1000.0)
     assert cpu.default_threads() >= 1
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
-        ("0::/a/b\n", {"a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, 0.5),
-        (
-            "4:memory:/x\n1:cpu,cpuacct:/a\n0::/\n",
-            {"cpu/a/cpu.cfs_quota_us": "200000\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
-            2.0,
-        ),
-        (
-            "1:cpu:/\n",
-            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
-            None,
-        ),
-        ("1:cpuset:/\n", {}, None),
-        ("0::/\n", {"cpu.max": "nonsense\n"}, None),
-        ("", {}, None),
-    ],
-)
-def test_the_quota_of_control_groups_of_both_versions(
-    tmp_path: Path, groups: str, files: dict[str, str], cores: float | None
-) -> None:
-    own = tmp_path / "own"
-    own.write_text(groups)
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert cpu.cgroup_cores(tmp_path / "groups", own) == cores
 
 
 def test_a_group_that_no_kernel_has_is_refused() -> None:

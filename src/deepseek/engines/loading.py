@@ -148,12 +148,16 @@ def _engine_of(
     form = f"{'as stored' if scheme.as_stored else held} {packed_form()}"
     place = packed_path(bundle.path, bundle.tensors, form=form) if keep else None
 
+    tokenizer = Tokenizer.from_folder(bundle.path)
+    # what reading it took is as large as a small cache, and would stand beside the weights
+    kernels().release_freed()
+
     def build(packed: Mapping[str, PackedBytes] | None) -> Engine:
         return build_engine(
             config,
             weights_of(bundle, config),
             scheme,
-            tokenizer=Tokenizer.from_folder(bundle.path),
+            tokenizer=tokenizer,
             bundle=bundle,
             threads=threads,
             progress=progress,
@@ -169,7 +173,6 @@ def _engine_of(
         engine = build(None)
         if place is not None:
             write_packed(place, engine.packed_parts(), folder=bundle.path)
-    kernels().release_freed()  # what reading the tokenizer took is as large as a small cache
     return engine
 
 

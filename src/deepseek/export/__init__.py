@@ -7,6 +7,13 @@ from typing import TYPE_CHECKING
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
+    from deepseek.export.edge import (
+        EdgeModel,
+        EdgePlan,
+        EdgeProfile,
+        optimize_for_edge,
+        plan_for_edge,
+    )
     from deepseek.export.formats import (
         FORMATS,
         Exported,
@@ -21,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FORMATS",
+    "EdgeModel",
+    "EdgePlan",
+    "EdgeProfile",
     "Exported",
     "Format",
     "Reader",
@@ -28,12 +38,17 @@ __all__ = [
     "export",
     "known_formats",
     "open_exported",
+    "optimize_for_edge",
+    "plan_for_edge",
     "verify",
     "write_gguf",
 ]
 
 _HOMES = {
     "FORMATS": "formats",
+    "EdgeModel": "edge",
+    "EdgePlan": "edge",
+    "EdgeProfile": "edge",
     "Exported": "formats",
     "Format": "formats",
     "Reader": "formats",
@@ -41,6 +56,8 @@ _HOMES = {
     "export": "formats",
     "known_formats": "formats",
     "open_exported": "formats",
+    "optimize_for_edge": "edge",
+    "plan_for_edge": "edge",
     "verify": "verifying.verifier",
     "write_gguf": "gguf",
 }

@@ -117,7 +117,7 @@ class Engine:
     def packed_parts(self) -> list[tuple[str, memoryview]]:
         """Return the packed weights in place: what `build_engine` takes as `packed`."""
         parts = []
-        for place, name in enumerate(_matrices(self.program.instructions)):
+        for place, name in enumerate(matrices_of(self.program.instructions)):
             parts.append((name, _packed_view(self.native, place)))
         return parts
 
@@ -357,15 +357,13 @@ def compile_program(
         max_tokens,
         threads,
     )
-    forms = _forms(program, book.matrices, weights, scheme) | dict.fromkeys(
-        book.exact, Form("float32")
-    )
+    forms = forms_held(program, weights, scheme)
     for place, name in enumerate(book.matrices):
         _add_matrix(native, name, weights, forms[name], (packed or {}).get(name))
         if progress is not None:
             progress((place + 1) / len(book.matrices))
     for name in book.vectors:
-        native.add_vector(_vector(_needed(weights, name)))
+        native.add_vector(_vector(needed_weight(weights, name)))
     native.start()
     return native
 
@@ -414,7 +412,6 @@ class _Numbers:
 
     def __init__(self, buffers: list[str], instructions: Sequence[Instruction]) -> None:
         self._buffers = {name: place for place, name in enumerate(buffers)} | {LOGITS: -1}
-        self.exact = {name for item in instructions if item.is_exact for name in item.weights}
         named = (
             (
                 each.norm,
@@ -428,7 +425,7 @@ class _Numbers:
             for each in instructions
         )
         vectors = dict.fromkeys(name for each in named for name in each if name is not None)
-        self.matrices, self.vectors = _matrices(instructions), list(vectors)
+        self.matrices, self.vectors = matrices_of(instructions), list(vectors)
         self._matrices = {name: place for place, name in enumerate(self.matrices)}
         self._vectors: dict[str | None, int] = {name: i for i, name in enumerate(self.vectors)}
 
@@ -464,7 +461,8 @@ class _Numbers:
         }
 
 
-def _matrices(instructions: Sequence[Instruction]) -> list[str]:
+def matrices_of(instructions: Sequence[Instruction]) -> list[str]:
+    """Return the matrices of a program's instructions, each once."""
     return list(dict.fromkeys(name for item in instructions for name in item.weights))
 
 
@@ -473,17 +471,25 @@ def _storage(name: str, scheme: Scheme) -> Storage:
     return scheme.head_storage if is_head else scheme.weights
 
 
-def _forms(
-    program: Program, names: Sequence[str], weights: Weights, scheme: Scheme
-) -> dict[str, Form]:
+def forms_held(program: Program, weights: Weights, scheme: Scheme) -> dict[str, Form]:
+    """Return how the engine holds each matrix of a program in a scheme.
+
+    Raises:
+        BackendError: a weight is missing.
+        ConfigError: weights as they are stored are on different grids in one product.
+    """
+    exact = {name for item in program.instructions if item.is_exact for name in item.weights}
     if not scheme.as_stored:
-        return {name: scheme.form_of(_storage(name, scheme)) for name in names}
-    forms = forms_as_stored(program, weights)
-    reason = why_mixed(program, forms)
+        names = matrices_of(program.instructions)
+        forms = {name: scheme.form_of(_storage(name, scheme)) for name in names}
+        return forms | dict.fromkeys(exact, Form("float32"))
+    found = forms_as_stored(program, weights)
+    reason = why_mixed(program, found)
     if reason is not None:
         step = "Load it with a scheme, or put them on one grid"
         raise ConfigError(describe("weights", "Engine", "alike in a product", reason, step))
-    return {name: form for name, form in forms.items() if form is not None}
+    forms = {name: form for name, form in found.items() if form is not None}
+    return forms | dict.fromkeys(exact, Form("float32"))
 
 
 def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None]:
@@ -493,8 +499,8 @@ def forms_as_stored(program: Program, weights: Weights) -> dict[str, Form | None
     Raises:
         BackendError: a weight is missing.
     """
-    names = _matrices(program.instructions)
-    return {name: _form_as_stored(_needed(weights, name)) for name in names}
+    names = matrices_of(program.instructions)
+    return {name: _form_as_stored(needed_weight(weights, name)) for name in names}
 
 
 def _form_as_stored(source: Rows | GridSource) -> Form | None:
@@ -506,7 +512,7 @@ def _form_as_stored(source: Rows | GridSource) -> Form | None:
 def _add_matrix(
     native: Any, name: str, weights: Weights, form: Form, packed: PackedBytes | None
 ) -> None:
-    source = _needed(weights, name)
+    source = needed_weight(weights, name)
     count, width = source.shape
     given = weights(name.removesuffix("weight") + "bias")
     bias = None if given is None else _vector(given)
@@ -564,7 +570,12 @@ def _packed_view(native: Any, place: int) -> memoryview:
     return memoryview((ctypes.c_uint8 * count).from_address(address)).cast("B")
 
 
-def _needed(weights: Weights, name: str) -> Rows | GridSource:
+def needed_weight(weights: Weights, name: str) -> Rows | GridSource:
+    """Return a weight; that of one expert out of a stack, where there is a stack.
+
+    Raises:
+        BackendError: there is none.
+    """
     rows = weights(name) or _of_stack(weights, name)
     if rows is None:
         raise BackendError(describe(f"weight {name!r}", "Engine", "there", "no such weight"))

@@ -143,7 +143,7 @@ def engine_of(model: nn.Module) -> Engine | None:
         return build_engine(
             model.config,
             weights_of(model, grids),
-            asked or _usual_scheme(model, has_grids=bool(grids)),
+            asked or usual_scheme(model, has_grids=bool(grids)),
             tokenizer=model.tokenizer,
             bundle=model.bundle,
             threads=threads,
@@ -153,7 +153,7 @@ def engine_of(model: nn.Module) -> Engine | None:
     return slot.get(key, build)
 
 
-def _usual_scheme(model: Decoder, *, has_grids: bool) -> Scheme:
+def usual_scheme(model: Decoder, *, has_grids: bool) -> Scheme:
     """Return the scheme of a model that was asked for none."""
     dtype = str(model.dtype).removeprefix("torch.")
     scheme = Scheme(as_stored=True) if has_grids else Scheme.named(dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from deepseek.errors import CapacityError, ConfigError, describe
 from deepseek.generate.engine import MAX_STEP_TOKENS, PAGE_SIZE
-from deepseek.ops.cpu import cgroup_cores
+from deepseek.ops import cgroup
 from deepseek.serve.stepping import StepEngine
 
 LONGEST_STEP_S = 0.15
@@ -85,7 +85,7 @@ def choose_values(engine: StepEngine, asked: Asked) -> Values:
 
 
 def _threads(engine: StepEngine) -> Value:
-    quota = cgroup_cores()
+    quota = cgroup.cgroup_cores()
     limit = "" if quota is None else f", of which its control group may use {quota:g}"
     return Value("threads", engine.threads, f"cores of this process{limit}, or as asked")
 
@@ -135,24 +135,17 @@ def _tokens_per_s(engine: StepEngine) -> float:
 
 
 def free_memory(
-    info: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
+    info: Path = Path("/proc/meminfo"), root: Path = cgroup.ROOT, own: Path = cgroup.OWN
 ) -> tuple[int, str]:
     """Return bytes that this process may still take, and who sets that limit.
 
     Args:
         info: what the system says of its memory.
-        group: this process's control group, version 2.
+        root, own: as in `cgroup_memory`.
     """
     free, whose = 2**30, "a machine that does not tell"
     if info.is_file():
         lines = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
         free, whose = int(lines["MemAvailable"].split()[0]) * 1024, "this machine"
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            left = int(limit) - int((group / "memory.current").read_text())
-            if left < free:
-                free, whose = max(0, left), "its control group"
-    except (OSError, ValueError):
-        pass
-    return free, whose
+    limit = cgroup.cgroup_memory(root, own)
+    return (limit[1], "its control group") if limit and limit[1] < free else (free, whose)

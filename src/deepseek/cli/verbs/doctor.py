@@ -12,8 +12,8 @@ from pathlib import Path
 
 from deepseek.cli.output import Output, size
 from deepseek.errors import BackendError
+from deepseek.ops.cgroup import cgroup_cores, cgroup_memory
 from deepseek.ops.choice import Case, Kernel, choose
-from deepseek.ops.cpu import cgroup_cores
 
 EXAMPLE = "deepseek doctor --json"
 
@@ -136,9 +136,8 @@ def _cgroup_cores() -> str:
 
 
 def _cgroup_memory() -> str:
-    limit = Path("/sys/fs/cgroup/memory.max")
-    word = limit.read_text().strip() if limit.is_file() else "max"
-    return "no limit" if word == "max" else size(int(word))
+    found = cgroup_memory()
+    return "no limit" if found is None else f"{size(found[0])}, {size(found[1])} free"
 
 
 def software_facts() -> dict[str, object]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from pathlib import Path
 from types import ModuleType
 
 from deepseek.errors import BackendError, ConfigError, describe
+from deepseek.ops.cgroup import cgroup_cores
 
 ISA_VARIABLE = "DEEPSEEK_ISA"
 """Environment variable that forces an instruction set, for tests and comparisons."""
@@ -77,36 +77,3 @@ def default_threads() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = cgroup_cores()
     return max(1, min(cores or 1, math.ceil(quota) if quota is not None else cores or 1))
-
-
-def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path | None = None) -> float | None:
-    """Return the processor quota of this process's control groups in cores, None without one.
-
-    Args:
-        root: where control groups are mounted, of either version.
-        own: the list of this process's groups; None for `/proc/self/cgroup`.
-    """
-    own = Path("/proc/self/cgroup") if own is None else own
-    quotas = []
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, controllers, place = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / "cpu" if controllers else root
-        group = base / place.lstrip("/")
-        # a group may use what all those above it allow; a container sees its own as the root
-        quotas += [_quota(each) for each in (group, *group.parents) if each.is_relative_to(base)]
-    return min((quota for quota in quotas if quota is not None), default=None)
-
-
-def _quota(group: Path) -> float | None:
-    """Return the quota of one group in cores."""
-    try:
-        if (group / "cpu.max").is_file():
-            quota, period = (group / "cpu.max").read_text().split()
-        else:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
