@@ -29,6 +29,7 @@ USUAL_CONTEXT = 2048
 LEAST_CONTEXT = 256
 """Fewest tokens of a text that a profile goes down to by itself."""
 _PAGE = 64
+_SYSTEM_PAGE_BYTES = 4096
 _MARGIN_BYTES = 8 * 2**20
 """For what nobody counts: pieces of freed memory, small objects."""
 _TOKENIZER_READ, _TOKENIZER_KEPT = 28, 12
@@ -420,11 +421,11 @@ def _check(engine: Engine, plan: EdgePlan) -> None:
     Raises:
         CapacityError: something is larger.
     """
-    page_bytes = int(engine.new_pages(1).num_bytes)
+    cache = int(engine.new_pages(plan.pages).num_bytes)  # taken when it is written to, not before
     pairs = {
         "weights": (engine.weight_bytes, plan.footprint.weights_bytes),
         "states": (int(engine.native.plan_bytes), plan.footprint.states_bytes),
-        "cache": (page_bytes * plan.pages, plan.footprint.cache_bytes + page_bytes),
+        "cache": (cache, plan.footprint.cache_bytes + _SYSTEM_PAGE_BYTES),
     }
     for name, (found, planned) in pairs.items():
         if found > planned:
