@@ -301,7 +301,9 @@ def _bundle(source: str | Path) -> Bundle:
 
 def _check_target(target: Path) -> None:
     """Refuse to replace a folder that no export made."""
-    if target.exists() and not (target / MANIFEST).is_file() and any(target.iterdir()):
+    if not target.exists() or (target / MANIFEST).is_file():
+        return
+    if not target.is_dir() or any(target.iterdir()):
         must = "new, empty, or one that an export made"
         raise ConfigError(describe("folder", "export", must, str(target), "Choose another folder"))
 
