@@ -6,12 +6,17 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING
 
+from deepseek.cli.edge import edge_profile, load_for_edge
 from deepseek.cli.models import ready
 from deepseek.cli.output import Output
 from deepseek.errors import ConfigError, describe
 
 if TYPE_CHECKING:
+    from deepseek.export import EdgePlan
     from deepseek.serve.stepping import StepEngine
+
+_SERVER_BYTES = 96 * 2**20
+"""What a server takes beside its engine: its libraries, its connections, its state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,8 @@ class Served:
     engine: StepEngine
     slow_because: str | None
     """Why it runs through its modules; None on packed weights."""
+    edge: EdgePlan | None = None
+    """Within which limits; None without `--target edge`."""
 
 
 def served_engine(args: argparse.Namespace, out: Output, model: str, scheme: str | None) -> Served:
@@ -36,6 +43,10 @@ def served_engine(args: argparse.Namespace, out: Output, model: str, scheme: str
     missing = why_missing()
     if missing is not None:
         raise ConfigError(describe("kernels", "deepseek serve", "built", missing))
+    profile = edge_profile(args, _SERVER_BYTES)
+    if profile is not None:
+        edge = load_for_edge(model, profile, out)
+        return Served(edge.engine, None, edge.plan)
     name = ready(model, out)
     with out.progress() as progress:
         engine = load_engine(

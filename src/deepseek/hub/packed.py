@@ -123,6 +123,8 @@ def read_packed(path: Path) -> dict[str, PackedWeight] | None:
         if path.exists():
             _LOG.warning("packed weights are made anew: %s is no whole file of them", path)
         return None
+    if "sums" not in about:  # as earlier releases wrote it
+        return None
     try:
         file, sums = _Opened(path), json.loads(about["sums"])
         os.utime(path)  # what was used last is kept longest

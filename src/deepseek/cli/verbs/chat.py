@@ -9,6 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from deepseek.cli.edge import add_target_arguments, edge_profile, load_for_edge
 from deepseek.cli.models import (
     add_attention_argument,
     add_length_arguments,
@@ -36,13 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_sampling_arguments(parser, temperature=0.6)
+    add_target_arguments(parser)
     parser.set_defaults(verb="chat")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Read questions from standard input until it ends, and answer each."""
     sampling, memory = read_sampling(args), read_memory(args)
-    model = load_generator(args, out)
+    profile = edge_profile(args)
+    edge = None if profile is None else load_for_edge(args.model, profile, out)
+    model = load_generator(args, out) if edge is None else edge.engine
     if model.tokenizer is None:
         step = "Use a model folder that has tokenizer.json"
         raise ConfigError(

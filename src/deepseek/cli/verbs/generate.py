@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from deepseek.cli.edge import add_target_arguments, edge_profile, load_for_edge
 from deepseek.cli.models import (
     add_attention_argument,
     add_exits_argument,
@@ -38,14 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chat", action="store_true", help="put the prompt as a user's message")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     add_sampling_arguments(parser)
+    add_target_arguments(parser)
     parser.set_defaults(verb="generate")
 
 
 def run(args: argparse.Namespace, out: Output) -> int:
     """Generate, streaming the text to standard output."""
     sampling, memory = read_sampling(args), read_memory(args)
-    prompt = _prompt(args)
-    model = load_generator(args, out)
+    prompt, profile = _prompt(args), edge_profile(args)
+    edge = None if profile is None else load_for_edge(args.model, profile, out)
+    model = load_generator(args, out) if edge is None else edge.engine
     exits = read_exits(args, model.config.num_layers)
     from deepseek.generate import Completion, generate
 
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace, out: Output) -> int:
     out.say()
     runs_on = _runs_on(model, leaves=exits is not None)
     result = {"model": args.model, "runs_on": runs_on, **completion.to_dict()}
+    if edge is not None:
+        result["edge"] = edge.plan.to_dict()
     return out.finish(result, _speed(completion, args))
 
 

@@ -15,6 +15,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deepseek.cli.edge import add_target_arguments
 from deepseek.cli.models import add_attention_argument, add_scheme_argument, positive
 from deepseek.cli.output import Output
 from deepseek.cli.serve_access import key_store
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-host", action="append", default=[], help="a Host header that is answered too"
     )
+    add_target_arguments(parser)
     add_engine_arguments(parser)
     add_state_arguments(parser)
     add_key_arguments(parser)
@@ -145,9 +147,10 @@ def _service(
     if args.draft is not None and not args.explain:
         draft = served_engine(args, out, args.draft, args.scheme).engine
     adapters = load_adapters(served.engine, args.adapter, reference)
+    edge = served.edge
     asked = Asked(
-        pages=args.pages,
-        max_running=args.max_running,
+        pages=args.pages if edge is None else edge.pages,
+        max_running=args.max_running if edge is None else edge.rows,
         step_tokens=args.step_tokens,
         max_waiting=args.max_waiting,
     )
