@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deepseek.errors import ConfigError
-from deepseek.export.captured import capture
+from deepseek.export.captured import Capture
 from deepseek.export.traced import TracedDecoder, TracedEncoder, past_shapes, why_not_traced
 from deepseek.hub import Bundle, save
 from deepseek.models import Decoder
@@ -111,9 +111,9 @@ def test_an_encoder_says_the_same(labels: tuple[str, ...]) -> None:
 
 def test_a_capture_is_of_any_batch_length_and_past(tmp_path) -> None:
     save(tiny_decoder(), tmp_path / "a")
-    captured = capture(Bundle.open(tmp_path / "a"), max_tokens=32, max_batch=4)
+    captured = Capture.of(Bundle.open(tmp_path / "a"), max_tokens=32, max_batch=4)
     model = tiny_decoder()
-    module = captured.program.module()
+    module = captured.follow().module()
     for rows, length, past in ((1, 1, 0), (4, 32, 0), (3, 1, 31), (1, 7, 25), (2, 5, 3)):
         ids = torch.randint(0, 96, (rows, length))
         masks = torch.ones_like(ids), torch.ones(rows, past, dtype=torch.int64)
@@ -127,7 +127,7 @@ def test_a_capture_is_of_any_batch_length_and_past(tmp_path) -> None:
 def test_bounds_that_a_model_has_not_are_refused(tmp_path) -> None:
     save(tiny_decoder(), tmp_path / "a")
     bundle = Bundle.open(tmp_path / "a")
-    with pytest.raises(ConfigError, match="from 4 to 128"):
-        capture(bundle, max_tokens=129, max_batch=1)
+    with pytest.raises(ConfigError, match="from 5 to 128"):
+        Capture.of(bundle, max_tokens=129, max_batch=1)
     with pytest.raises(ConfigError, match="max_batch"):
-        capture(bundle, max_tokens=32, max_batch=0)
+        Capture.of(bundle, max_tokens=32, max_batch=0)

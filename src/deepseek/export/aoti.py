@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from deepseek.errors import BackendError, FormatError, describe
-from deepseek.export.captured import capture
+from deepseek.export.captured import Capture
 from deepseek.export.formats import Exported, Progress
 from deepseek.export.graph_reader import GraphReader
 from deepseek.export.traced_reader import traced_reader
@@ -49,11 +49,12 @@ def write(
     """
     tell = progress or (lambda words, share: None)
     tell("following the model", None)
-    captured = capture(bundle, max_tokens=max_tokens, max_batch=_MAX_BATCH)
+    capture = Capture.of(bundle, max_tokens=max_tokens, max_batch=_MAX_BATCH)
+    program = capture.follow()
     about = {
-        "kind": captured.kind,
-        "max_tokens": captured.max_tokens,
-        "past": [list(each.shape) for each in captured.inputs[3:]],
+        "kind": capture.kind,
+        "max_tokens": capture.max_tokens,
+        "past": [list(each.shape) for each in capture.inputs[3:]],
     }
     tell("compiling", None)
     path = folder / FILE
@@ -61,7 +62,7 @@ def write(
         warnings.simplefilter("ignore")  # of PyTorch about its own parts
         try:
             torch._inductor.aoti_compile_and_package(
-                captured.program,
+                program,
                 package_path=str(path),
                 inductor_configs={"aot_inductor.metadata": {_ABOUT: json.dumps(about)}},
             )
@@ -72,7 +73,7 @@ def write(
             raise BackendError(describe("C++ compiler", "export", must, got, step)) from error
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     note = f"machine code for {machine}: it runs on processors that have this"
-    return Exported("torch", folder, (path,), (*captured.notes, note))
+    return Exported("torch", folder, (path,), (*capture.notes, note))
 
 
 def read(folder: Path, *, threads: int | None = None) -> GraphReader:

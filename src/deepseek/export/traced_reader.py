@@ -38,9 +38,7 @@ def traced_reader(
         ]
 
     def call(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        ids, mask, *kept = (
-            torch.from_numpy(np.require(each, requirements="CW")) for each in inputs
-        )
+        ids, mask, *kept = map(_tensor, inputs)
         if not kept:
             return [each.numpy() for each in run(ids, mask)]
         num_past = kept[0].shape[3]
