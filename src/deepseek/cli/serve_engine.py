@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from deepseek.export import EdgePlan
     from deepseek.serve.stepping import StepEngine
 
-_SERVER_BYTES = 96 * 2**20
-"""What a server takes beside its engine: its libraries, its connections, its state."""
+_SERVER_BYTES = 128 * 2**20
+"""What a server takes beside its engine: libraries, connections, state, grammars."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from deepseek.registry import lazy_names
 
 if TYPE_CHECKING:
+    from deepseek.engines.cache import ModelCache
     from deepseek.engines.facts import EngineFacts, engine_facts
     from deepseek.engines.loading import load_encoder_engine, load_engine
 
-__all__ = ["EngineFacts", "engine_facts", "load_encoder_engine", "load_engine"]
+__all__ = ["EngineFacts", "ModelCache", "engine_facts", "load_encoder_engine", "load_engine"]
 
 _HOMES = {
     "EngineFacts": "facts",
+    "ModelCache": "cache",
     "engine_facts": "facts",
     "load_encoder_engine": "loading",
     "load_engine": "loading",
