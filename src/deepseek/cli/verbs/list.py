@@ -1,4 +1,4 @@
-"""The models that are here, and those that can be pulled by name."""
+"""The models that are here, those that can be pulled by name, and what is packed of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def run(args: argparse.Namespace, out: Output) -> int:
     """List the store, then the names that can be pulled."""
     from deepseek import hub
     from deepseek.hub.names import NAMES
+    from deepseek.hub.packed import BYTES_VARIABLE, kept_weights, packed_bound
     from deepseek.hub.store import store_folder
 
     here = hub.list_bundles()
@@ -27,8 +28,17 @@ def run(args: argparse.Namespace, out: Output) -> int:
     if absent:
         rows = [(name, "", model.license, model.summary) for name, model in absent]
         out.table("can be pulled", ("model", "", "licence", "what"), rows)
+    kept = kept_weights()
+    if kept:
+        total = sum(each.size_bytes for each in kept)
+        bound = f"at most {size(packed_bound())}, {BYTES_VARIABLE}"
+        out.say(f"\npacked weights: {len(kept)} files, {size(total)} ({bound})")
     listed = [
         {"name": b.path.name, "path": str(b.path), "bytes": b.size_bytes, "card": b.card.name}
         for b in here
     ]
-    return out.finish({"bundles": listed, "can_be_pulled": [name for name, _ in absent]})
+    packed = [
+        {"path": str(each.path), "model": each.folder, "bytes": each.size_bytes} for each in kept
+    ]
+    names_absent = [name for name, _ in absent]
+    return out.finish({"bundles": listed, "can_be_pulled": names_absent, "packed": packed})
