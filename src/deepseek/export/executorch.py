@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
     from executorch.runtime import Method
     from torch.export import ExportedProgram
+    from torch.fx import GraphModule
 
 MODEL = "model.pte"
 _METHOD = "forward"
@@ -67,7 +68,7 @@ def write(
         program = capture.follow()
         if quantize is not None:
             tell("rounding weights", None)
-            program = capture.follow(_quantized(program.module(), capture.inputs))
+            program = capture.follow(_quantized(program, capture.inputs))
         tell("lowering to XNNPACK", None)
         made = _lower(program)
         tell("writing", None)
@@ -92,9 +93,9 @@ def read(folder: Path, *, threads: int | None = None) -> GraphReader:
     with _quiet():
         method = _load(path)
         if threads is not None:
-            from executorch.extension.pybindings import _portable_lib
+            from executorch.extension.pybindings import portable_lib
 
-            _portable_lib._unsafe_reset_threadpool(threads)
+            portable_lib._unsafe_reset_threadpool(threads)
     about = method.metadata
     inputs = [about.input_tensor_meta(at).sizes() for at in range(about.num_inputs())]
     answer = about.output_tensor_meta(0).sizes()
@@ -152,7 +153,7 @@ def _lower(program: ExportedProgram) -> ExecutorchProgramManager:
     return to_edge_transform_and_lower(program, partitioner=parts).to_executorch()
 
 
-def _quantized(graph: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+def _quantized(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> nn.Module:
     """Return a graph with int8 matrices, by channels, whose inputs are rounded while it runs."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
@@ -161,6 +162,7 @@ def _quantized(graph: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     config = get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    graph = cast("GraphModule", program.module())
     prepared = prepare_pt2e(graph, XNNPACKQuantizer().set_global(config))
     prepared(*inputs)
     return convert_pt2e(prepared)
