@@ -16,7 +16,6 @@ constexpr size_t kArenaBytes = 0;     // every weight on its own, so that a read
 #else
 constexpr size_t kArenaBytes = size_t(64) << 20;
 #endif
-constexpr int kRowBlock = 32;         // rows of a swiglu tile
 
 }  // namespace
 
@@ -211,7 +210,7 @@ void Program::start() {
                          (aligned(shape_.head_dim, 16) + 2) * sizeof(float));
   thread_offset_ = inputs_bytes_;
   thread_bytes_ = own + aligned((widest + 64) * sizeof(float)) +
-                  aligned(3 * kRowBlock * kPanel * sizeof(float)) + state +
+                  aligned(2 * kSwigluRows * kPanel * sizeof(float)) + state +
                   aligned(kQueryBlock * (sizeof(Query) + shape_.head_dim * sizeof(float))) +
                   aligned(kernels_.attend_scratch_bytes) + 4096;
   scratch_ = Memory(thread_offset_ + pool_.size() * thread_bytes_);
@@ -457,25 +456,23 @@ float* Program::product_scratch(int thread) const {
   return (float*)(thread_scratch(thread) + inputs);
 }
 
-// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel; `out` is row `start`. With
-// `adapted`, gate and up are those of `in`, and gain what the adapters of the step add.
-void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
-                           float* tiles, float* out, ptrdiff_t stride, const Pass* adapted,
-                           const Instruction& in) const {
+// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel, with what the adapters of the
+// step add to both; `out` is row `start`.
+void Program::adapted_swiglu(const Pass& pass, const Instruction& in, const Inputs& x, int start, int stop, int panel,
+                             float* tiles, float* out, ptrdiff_t stride) const {
+  const Weight &gate = weights_[in.weights[0]], &up = weights_[in.weights[1]];
   int width = gate.width(panel), columns = std::min(gate.n - panel * kPanel, width);
-  float* ups = tiles + kRowBlock * kPanel;
-  for (int r = start; r < stop; r += kRowBlock) {
-    int end = std::min(stop, r + kRowBlock);
+  float* ups = tiles + kSwigluRows * kPanel;
+  for (int r = start; r < stop; r += kSwigluRows) {
+    int end = std::min(stop, r + kSwigluRows);
     kernels_.linear(gate, x, r, end, panel, tiles, kPanel, Store::set);
     kernels_.linear(up, x, r, end, panel, ups, kPanel, Store::set);
-    if (adapted) {
-      project_up(*adapted, in, 0, panel, r, end, tiles, kPanel);
-      project_up(*adapted, in, 1, panel, r, end, ups, kPanel);
-    }
+    project_up(pass, in, 0, panel, r, end, tiles, kPanel);
+    project_up(pass, in, 1, panel, r, end, ups, kPanel);
     for (int i = r; i < end; ++i) {
       float* values = tiles + (i - r) * kPanel;
       kernels_.silu_mul(values, ups + (i - r) * kPanel, values, width);
-      std::memcpy(out + (i - start) * stride + panel * kPanel, values, columns * sizeof(float));
+      std::memcpy(out + (i - start) * stride, values, columns * sizeof(float));
     }
   }
 }
@@ -523,7 +520,9 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
       }
       return;
     }
-    swiglu_panel(w, weights_[in.weights[1]], x, 0, rows, p, tiles, out, stride, has_adapters ? &pass : nullptr, in);
+    float* target = out + p * kPanel;
+    if (has_adapters) adapted_swiglu(pass, in, x, 0, rows, p, tiles, target, stride);
+    else kernels_.swiglu(w, weights_[in.weights[1]], x, 0, rows, p, tiles, target, stride);
   };
   if (rows < 16) {
     auto [start, stop] = share(panels, pool_.size(), thread);
@@ -772,8 +771,8 @@ void Program::experts(Pass& pass, const Instruction& in, int index, int thread) 
     }
   };
   each_panel(gate.panels(), counters_[kCounters * index], [&](int expert, int panel, int start, int stop) {
-    swiglu_panel(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop,
-                 panel, tiles, hidden + size_t(start) * down.k, down.k, nullptr, in);
+    kernels_.swiglu(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop, panel,
+                    tiles, hidden + size_t(start) * down.k + panel * kPanel, down.k);
   });
   pool_.barrier().wait();
 
