@@ -212,8 +212,10 @@ class Program {
   void copy(Pass& pass, const Instruction& in, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
-  void finish_panel(const Instruction& in, int rows, int first, int columns, float* out, ptrdiff_t stride);
-  void become_gates(const Instruction& in, int rows, int first, int last);
+  template <typename F>
+  void share_rows(int rows, std::atomic<int>& counter, int thread, F f) const;
+  void finish_panel(const Instruction& in, int start, int stop, int first, int columns, float* out, ptrdiff_t stride);
+  void become_gates(const Instruction& in, int start, int stop, int first, int last);
   float gate_of(const Instruction& in, int token, int head) const;
   bool is_closed(const Instruction& in, int token, int head) const { return gate_of(in, token, head) == 0; }
   void adapted_swiglu(const Pass& pass, const Instruction& in, const Inputs& x, int start, int stop, int panel,
