@@ -365,9 +365,10 @@ void Program::embed_row(const Weight& w, int row, float* out) const {
   int panel = row / kPanel, column = row % kPanel, width = w.width(panel);
   const uint8_t* data = w.panel(panel);
   auto half = [](uint16_t h) {
-    uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-    float value = exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                : std::ldexp(float(mantissa + 1024), int(exponent) - 25);
+    uint32_t bits = uint32_t(h & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;  // exact, for denormal halves too: the exponents' offsets differ by 112
     return h & 0x8000 ? -value : value;
   };
   for (int i = 0; i < w.k_padded; ++i) {

@@ -14,7 +14,7 @@ constexpr int kPanel = 48;
 constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
-constexpr int kSpan = 128;
+constexpr int kSpan = 256;
 // Mean keys of clusters that stand for the keys of a page.
 constexpr int kSummary = 8;
 // Queries that are loaded together, at most.
