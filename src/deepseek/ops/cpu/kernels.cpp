@@ -12,8 +12,10 @@
 #if defined(DEEPSEEK_AMX) || defined(DEEPSEEK_AMX_EMULATED)
 #include "../linear/cpu/tile_products.h"
 #define DEEPSEEK_LINEAR tile_linear
+#define DEEPSEEK_SWIGLU tile_swiglu
 #else
 #define DEEPSEEK_LINEAR linear
+#define DEEPSEEK_SWIGLU swiglu_by<linear>
 #endif
 
 #define DEEPSEEK_JOIN(a, b) a##b
@@ -29,6 +31,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .row_bytes = row_bytes,
     .prepare = prepare,
     .linear = DEEPSEEK_LINEAR,
+    .swiglu = DEEPSEEK_SWIGLU,
     .activate = activate,
     .rms_norm = ::rms_norm,
     .layer_norm = ::layer_norm,

@@ -17,12 +17,25 @@ Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64))) {
 
 Memory::~Memory() { std::free(data_); }
 #else
-Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), 4096)) {
-  void* got = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+namespace {
+
+constexpr size_t kPageBytes = 4096, kHugeBytes = size_t(2) << 20;
+
+}  // namespace
+
+Memory::Memory(size_t bytes) : bytes_(aligned(std::max<size_t>(bytes, 64), kPageBytes)) {
+  // huge pages begin at multiples of their size only; what lies before and behind is given back
+  size_t room = bytes_ >= 2 * kHugeBytes ? bytes_ + kHugeBytes : bytes_;
+  void* got = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) throw std::bad_alloc();
   data_ = (uint8_t*)got;
+  if (room == bytes_) return;
+  data_ = (uint8_t*)aligned(size_t(got), kHugeBytes);
+  size_t before = data_ - (uint8_t*)got, behind = kHugeBytes - before;
+  if (before) munmap(got, before);
+  if (behind) munmap(data_ + bytes_, behind);
 #if defined(MADV_HUGEPAGE)
-  if (bytes_ >= (size_t(8) << 20)) madvise(data_, bytes_, MADV_HUGEPAGE);
+  madvise(data_, bytes_, MADV_HUGEPAGE);
 #endif
 }
 

@@ -11,12 +11,13 @@ namespace deepseek {
 
 namespace {
 
+constexpr int kFewestRows = 32;  // that a product is divided into: those of a block of tiles
+
 #if defined(__SANITIZE_ADDRESS__)
 constexpr size_t kArenaBytes = 0;     // every weight on its own, so that a read past it is seen
 #else
 constexpr size_t kArenaBytes = size_t(64) << 20;
 #endif
-constexpr int kRowBlock = 32;         // rows of a swiglu tile
 
 }  // namespace
 
@@ -211,7 +212,7 @@ void Program::start() {
                          (aligned(shape_.head_dim, 16) + 2) * sizeof(float));
   thread_offset_ = inputs_bytes_;
   thread_bytes_ = own + aligned((widest + 64) * sizeof(float)) +
-                  aligned(3 * kRowBlock * kPanel * sizeof(float)) + state +
+                  aligned(2 * kSwigluRows * kPanel * sizeof(float)) + state +
                   aligned(kQueryBlock * (sizeof(Query) + shape_.head_dim * sizeof(float))) +
                   aligned(kernels_.attend_scratch_bytes) + 4096;
   scratch_ = Memory(thread_offset_ + pool_.size() * thread_bytes_);
@@ -364,9 +365,10 @@ void Program::embed_row(const Weight& w, int row, float* out) const {
   int panel = row / kPanel, column = row % kPanel, width = w.width(panel);
   const uint8_t* data = w.panel(panel);
   auto half = [](uint16_t h) {
-    uint32_t exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-    float value = exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                : std::ldexp(float(mantissa + 1024), int(exponent) - 25);
+    uint32_t bits = uint32_t(h & 0x7fff) << 13;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;  // exact, for denormal halves too: the exponents' offsets differ by 112
     return h & 0x8000 ? -value : value;
   };
   for (int i = 0; i < w.k_padded; ++i) {
@@ -457,25 +459,23 @@ float* Program::product_scratch(int thread) const {
   return (float*)(thread_scratch(thread) + inputs);
 }
 
-// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel; `out` is row `start`. With
-// `adapted`, gate and up are those of `in`, and gain what the adapters of the step add.
-void Program::swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
-                           float* tiles, float* out, ptrdiff_t stride, const Pass* adapted,
-                           const Instruction& in) const {
+// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel, with what the adapters of the
+// step add to both; `out` is row `start`.
+void Program::adapted_swiglu(const Pass& pass, const Instruction& in, const Inputs& x, int start, int stop, int panel,
+                             float* tiles, float* out, ptrdiff_t stride) const {
+  const Weight &gate = weights_[in.weights[0]], &up = weights_[in.weights[1]];
   int width = gate.width(panel), columns = std::min(gate.n - panel * kPanel, width);
-  float* ups = tiles + kRowBlock * kPanel;
-  for (int r = start; r < stop; r += kRowBlock) {
-    int end = std::min(stop, r + kRowBlock);
+  float* ups = tiles + kSwigluRows * kPanel;
+  for (int r = start; r < stop; r += kSwigluRows) {
+    int end = std::min(stop, r + kSwigluRows);
     kernels_.linear(gate, x, r, end, panel, tiles, kPanel, Store::set);
     kernels_.linear(up, x, r, end, panel, ups, kPanel, Store::set);
-    if (adapted) {
-      project_up(*adapted, in, 0, panel, r, end, tiles, kPanel);
-      project_up(*adapted, in, 1, panel, r, end, ups, kPanel);
-    }
+    project_up(pass, in, 0, panel, r, end, tiles, kPanel);
+    project_up(pass, in, 1, panel, r, end, ups, kPanel);
     for (int i = r; i < end; ++i) {
       float* values = tiles + (i - r) * kPanel;
       kernels_.silu_mul(values, ups + (i - r) * kPanel, values, width);
-      std::memcpy(out + (i - start) * stride + panel * kPanel, values, columns * sizeof(float));
+      std::memcpy(out + (i - start) * stride, values, columns * sizeof(float));
     }
   }
 }
@@ -490,11 +490,14 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   float* tiles = scratch + aligned(w.k_padded + 64, 16);
   const float* norm = in.norm < 0 ? nullptr : vectors_[in.norm];
   int in_width = buffers_[in.in].width;
-  auto [first, last] = is_alone ? std::pair{0, rows} : share(rows, pool_.size(), thread);
-  for (int r = first; r < last; ++r) {
-    int source = source_of(pass, in, r);
-    kernels_.prepare(w, buffer(in.in) + size_t(source) * in_width, norm, shape_.norm_eps, x, r, scratch);
-  }
+  auto prepare = [&](int first, int last) {
+    for (int r = first; r < last; ++r) {
+      int source = source_of(pass, in, r);
+      kernels_.prepare(w, buffer(in.in) + size_t(source) * in_width, norm, shape_.norm_eps, x, r, scratch);
+    }
+  };
+  if (is_alone) prepare(0, rows);
+  else share_rows(rows, counters_[kCounters * index + 1], thread, prepare);
   if (has_adapters) prepare_adapted(pass, in, thread);
   if (!is_alone) pool_.barrier().wait();
   if (has_adapters) {
@@ -508,48 +511,69 @@ void Program::linear(Pass& pass, const Instruction& in, int index, int thread) {
   int panels = 0;
   for (int index : in.weights) panels += in.op == Op::swiglu ? 0 : weights_[index].panels();
   if (in.op == Op::swiglu) panels = w.panels();
-  auto unit = [&](int p) {
+  auto unit = [&](int p, int first, int last) {
+    float* target = out + first * stride;
+    int rows = last - first;
     if (in.op == Op::linear) {
-      float* target = out;
       for (int place = 0; place < int(in.weights.size()); ++place) {
         const Weight& part = weights_[in.weights[place]];
         if (p < part.panels()) {
-          kernels_.linear(part, x, 0, rows, p, target + p * kPanel, stride, store);
-          if (has_adapters) project_up(pass, in, place, p, 0, rows, target + p * kPanel, stride);
-          finish_panel(in, rows, p * kPanel, std::min(part.n - p * kPanel, kPanel), target + p * kPanel, stride);
+          kernels_.linear(part, x, first, last, p, target + p * kPanel, stride, store);
+          if (has_adapters) project_up(pass, in, place, p, first, last, target + p * kPanel, stride);
+          finish_panel(in, first, last, p * kPanel, std::min(part.n - p * kPanel, kPanel), target + p * kPanel, stride);
           return;
         }
         p -= part.panels(), target += part.n;
       }
       return;
     }
-    swiglu_panel(w, weights_[in.weights[1]], x, 0, rows, p, tiles, out, stride, has_adapters ? &pass : nullptr, in);
+    target += p * kPanel;
+    if (has_adapters) adapted_swiglu(pass, in, x, first, last, p, tiles, target, stride);
+    else kernels_.swiglu(w, weights_[in.weights[1]], x, first, last, p, tiles, target, stride);
   };
   if (rows < 16) {
     auto [start, stop] = share(panels, pool_.size(), thread);
-    for (int p = start; p < stop; ++p) unit(p);
-  } else {
-    for (int p; (p = counters_[kCounters * index].fetch_add(1)) < panels;) unit(p);
+    for (int p = start; p < stop; ++p) unit(p, 0, rows);
+    return;
+  }
+  // the last panels in halves of the rows, so that no thread waits long for another
+  int middle = rows / 2 / kFewestRows * kFewestRows, split = middle ? std::min(panels, pool_.size()) : 0;
+  for (int u; (u = counters_[kCounters * index].fetch_add(1)) < panels + split;) {
+    int late = u - (panels - split);
+    if (late < 0) unit(u, 0, rows);
+    else unit(panels - split + late / 2, late % 2 ? middle : 0, late % 2 ? rows : middle);
   }
 }
 
+// Calls f(first, last) for all rows in shares: many go to whoever is free, since somebody else may be using a core.
+template <typename F>
+void Program::share_rows(int rows, std::atomic<int>& counter, int thread, F f) const {
+  constexpr int kShare = 16;
+  if (rows < 4 * kShare * pool_.size()) {
+    auto [first, last] = share(rows, pool_.size(), thread);
+    return f(first, last);
+  }
+  for (int start; (start = counter.fetch_add(kShare)) < rows;) f(start, std::min(rows, start + kShare));
+}
+
 // What a product becomes while it is still near: `columns` from `first` on of each row, at `out`.
-void Program::finish_panel(const Instruction& in, int rows, int first, int columns, float* out, ptrdiff_t stride) {
-  if (in.closes_below >= 0) become_gates(in, rows, first, first + columns);
+void Program::finish_panel(const Instruction& in, int start, int stop, int first, int columns, float* out,
+                           ptrdiff_t stride) {
+  if (in.closes_below >= 0) become_gates(in, start, stop, first, first + columns);
   if (in.activation == Activation::none) return;
-  for (int r = 0; r < rows; ++r) kernels_.activate(in.activation, out + r * stride, columns);
+  for (int r = start; r < stop; ++r) kernels_.activate(in.activation, out + (r - start) * stride, columns);
 }
 
 // Makes gates of the columns first ... last - 1 of what was computed.
-void Program::become_gates(const Instruction& in, int rows, int first, int last) {
+void Program::become_gates(const Instruction& in, int start, int stop, int first, int last) {
   int closed = 0, width = buffers_[in.out].width;
-  for (int r = 0; r < rows; ++r)
+  for (int r = start; r < stop; ++r)
     for (int i = first; i < last; ++i) {
       float& gate = buffer(in.out)[size_t(r) * width + i];
       gate = 2.0f / (1.0f + std::exp(-gate));
       if (gate < in.closes_below) gate = 0.0f, ++closed;
     }
-  gates_ += int64_t(rows) * (last - first), closed_ += closed;
+  gates_ += int64_t(stop - start) * (last - first), closed_ += closed;
 }
 
 float Program::gate_of(const Instruction& in, int token, int head) const {
@@ -772,8 +796,8 @@ void Program::experts(Pass& pass, const Instruction& in, int index, int thread) 
     }
   };
   each_panel(gate.panels(), counters_[kCounters * index], [&](int expert, int panel, int start, int stop) {
-    swiglu_panel(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop,
-                 panel, tiles, hidden + size_t(start) * down.k, down.k, nullptr, in);
+    kernels_.swiglu(weights_[in.weights[3 * expert]], weights_[in.weights[3 * expert + 1]], x, start, stop, panel,
+                    tiles, hidden + size_t(start) * down.k + panel * kPanel, down.k);
   });
   pool_.barrier().wait();
 

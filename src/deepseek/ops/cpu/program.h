@@ -212,12 +212,14 @@ class Program {
   void copy(Pass& pass, const Instruction& in, int thread);
   void embed(Pass& pass, const Instruction& in, int thread);
   void linear(Pass& pass, const Instruction& in, int index, int thread);
-  void finish_panel(const Instruction& in, int rows, int first, int columns, float* out, ptrdiff_t stride);
-  void become_gates(const Instruction& in, int rows, int first, int last);
+  template <typename F>
+  void share_rows(int rows, std::atomic<int>& counter, int thread, F f) const;
+  void finish_panel(const Instruction& in, int start, int stop, int first, int columns, float* out, ptrdiff_t stride);
+  void become_gates(const Instruction& in, int start, int stop, int first, int last);
   float gate_of(const Instruction& in, int token, int head) const;
   bool is_closed(const Instruction& in, int token, int head) const { return gate_of(in, token, head) == 0; }
-  void swiglu_panel(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
-                    float* tiles, float* out, ptrdiff_t stride, const Pass* adapted, const Instruction& in) const;
+  void adapted_swiglu(const Pass& pass, const Instruction& in, const Inputs& x, int start, int stop, int panel,
+                      float* tiles, float* out, ptrdiff_t stride) const;
   void experts(Pass& pass, const Instruction& in, int index, int thread);
   void attend(Pass& pass, const Instruction& in, int index, int thread);
   void attend_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start,

@@ -14,7 +14,7 @@ constexpr int kPanel = 48;
 constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
-constexpr int kSpan = 128;
+constexpr int kSpan = 256;
 // Mean keys of clusters that stand for the keys of a page.
 constexpr int kSummary = 8;
 // Queries that are loaded together, at most.
@@ -141,6 +141,8 @@ struct PageStates {
 constexpr int kMassLanes = 16;
 constexpr float kNoBound = -1e30f;
 
+constexpr int kSwigluRows = 32;  // whose gates and ups are near together
+
 struct Kernels {
   const char* name;
   // Inputs ------------------------------------------------------------------------------------
@@ -151,6 +153,9 @@ struct Kernels {
   // Products ----------------------------------------------------------------------------------
   void (*linear)(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
                  float* out, ptrdiff_t stride, Store store);
+  // silu(gate) * up of rows in the columns of one panel; `scratch` holds 2 * kSwigluRows * kPanel floats.
+  void (*swiglu)(const Weight& gate, const Weight& up, const Inputs& x, int row_start, int row_stop, int panel,
+                 float* scratch, float* out, ptrdiff_t stride);
   void (*activate)(Activation kind, float* x, int count);
   void (*rms_norm)(const float* x, const float* weight, float eps, float* out, int count);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* out, int count);

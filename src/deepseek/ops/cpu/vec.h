@@ -137,7 +137,8 @@ inline vf butterfly(vf x) {
   else if constexpr (half == 4) other = _mm512_shuffle_f32x4(x, x, 0xb1);
   else if constexpr (half == 2) other = _mm512_permute_ps(x, 0x4e);
   else other = _mm512_permute_ps(x, 0xb1);
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, other), upper, other, x);
+  // one more or one less of x: exactly the sum and the difference
+  return _mm512_fmadd_ps(x, _mm512_mask_blend_ps(upper, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f)), other);
 }
 inline void store_i(void* p, vi a) { _mm512_storeu_si512(p, a); }
 inline vi or_i(vi a, vi b) { return _mm512_or_si512(a, b); }

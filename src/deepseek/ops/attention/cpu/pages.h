@@ -433,7 +433,7 @@ void attend_tile(const Attend& a, const PageView<T>* pages, int num_pages, const
   weighted_values<R, T>(p, weight_scale, pages, first, last, dim, sums);
 }
 
-// The same by tiles, for up to 16 queries.
+// The same by tiles, for up to 16 queries of int8.
 template <typename T>
 void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
                      const float* scales, const int* terms, const Query* queries, int count,
@@ -455,7 +455,67 @@ void attend_by_tiles(const Attend& a, const PageView<T>* pages, int num_pages, c
   for (; i + 4 <= count; i += 4) weights_of(std::integral_constant<int, 4>{}, i);
   for (; i + 3 <= count; i += 3) weights_of(std::integral_constant<int, 3>{}, i);
   for (; i < count; ++i) weights_of(std::integral_constant<int, 1>{}, i);
-  tile_values(p, weight_scale, count, pages, first, last, dim, sums);
+  tile_values(p, weight_scale, count, pages, first, last, dim, sums, [](int, int, int) {});
+}
+
+// The same of bfloat16, where a page's largest scores are looked for while the scores of the next are
+// multiplied, and its weights made while the values of the one before are added up.
+template <typename T>
+void attend_in_turns(const Attend& a, const PageView<T>* pages, int num_pages, const T* q,
+                     const Query* queries, int count, int span_slot, float* sums, float* most, float* total) {
+  int dim = a.layout->dim_padded;
+  auto [first, last] = Seen(queries, count, span_slot, num_pages);
+  if (first == last) return see_nothing(count, dim, sums, most, total);
+  alignas(64) float s[kPageRows * kSpan];
+  alignas(64) T p[kPageRows * kSpan];
+  vf peaks[kPageRows], masses[kPageRows];
+  float bounds[kPageRows];
+  for (int r = 0; r < count; ++r) peaks[r] = all(-INFINITY), masses[r] = zero();
+  auto look = [&](int page, int from, int to) {
+    for (int r = from; r < (to < count ? to : count); ++r) {
+      int low = queries[r].low - span_slot, high = queries[r].high - span_slot;
+      float* row = s + r * kSpan + page * kPage;
+      bool is_cut = low > page * kPage || high < (page + 1) * kPage;
+      for (int v = 0; v < kPageVectors; ++v) {
+        vf x = load(row + v * kLanes);
+        if (is_cut) {
+          x = where_between(x, page * kPage + v * kLanes, low, high, -INFINITY);
+          store(row + v * kLanes, x);
+        }
+        peaks[r] = vmax(peaks[r], x);
+      }
+    }
+  };
+  auto score = [&](int page, auto between) {
+    tile_scores(q, dim, pages[page].keys, dim, s + page * kPage, between);
+  };
+  score(first, [](int, int) {});
+  for (int page = first + 1; page < last; ++page)
+    score(page, [&](int from, int to) { look(page - 1, from, to); });
+  look(last - 1, 0, kPageRows);
+  float factor = a.scale * kLog2E;
+  for (int r = 0; r < count; ++r) {
+    most[r] = largest(peaks[r]) * factor;
+    bounds[r] = most[r] == -INFINITY ? 0.0f : most[r];  // it may see nothing here
+  }
+  keep_tiles_awake<T>();
+  auto weigh = [&](int page, int from, int to) {
+    for (int r = from; r < (to < count ? to : count); ++r) {
+      const float* row = s + r * kSpan + page * kPage;
+      auto weight = [&](int v) {
+        vf x = power_of_two<4>(fma(load(row + v * kLanes), all(factor), all(-bounds[r])));
+        masses[r] = add(masses[r], x);
+        return x;
+      };
+      for (int v = 0; v < kPageVectors; v += 2) {
+        vf one = weight(v), two = weight(v + 1);
+        store_bf16_pair(p + r * kSpan + page * kPage + v * kLanes, one, two);
+      }
+    }
+  };
+  weigh(first, 0, kPageRows);
+  tile_values(p, (const float*)nullptr, count, pages, first, last, dim, sums, weigh);
+  for (int r = 0; r < count; ++r) total[r] = sum(masses[r]);
 }
 
 // What `attend_span` reads beside the pages: queries as their keys are stored, and room for the pages of
@@ -523,8 +583,13 @@ void attend_typed(const Attend& a, const Query* queries, int count, int start, i
     for (int i = 0, some, configured = 0; i < count; i += kPageRows) {
       some = count - i < kPageRows ? count - i : kPageRows;
       if (some != configured) configure_attention<T>(configured = some, dim);
-      attend_by_tiles<T>(a, pages, num_pages, from.queries + size_t(i) * dim, from.scales + i, from.terms + i,
-                         queries + i, some, span_slot, sums + size_t(i) * dim, most + i, total + i);
+      const T* q = from.queries + size_t(i) * dim;
+      float* to = sums + size_t(i) * dim;
+      if constexpr (sizeof(T) == 2)
+        attend_in_turns<T>(a, pages, num_pages, q, queries + i, some, span_slot, to, most + i, total + i);
+      else
+        attend_by_tiles<T>(a, pages, num_pages, q, from.scales + i, from.terms + i, queries + i, some, span_slot, to,
+                           most + i, total + i);
     }
     return tile_release();
   }
@@ -652,7 +717,7 @@ void add_page_by_tiles(const Attend& a, const PageView<T>& page, const uint64_t*
       bounded_softmax<T>(a, page, from.scales[rows[r]], shown[rows[r]], s + r * kSpan, p + r * kSpan,
                          weight_scale + r, state_of(states, rows[r], dim));
     }
-    tile_values(p, weight_scale, some, &page, 0, 1, dim, sums);
+    tile_values(p, weight_scale, some, &page, 0, 1, dim, sums, [](int, int, int) {});
     for (int r = 0; r < some; ++r) {
       float* to = states.sums + size_t(rows[r]) * dim;
       for (int d = 0; d < dim; d += kLanes) store(to + d, add(load(to + d), load(sums + r * dim + d)));

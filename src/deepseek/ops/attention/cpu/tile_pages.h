@@ -45,9 +45,15 @@ inline void keep_tiles_awake() {
   else tile_dot_bf16<0, kLeft, kRight>();
 }
 
-// Products of the configured queries, `pitch` values apart, with a page's keys, rows of a span apart.
-template <typename T>
-void tile_scores(const T* q, int pitch, const T* keys, int dim, float* out) {
+// What is left to do between products, in equal shares of 16 numbers; the unit needs few instructions.
+struct Nothing {
+  void operator()(int, int) const {}
+};
+
+// Products of the configured queries, `pitch` values apart, with a page's keys, rows of a span apart;
+// `between(first, last)` is called for shares of the numbers 0 to 15 on the way.
+template <typename T, typename Between = Nothing>
+void tile_scores(const T* q, int pitch, const T* keys, int dim, float* out, Between between = {}) {
   constexpr int kInner = kInnerValues<T>, kColumns = kPage / 16;
   constexpr ptrdiff_t kPitch = kPage * 4;
   const uint8_t* from = (const uint8_t*)keys;
@@ -59,11 +65,14 @@ void tile_scores(const T* q, int pitch, const T* keys, int dim, float* out) {
     });
   };
   each_column(kColumns, [](auto c) { tile_zero<c()>(); });
-  int d = 0;
-  for (; d + kInner <= dim; d += kInner, from += 16 * kPitch) {
+  int d = 0, whole = dim / kInner, done = 0;
+  for (int step = 1; step <= whole; ++step, d += kInner, from += 16 * kPitch) {
     tile_load<kLeft>(q + d, pitch * sizeof(T));
     add_up(std::integral_constant<int, kLeft>{}, std::integral_constant<int, kRight>{}, from);
+    between(done, 16 * step / whole);
+    done = 16 * step / whole;
   }
+  if (done < 16) between(done, 16);
   if (d < dim) {
     tile_load<kLastLeft>(q + d, pitch * sizeof(T));
     add_up(std::integral_constant<int, kLastLeft>{}, std::integral_constant<int, kLastRight>{}, from);
@@ -113,9 +122,11 @@ void peak_scores(const T* q, int pitch, float* out) {
   });
 }
 // sums [queries][dim] = weights [queries][kSpan] times the values of pages first ... last - 1 of a span.
-template <typename T, typename Pages>
+// While a page's values are added up for the first time, `between(page + 1, first, last)` is called for
+// shares of the numbers 0 to 15: to make the weights of the next page.
+template <typename T, typename Pages, typename Between>
 void tile_values(const T* p, const float* scale, int queries, const Pages* pages, int first, int last,
-                 int dim, float* sums) {
+                 int dim, float* sums, Between between) {
   constexpr int kInner = kInnerValues<T>;
   ptrdiff_t pitch = ptrdiff_t(dim) * 4;
   for (int column = 0; column < dim; column += 64) {
@@ -130,6 +141,8 @@ void tile_values(const T* p, const float* scale, int queries, const Pages* pages
           if constexpr (sizeof(T) == 1) tile_dot_u8s8<c(), kLeft, kRight>();
           else tile_dot_bf16<c(), kLeft, kRight>();
         });
+        if (column == 0 && page + 1 < last)
+          between(page + 1, s * 16 / kPage, (s + kInner) * 16 / kPage);
       }
     }
     each_column(columns, [&](auto c) { tile_store<c()>(sums + column + c * 16, pitch); });

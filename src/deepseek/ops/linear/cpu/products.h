@@ -286,4 +286,23 @@ void linear(const Weight& w, const Inputs& x, int row_start, int row_stop, int p
   }
 }
 
+// silu(gate) * up of the rows start ... stop - 1, in the columns of one panel, by the products of `Linear`.
+// `scratch` holds 2 * kSwigluRows * kPanel floats.
+template <auto Linear>
+void swiglu_by(const Weight& gate, const Weight& up, const Inputs& x, int start, int stop, int panel,
+               float* scratch, float* out, ptrdiff_t stride) {
+  int width = gate.width(panel), left = gate.n - panel * kPanel, columns = left < width ? left : width;
+  float* ups = scratch + kSwigluRows * kPanel;
+  for (int r = start; r < stop; r += kSwigluRows) {
+    int end = stop < r + kSwigluRows ? stop : r + kSwigluRows;
+    Linear(gate, x, r, end, panel, scratch, kPanel, Store::set);
+    Linear(up, x, r, end, panel, ups, kPanel, Store::set);
+    for (int i = r; i < end; ++i) {
+      float* values = scratch + (i - r) * kPanel;
+      silu_mul(values, ups + (i - r) * kPanel, values, width);
+      std::memcpy(out + (i - start) * stride, values, columns * sizeof(float));
+    }
+  }
+}
+
 }  // namespace

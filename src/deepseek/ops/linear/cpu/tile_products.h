@@ -84,32 +84,46 @@ inline bool sums_whole_rows(const Weight& w) {
   return w.kind == Kind::int8 && w.groups() == 1 && w.k_padded % 64 == 0;
 }
 
+constexpr int kBlockRows = 2 * kTileRows;
+
+void configure_blocks() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
+  tile_configure(config);
+}
+
 // The sums of 32 rows of whole tiles, 64 bytes of inputs at a time: a tile of weights meets two of
-// inputs, in turns that keep the one of the two which was read last.
-template <bool is_bf16, typename Sum>
-void multiply_rows(const Weight& w, const Inputs& x, int row, int panel, Sum (*sums)[kPanel]) {
+// inputs, in turns that keep the one of the two which was read last. The unit takes 16 cycles for a
+// product and hardly any instructions: `between(first, last)` is called for shares of the numbers 0
+// to 31 on the way, before the sums are stored.
+template <bool is_bf16, typename Sum, typename Between>
+void multiply_rows(const Weight& w, const Inputs& x, int row, int panel, Sum (*sums)[kPanel], Between between) {
   constexpr int kLow = 3, kIn = 6, kWeight = 7;
-  int width = w.width(panel), vectors = width / kLanes, bytes = w.k_padded * (is_bf16 ? 2 : 1);
+  int width = w.width(panel), vectors = width / kLanes, steps = w.k_padded * (is_bf16 ? 2 : 1) / 64;
   auto dot = [](auto to, auto in, auto weight) {
     if constexpr (is_bf16) tile_dot_bf16<to(), in(), weight()>();
     else tile_dot_s8u8<to(), in(), weight()>();
   };
   clear_sums(), tile_zero<kLow>(), tile_zero<kLow + 1>(), tile_zero<kLow + 2>();
-  const uint8_t* in = x.data + size_t(row) * x.row_bytes;
+  const uint8_t* high = x.data + size_t(row) * x.row_bytes;
   const uint8_t* from = w.panel(panel);
-  ptrdiff_t pitch = ptrdiff_t(width) * 4;
+  ptrdiff_t pitch = ptrdiff_t(width) * 4, in_pitch = x.row_bytes;
   std::integral_constant<int, kIn> inputs;
   std::integral_constant<int, kWeight> weights;
-  for (int byte = 0; byte < bytes; byte += 64, from += 16 * pitch) {
-    const uint8_t *high = in + byte, *low = high + kTileRows * x.row_bytes;
+  int done = 0;
+  for (int step = 1; step <= steps; ++step, high += 64, from += 16 * pitch) {
+    const uint8_t* low = high + kTileRows * in_pitch;
     each_vector(vectors, [&](auto v) {
       constexpr int first = v % 2 ? kLow : 0, second = kLow - first;
       tile_load<kWeight>(from + v * 64, pitch);
-      if (v == 0) tile_load<kIn>(high, x.row_bytes);
+      if (v == 0) tile_load<kIn>(high, in_pitch);
       dot(std::integral_constant<int, first + v>{}, inputs, weights);
-      tile_load<kIn>(v % 2 ? high : low, x.row_bytes);
+      tile_load<kIn>(v % 2 ? high : low, in_pitch);
       dot(std::integral_constant<int, second + v>{}, inputs, weights);
     });
+    int next = kBlockRows * step / steps;
+    between(done, next);
+    done = next;
   }
   each_vector(vectors, [&](auto v) {
     tile_store<v()>(&sums[0][v * kLanes], kPanel * 4);
@@ -117,43 +131,87 @@ void multiply_rows(const Weight& w, const Inputs& x, int row, int panel, Sum (*s
   });
 }
 
-// Sums of int8 rows that have one scale, as the vector kernels form them.
-inline void scale_rows(const Weight& w, const Inputs& x, int row, int rows, int panel,
-                       const int32_t (*dots)[kPanel], float (*sums)[kPanel]) {
-  const uint8_t* data = w.panel(panel);
-  const uint16_t* halves = (const uint16_t*)(data + size_t(w.width(panel)) * w.k_padded);
-  each_vector(w.width(panel) / kLanes, [&](auto v) {
-    vf scale = load_half(halves + v * kLanes);
-    for (int m = 0; m < rows; ++m) {
-      vi dot = add_i(load_i(dots[m] + v * kLanes), all_i(((const int32_t*)x.term)[row + m]));
-      vf factor = mul(scale, all(x.scale[row + m]));
-      ::store(sums[m] + v * kLanes, fma(to_float(dot), factor, zero()));
-    }
-  });
-}
+// Makes outputs of the sums of a panel's columns: those of int8 rows, which have one scale, are
+// scaled as the vector kernels do it.
+template <bool is_bf16, int V>
+struct Columns {
+  using Sum = std::conditional_t<is_bf16, float, int32_t>;
+  vf scale[V], bias[V];
 
-// Rows in blocks of 32; those of a block are written while the products of the next are on their way.
-template <bool is_bf16>
+  Columns(const Weight& w, int panel) {
+    const uint16_t* halves = (const uint16_t*)(w.panel(panel) + size_t(w.width(panel)) * w.k_padded);
+    for (int v = 0; v < V; ++v) {
+      if constexpr (!is_bf16) scale[v] = load_half(halves + v * kLanes);
+      bias[v] = bias_of(w, panel, v);
+    }
+  }
+
+  void values(const Sum* sums, const Inputs& x, int row, vf* to) const {
+    for (int v = 0; v < V; ++v)
+      if constexpr (is_bf16) {
+        to[v] = add(load(sums + v * kLanes), bias[v]);
+      } else {
+        vi dot = add_i(load_i(sums + v * kLanes), all_i(((const int32_t*)x.term)[row]));
+        to[v] = add(mul(to_float(dot), mul(scale[v], all(x.scale[row]))), bias[v]);
+      }
+  }
+};
+
+// Rows in blocks of 32; those of a block are written between the products of the next.
+template <bool is_bf16, int V>
 void blocks_of_rows(const Weight& w, const Inputs& x, int row, int blocks, int panel, float* out,
                     ptrdiff_t stride, Store mode) {
-  using Sum = std::conditional_t<is_bf16, float, int32_t>;
-  constexpr int kRows = 2 * kTileRows;
-  TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) config.set(tile, 16, 64);
-  tile_configure(config);
-  alignas(64) Sum sums[2][kRows][kPanel];
-  for (int block = 0; block <= blocks; ++block) {
-    if (block < blocks) multiply_rows<is_bf16>(w, x, row + block * kRows, panel, sums[block % 2]);
-    if (block == 0) continue;
-    float* to = out + ptrdiff_t(block - 1) * kRows * stride;
-    auto& last = sums[(block - 1) % 2];
-    if constexpr (is_bf16) {
-      put_panel_rows(w, panel, last, kRows, to, stride, mode);
-    } else {
-      alignas(64) float scaled[kRows][kPanel];
-      scale_rows(w, x, row + (block - 1) * kRows, kRows, panel, last, scaled);
-      put_panel_rows(w, panel, scaled, kRows, to, stride, mode);
+  using Sum = typename Columns<is_bf16, V>::Sum;
+  Columns<is_bf16, V> columns(w, panel);
+  int count = w.n - panel * kPanel < V * kLanes ? w.n - panel * kPanel : V * kLanes;
+  alignas(64) Sum sums[kBlockRows][kPanel];
+  auto write = [&](int block, int first, int last) {
+    for (int m = first; m < last; ++m) {
+      vf values[V];
+      columns.values(sums[m], x, row + block * kBlockRows + m, values);
+      put_row<V>(out + (block * kBlockRows + m) * stride, values, count, mode);
     }
+  };
+  configure_blocks();
+  multiply_rows<is_bf16>(w, x, row, panel, sums, [](int, int) {});
+  for (int block = 1; block < blocks; ++block)
+    multiply_rows<is_bf16>(w, x, row + block * kBlockRows, panel, sums,
+                           [&](int first, int last) { write(block - 1, first, last); });
+  write(blocks - 1, 0, kBlockRows);
+}
+
+// silu(gate) * up of rows in blocks of 32, of which each is written between the two products of the next.
+template <bool is_bf16, int V>
+void blocks_of_swiglu(const Weight& gate, const Weight& up, const Inputs& x, int row, int blocks, int panel,
+                      float* out, ptrdiff_t stride) {
+  using Sum = typename Columns<is_bf16, V>::Sum;
+  Columns<is_bf16, V> of_gate(gate, panel), of_up(up, panel);
+  int count = gate.n - panel * kPanel < V * kLanes ? gate.n - panel * kPanel : V * kLanes;
+  alignas(64) Sum gates[2][kBlockRows][kPanel], ups[kBlockRows][kPanel];
+  auto write = [&](int block, int first, int last) {
+    for (int m = first; m < last; ++m) {
+      int place = row + block * kBlockRows + m;
+      vf values[V], factors[V];
+      of_gate.values(gates[block % 2][m], x, place, values);
+      of_up.values(ups[m], x, place, factors);
+      for (int v = 0; v < V; ++v) values[v] = silu_mul(values[v], factors[v]);
+      put_row<V>(out + (block * kBlockRows + m) * stride, values, count, Store::set);
+    }
+  };
+  configure_blocks();
+  for (int block = 0; block <= blocks; ++block) {
+    auto half = [&](int offset) {
+      return [&, offset](int first, int last) {
+        if (block > 0) write(block - 1, offset + first / 2, offset + last / 2);
+      };
+    };
+    if (block == blocks) {
+      write(block - 1, 0, kBlockRows);
+      break;
+    }
+    int start = row + block * kBlockRows;
+    multiply_rows<is_bf16>(gate, x, start, panel, gates[block % 2], half(0));
+    multiply_rows<is_bf16>(up, x, start, panel, ups, half(kTileRows));
   }
 }
 
@@ -261,16 +319,27 @@ void tiles_integer(const Weight& w, const Inputs& x, int row, int rows, int pane
   put_panel_rows(w, panel, sums, rows, out, stride, mode);
 }
 
+// Calls f with the vectors of a panel's width.
+template <typename F>
+inline void with_vectors(int width, F f) {
+  if (width == kLanes) f(std::integral_constant<int, 1>{});
+  if (width == 2 * kLanes) f(std::integral_constant<int, 2>{});
+  if (width == 3 * kLanes) f(std::integral_constant<int, 3>{});
+}
+
 void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, int panel,
                  float* out, ptrdiff_t stride, Store mode) {
   bool is_bf16 = w.kind == Kind::bf16;
   if (w.kind == Kind::f32 || (!is_bf16 && row_stop - row_start < kFewestTileRows))
     return linear(w, x, row_start, row_stop, panel, out, stride, mode);
-  int row = row_start, blocks = (row_stop - row_start) / (2 * kTileRows);
+  int row = row_start, blocks = (row_stop - row_start) / kBlockRows;
   if (sums_whole_rows(w) && blocks > 0) {
-    auto run = is_bf16 ? blocks_of_rows<true> : blocks_of_rows<false>;
-    run(w, x, row, blocks, panel, out, stride, mode);
-    row += blocks * 2 * kTileRows;
+    with_vectors(w.width(panel), [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      if (is_bf16) blocks_of_rows<true, V>(w, x, row, blocks, panel, out, stride, mode);
+      else blocks_of_rows<false, V>(w, x, row, blocks, panel, out, stride, mode);
+    });
+    row += blocks * kBlockRows;
   }
   // weights of a group of one tile stay in their registers while more rows go by
   int most = is_bf16 || w.group > 64 ? kTileRows : kChunkRows, configured = 0;
@@ -282,18 +351,30 @@ void tile_linear(const Weight& w, const Inputs& x, int row_start, int row_stop, 
     else {
       int high = rows < kTileRows ? rows : kTileRows;
       if (high != configured) configure_integer(configured = high, w.group < 64 ? w.group : 64);
-      auto run = [&](auto vectors) {
+      with_vectors(w.width(panel), [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
         if (w.kind == Kind::int4) tiles_integer<true, V>(w, x, row, rows, panel, to, stride, mode);
         else tiles_integer<false, V>(w, x, row, rows, panel, to, stride, mode);
-      };
-      if (w.width(panel) == kLanes) run(std::integral_constant<int, 1>{});
-      if (w.width(panel) == 2 * kLanes) run(std::integral_constant<int, 2>{});
-      if (w.width(panel) == 3 * kLanes) run(std::integral_constant<int, 3>{});
+      });
     }
     row += rows;
   }
   tile_release();
+}
+
+void tile_swiglu(const Weight& gate, const Weight& up, const Inputs& x, int row_start, int row_stop, int panel,
+                 float* scratch, float* out, ptrdiff_t stride) {
+  int blocks = (row_stop - row_start) / kBlockRows, row = row_start + blocks * kBlockRows;
+  if (!sums_whole_rows(gate) || !sums_whole_rows(up) || gate.kind != up.kind) blocks = 0, row = row_start;
+  if (blocks > 0) {
+    with_vectors(gate.width(panel), [&](auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      auto run = gate.kind == Kind::bf16 ? blocks_of_swiglu<true, V> : blocks_of_swiglu<false, V>;
+      run(gate, up, x, row_start, blocks, panel, out, stride);
+    });
+    tile_release();
+  }
+  swiglu_by<tile_linear>(gate, up, x, row, row_stop, panel, scratch, out + (row - row_start) * stride, stride);
 }
 
 }  // namespace
