@@ -32,8 +32,8 @@ class Location:
 def locate(case: Case, source: Reader, reader: Reader, noise: float) -> Location:
     """Return the first layer whose states depart on a case that fails.
 
-    Layers are seen in one pass. Where a case fails only in pieces, they agree, and it is said that
-    the cache is at fault.
+    Layers are seen in one pass. Where a case fails only in pieces, or only in a batch, they agree,
+    and what the case cannot do without is named.
 
     Args:
         case: one that fails.
@@ -57,9 +57,22 @@ def locate(case: Case, source: Reader, reader: Reader, noise: float) -> Location
         if layer == len(found) - 1:
             part += ", or the norm behind it"
         return Location(f"{part} of {len(found)}", layer, found)
+    return Location(_elsewhere(case), None, found)
+
+
+def _elsewhere(case: Case) -> str:
+    """Return what is left where every layer's states agree: what the smallest case cannot do
+    without."""
+    needs = []
     if case.steps:
-        return Location("not in a layer's pass over the whole text: in the cache", None, found)
-    return Location("behind the last layer: the head", None, found)
+        needs.append("reading on through the cache")
+    if len(case.rows) > 1:
+        needs.append(f"a batch of {len(case.rows)} rows")
+    if case.width > min(map(len, case.rows)):
+        needs.append(f"padding on the {case.side}")
+    if needs:
+        return f"in no layer's pass over the whole text: it takes {' and '.join(needs)}"
+    return "behind the last layer: the head"
 
 
 def _difference(

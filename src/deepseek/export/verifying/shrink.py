@@ -61,6 +61,7 @@ def _simpler(case: Case, departure: Departure, plain: int) -> Iterator[Case]:
     yield from _fewer_rows(case, departure)
     yield from _fewer_steps(case)
     yield from _less_padding(case, plain)
+    yield from _plain_rows(case, plain)
     yield from _fewer_tokens(case)
     yield from _plain_tokens(case, plain)
 
@@ -101,7 +102,7 @@ def _fewer_steps(case: Case) -> Iterator[Case]:
 
 
 def _less_padding(case: Case, plain: int) -> Iterator[Case]:
-    for extra in {0, case.extra // 2, case.extra - 1}:
+    for extra in dict.fromkeys((0, case.extra // 2, case.extra - 1)):
         if 0 <= extra < case.extra:
             yield dataclasses.replace(case, extra=extra)
     if case.width > min(map(len, case.rows)):
@@ -149,11 +150,17 @@ def _kept(case: Case, places: list[range] | list[range | list[int]]) -> Case:
     return dataclasses.replace(case, rows=rows, steps=tuple(size for size in steps if size))
 
 
-def _plain_tokens(case: Case, plain: int) -> Iterator[Case]:
-    """Yield the case with chunks of its tokens replaced by an id of no meaning, whole rows
-    first."""
+def _plain_rows(case: Case, plain: int) -> Iterator[Case]:
+    """Yield the case with an id of no meaning everywhere in a row."""
     for number, row in enumerate(case.rows):
-        size = len(row)
+        rows = (*case.rows[:number], (plain,) * len(row), *case.rows[number + 1 :])
+        yield dataclasses.replace(case, rows=rows)
+
+
+def _plain_tokens(case: Case, plain: int) -> Iterator[Case]:
+    """Yield the case with chunks of its tokens replaced by an id of no meaning, halves first."""
+    for number, row in enumerate(case.rows):
+        size = max(1, len(row) // 2)
         while size:
             for start in range(0, len(row), size):
                 chunk = row[start : start + size]

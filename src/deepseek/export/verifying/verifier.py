@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deepseek.errors import ConfigError, DeepseekError, VerifyError, describe
+from deepseek.export.verifying.allowed import tolerance_of
 from deepseek.export.verifying.answers import Expected, ask, expect
 from deepseek.export.verifying.cases import Case
 from deepseek.export.verifying.compare import (
@@ -167,7 +168,7 @@ def verify(
     """
     model = _model(source)
     with _opened(exported, threads) as reader:
-        run = _Run(model, reader, seed, _tolerance(tolerance, exported), progress)
+        run = _Run(model, reader, seed, _tolerance(tolerance, exported, model), progress)
         space = space_of(model, reader, longest)
         asked = [only] if isinstance(only, Case) else generate(space, cases, seed)
         if isinstance(only, str):
@@ -223,9 +224,13 @@ def _opened(exported: Reader | str | Path, threads: int | None) -> Iterator[Read
         reader.close()
 
 
-def _tolerance(asked: str | Tolerance | None, exported: Reader | str | Path) -> Tolerance:
+def _tolerance(
+    asked: str | Tolerance | None, exported: Reader | str | Path, model: Decoder | Encoder
+) -> Tolerance:
     if isinstance(asked, Tolerance):
         return asked
+    if asked is None and isinstance(exported, str | Path):
+        return tolerance_of(Path(exported), model)
     return tolerance_named(asked or "float32")
 
 
@@ -334,8 +339,11 @@ class _Run:
             assert outcome.departure is not None
             plain = self.model.config.vocab_size // 2
             case, departure = shrink(outcome.case, outcome.departure, self.fails, plain=plain)
-            case = dataclasses.replace(case, id=f"{outcome.case.id}-smallest")
             self.crashes = 0
+            same = (dataclasses.replace(each.smallest, kind=case.kind) for each in self.smallest)
+            if any(dataclasses.replace(each, id=case.id) == case for each in same):
+                continue
+            case = dataclasses.replace(case, id=f"{outcome.case.id}-smallest")
             self.smallest.append(Smallest(outcome.case, case, departure, self._locate(case)))
 
     def _locate(self, case: Case) -> Location:
