@@ -72,8 +72,9 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+    text = _read(path)
     try:
-        key: object = load_pem_private_key(_read(path), None)
+        key: object = load_pem_private_key(text, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise _no_key(path, "private", str(error)) from error
     if not isinstance(key, Ed25519PrivateKey):
@@ -93,8 +94,9 @@ def public_key(path: str | Path) -> Ed25519PublicKey:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
+    text = _read(path)
     try:
-        key: object = load_pem_public_key(_read(path))
+        key: object = load_pem_public_key(text)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise _no_key(path, "public", str(error)) from error
     if not isinstance(key, Ed25519PublicKey):

@@ -152,9 +152,10 @@ def _files(values: Mapping[str, Any], owner: str) -> dict[str, FileRecord]:
 
 def _check_name(name: str, owner: str) -> None:
     """Raise unless a name stays within a bundle on every system and is no card."""
+    name.encode()  # half a surrogate pair is no character
     parts = name.split("/")
     is_safe = all(part not in ("", ".", "..") for part in parts)
-    if not is_safe or name == CARD or any(letter in name for letter in '\\:\0*?"<>|'):
+    if not is_safe or name == CARD or any(letter in '\\:*?"<>|' or letter < " " for letter in name):
         raise FormatError(describe("file name", owner, "that of a file in the bundle", name))
 
 

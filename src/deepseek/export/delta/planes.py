@@ -80,7 +80,10 @@ def decode(code: bytes | memoryview, count: int) -> Signed:
         large = large[_read_plane(reader, len(large))]
         sizes[large] += 1
     if len(large):
-        sizes[large] += np.frombuffer(_read_block(reader, len(large))[1], np.uint8)
+        rest = np.frombuffer(_read_block(reader, len(large))[1], np.uint8)
+        if len(rest) != len(large):
+            raise _refuse(f"{len(large)} bytes long in its last block", len(rest))
+        sizes[large] += rest
     if reader.at[0] != len(reader.data):
         raise _refuse(f"{reader.at[0]} bytes long", len(reader.data))
     if len(sizes) and sizes.max() > 128:
