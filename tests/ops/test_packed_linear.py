@@ -194,6 +194,41 @@ def test_swiglu_and_residual(isa: str, rows: int, width: int) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [32, 67, 140])
+@pytest.mark.parametrize("width", [16, 48, 124])
+def test_swiglu_of_many_rows(isa: str, kind: str, rows: int, width: int) -> None:
+    """Blocks of rows, panels of every width: a row is what it is alone, and near the reference."""
+    hidden = 128
+    rng = np.random.default_rng(rows + width)
+    table = rng.standard_normal((rows, hidden)).astype(np.float32)
+    gate, up = (rng.standard_normal((width, hidden)).astype(np.float32) for _ in range(2))
+    instructions = [
+        {"op": "embed", "output": 0, "weights": [0]},
+        {"op": "swiglu", "input": 0, "output": 1, "weights": [1, 2]},
+        {"op": "linear", "input": 1, "output": -1, "weights": [3], "selected": 1},
+    ]
+    native = Native(isa, [hidden, width], instructions, vocab=max(rows, width))
+    native.weight(table)
+    group = None if kind == "int8" else 32
+    native.weight(gate, kind, group=group)
+    native.weight(up, kind, group=group)
+    native.weight(np.eye(width, dtype=np.float32))
+    native.program.start()
+    found = native.run(list(range(rows)))[:, :width]
+    g = table @ gate.T
+    expected = g / (1 + np.exp(-g)) * (table @ up.T)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < (0.02 if kind == "bfloat16" else 0.05)
+    for row in {0, 31, rows // 2, rows - 1}:
+        alone = native.run([row])[:, :width]
+        if kind == "int8":
+            assert np.array_equal(alone[0], found[row])
+        else:
+            np.testing.assert_allclose(alone[0], found[row], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_an_embedding_is_read_back_as_it_was_stored(kind: str) -> None:
     rng = np.random.default_rng(0)
