@@ -15,7 +15,7 @@ from deepseek.export.traced import TracedDecoder, TracedEncoder, past_shapes
 from deepseek.hub import Bundle, load
 from deepseek.models import Decoder, Encoder, RoutedPlanner
 
-_BATCH, _TOKENS, _PAST = 2, 5, 3
+_BATCH, _TOKENS, _PAST = 7, 5, 3
 """Of the example that is followed; all different, and none that a graph could take for special."""
 _LEAST = _TOKENS
 

@@ -9,21 +9,25 @@ https://docs.pytorch.org/executorch/1.5/backends/xnnpack/xnnpack-quantization.ht
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
-from deepseek.errors import FormatError, describe, missing_extra
+from deepseek.errors import ConfigError, FormatError, describe, missing_extra
 from deepseek.export.captured import Capture
 from deepseek.export.formats import Exported, Kind, Progress
 from deepseek.export.graph_reader import GraphReader
 from deepseek.export.traced_reader import traced_reader
 from deepseek.hub import Bundle
+from deepseek.models.families import config_from_hf
 
 if TYPE_CHECKING:
     from executorch.exir import ExecutorchProgramManager
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 
 MODEL = "model.pte"
 _METHOD = "forward"
+_USUAL_TOKENS = 512
+_OPEN: weakref.WeakSet[Method] = weakref.WeakSet()
+"""Programs that are open in this process."""
 
 
 def write(
@@ -40,7 +47,7 @@ def write(
     folder: Path,
     *,
     quantize: Literal["int8"] | None = None,
-    max_tokens: int = 512,
+    max_tokens: int | None = None,
     max_batch: int = 1,
     progress: Progress | None = None,
 ) -> Exported:
@@ -52,7 +59,8 @@ def write(
         quantize: round the matrices of products to int8, a scale for each output channel, and
             their inputs while the program runs; embedding and attention stay in float32. None for
             float32 throughout.
-        max_tokens: longest text with what is cached of it.
+        max_tokens: longest text with what is cached of it; None for the model's own, 512 at most:
+            memory for the logits of all of it is planned.
         max_batch: most texts at once.
         progress: told what is being done.
 
@@ -63,7 +71,8 @@ def write(
     tell = progress or (lambda words, share: None)
     with _quiet():
         _check_installed()
-        capture = Capture.of(bundle, max_tokens=max_tokens, max_batch=max_batch)
+        longest = max_tokens or min(config_from_hf(bundle.config).max_positions, _USUAL_TOKENS)
+        capture = Capture.of(bundle, max_tokens=longest, max_batch=max_batch)
         tell("following the model", None)
         program = capture.follow()
         if quantize is not None:
@@ -74,7 +83,7 @@ def write(
         tell("writing", None)
         with (folder / MODEL).open("wb") as file:
             made.write_to_file(file)
-    bounds = f"at most {max_batch} text{'s' * (max_batch > 1)} of {max_tokens} tokens at once"
+    bounds = f"at most {max_batch} text{'s' * (max_batch > 1)} of {longest} tokens at once"
     return Exported("executorch", folder, (folder / MODEL,), (*capture.notes, bounds))
 
 
@@ -83,19 +92,20 @@ def read(folder: Path, *, threads: int | None = None) -> GraphReader:
 
     Args:
         folder: of `model.pte`, or the file.
-        threads: to compute with; None for ExecuTorch's own choice.
+        threads: to compute with, which all programs of a process share; None for what they have,
+            at first ExecuTorch's own choice.
 
     Raises:
+        ConfigError: other threads than those of a program that is open.
         FormatError: a file that is damaged, or that no export made.
         MissingExtra: executorch is not installed.
     """
     path = folder / MODEL if folder.is_dir() else folder
     with _quiet():
-        method = _load(path)
+        _check_installed()
         if threads is not None:
-            from executorch.extension.pybindings import portable_lib
-
-            portable_lib._unsafe_reset_threadpool(threads)
+            _use_threads(threads)
+        method = _load(path)
     about = method.metadata
     inputs = [about.input_tensor_meta(at).sizes() for at in range(about.num_inputs())]
     answer = about.output_tensor_meta(0).sizes()
@@ -127,8 +137,20 @@ def _check_installed() -> None:
         raise missing_extra("executorch", "executorch", words) from error
 
 
+def _use_threads(count: int) -> None:
+    """Set the threads of a process, whose pool open programs point into."""
+    from executorch.extension.pybindings import portable_lib
+
+    had = portable_lib._threadpool_get_thread_count()
+    if count == had:
+        return
+    if _OPEN:
+        step = "Close that program, or use another process"
+        raise ConfigError(describe("threads", "ExecuTorch", f"{had}, as of one open", count, step))
+    portable_lib._unsafe_reset_threadpool(count)
+
+
 def _load(path: Path) -> Method:
-    _check_installed()
     from executorch.runtime import Runtime
 
     try:
@@ -138,6 +160,7 @@ def _load(path: Path) -> Method:
         raise FormatError(describe("file", str(path), "a program that is whole", got)) from error
     if found is None:
         raise FormatError(describe("file", str(path), f"one with a method {_METHOD}", "none"))
+    _OPEN.add(found)
     return found
 
 
@@ -149,8 +172,16 @@ def _lower(program: ExportedProgram) -> ExecutorchProgramManager:
     )
     from executorch.exir import to_edge_transform_and_lower
 
+    # ExecuTorch 1.5 fixes the batch of what a split returns when it checks the graph
+    program = program.run_decompositions({torch.ops.aten.split_with_sizes.default: _split})
     parts = [XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()]
     return to_edge_transform_and_lower(program, partitioner=parts).to_executorch()
+
+
+def _split(states: Tensor, sizes: Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Return parts of a tensor by slices, which is what a split means."""
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    return [states.narrow(dim, start, size) for start, size in zip(starts, sizes, strict=True)]
 
 
 def _quantized(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> nn.Module:

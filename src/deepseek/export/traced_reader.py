@@ -42,7 +42,7 @@ def traced_reader(
         if not kept:
             return [each.numpy() for each in run(ids, mask)]
         num_past = kept[0].shape[3]
-        masks = mask[:, num_past:].contiguous(), mask[:, :num_past].contiguous()
+        masks = _plain(mask[:, num_past:]), _plain(mask[:, :num_past])
         logits, *fresh = run(ids, *masks, *kept)
         whole = (torch.cat(pair, 3) for pair in zip(kept, fresh, strict=True))
         return [logits.numpy(), *(each.numpy() for each in whole)]
@@ -58,6 +58,11 @@ def traced_reader(
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """Return an array as a tensor that owns its numbers side by side, as compiled graphs want."""
-    is_plain = array.flags.c_contiguous and array.flags.writeable
-    return torch.from_numpy(array if is_plain else array.copy())
+    """Return an array as a tensor with its numbers side by side, as compiled graphs want it."""
+    return _plain(torch.from_numpy(array if array.flags.writeable else array.copy()))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Return a tensor with its numbers side by side; of an empty one, with the strides that it
+    would have then, which ExecuTorch wants and `contiguous` does not give."""
+    return tensor.contiguous() if tensor.numel() else tensor.new_zeros(tensor.shape)
