@@ -236,7 +236,7 @@ def missing_packages(format: Format) -> tuple[str, ...]:
 
 def export(
     source: Bundle | str | Path,
-    format: str,
+    format: str | Format,
     folder: str | Path,
     *,
     progress: Progress | None = None,
@@ -246,7 +246,7 @@ def export(
 
     Args:
         source: a bundle, or its name or folder.
-        format: one of `known_formats`.
+        format: name of one of `known_formats`, or a format.
         folder: where its files go, with `export.json` and the tokenizer's; made whole or not at
             all. What an earlier export left there is replaced.
         progress: called with what is done and the share of it.
@@ -257,16 +257,16 @@ def export(
         MissingExtra: the extra that brings the format is not installed.
         FormatError: the source is not a whole model.
     """
-    chosen = format_named(format)
+    chosen = format_named(format) if isinstance(format, str) else format
     unknown = sorted(set(options) - chosen.options)
     if unknown:
         must = f"one of {', '.join(sorted(chosen.options))}" if chosen.options else "none"
-        raise ConfigError(describe("option", f"format {format}", must, unknown[0]))
+        raise ConfigError(describe("option", f"format {chosen.name}", must, unknown[0]))
     bundle = source if isinstance(source, Bundle) else _bundle(source)
     kind = kind_of(bundle)
     if kind not in chosen.kinds:
         must = f"one of {', '.join(sorted(chosen.kinds))}"
-        raise ConfigError(describe("model", f"format {format}", must, kind))
+        raise ConfigError(describe("model", f"format {chosen.name}", must, kind))
     target = Path(folder)
     _check_target(target)
     with replace_folder(target) as fresh:
@@ -274,13 +274,13 @@ def export(
         made = load_place(chosen.writer)(bundle, fresh, **given)
         assert isinstance(made, Exported)
         _copy_tokenizer(bundle, fresh)
-        Manifest.of(fresh, format, kind, bundle, options, made.notes).write(fresh)
+        Manifest.of(fresh, chosen.name, kind, bundle, options, made.notes).write(fresh)
     names = [path.relative_to(fresh) for path in made.files]
     return dataclasses.replace(made, folder=target, files=tuple(target / name for name in names))
 
 
 def open_exported(
-    folder: str | Path, format: str | None = None, *, threads: int | None = None
+    folder: str | Path, format: str | Format | None = None, *, threads: int | None = None
 ) -> Reader:
     """Open exported files in their foreign runtime.
 
@@ -288,7 +288,7 @@ def open_exported(
 
     Args:
         folder: what `export` wrote, or a single file.
-        format: None to know it by its manifest, or by the ending of its file.
+        format: its name, or it; None to know it by its manifest, or by the ending of its file.
         threads: to compute with; None for the runtime's own choice.
 
     Raises:
@@ -302,7 +302,8 @@ def open_exported(
         manifest = Manifest.read(path)
         manifest.check(path)
         format = format or manifest.format
-    chosen = format_named(format or _format_of(path))
+    format = format or _format_of(path)
+    chosen = format_named(format) if isinstance(format, str) else format
     if chosen.reader is None:
         step = f"Run them with {chosen.why_no_reader}" if chosen.why_no_reader else ""
         raise ConfigError(describe("format", str(path), "one that is read here", chosen.name, step))
