@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
-from deepseek.errors import ConfigError, FormatError, describe, missing_extra
+from deepseek.errors import ConfigError, FormatError, ShapeError, describe, missing_extra
 from deepseek.export.formats import Floats, Ids, Kind
 from deepseek.export.onnx.decoder import LAST
 from deepseek.export.onnx.graph import MODEL
@@ -118,6 +118,9 @@ class OnnxReader:
         return model.SerializeToString()
 
     def _feeds(self, ids: Ids, mask: Ids, past: Mapping[str, Floats] | None) -> dict[str, object]:
+        if mask.shape[1] > self.max_tokens:
+            must = f"at most {self.max_tokens} tokens"
+            raise ShapeError(describe("text", self.name, must, mask.shape[1], "Cut it"))
         feeds: dict[str, object] = {"input_ids": ids, "attention_mask": mask}
         if self._has_types:
             feeds["token_type_ids"] = np.zeros_like(ids)
