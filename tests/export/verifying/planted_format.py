@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -37,10 +36,11 @@ def install(folder: Path) -> str:
     return os.pathsep.join([str(folder), str(REPO)])
 
 
-def write(folder: Path, bundle: Path, bug: str = "none") -> Path:
-    """Write an export of a bundle."""
+def write(folder: Path, bundle: Path, bug: str = "none", width: int = 17) -> Path:
+    """Write an export of a bundle, whose reader misbehaves on batches of a width."""
     folder.mkdir(exist_ok=True)
-    (folder / "model.planted").write_text(json.dumps({"bundle": str(bundle), "bug": bug}))
+    content = {"bundle": str(bundle), "bug": bug, "width": width}
+    (folder / "model.planted").write_text(json.dumps(content))
     return folder
 
 
@@ -52,28 +52,24 @@ def read(folder: Path, threads: int | None = None) -> ModelReader:
         raise FormatError("file of planted must be whole; got less.") from error
     if content["bug"] == "dies while opening":
         os.kill(os.getpid(), signal.SIGSEGV)
-    return _Reader(hub.load(content["bundle"], dtype="float32"), content["bug"])
+    return _Reader(hub.load(content["bundle"], dtype="float32"), content["bug"], content["width"])
 
 
 class _Reader(ModelReader):
-    def __init__(self, model: object, bug: str) -> None:
+    def __init__(self, model: object, bug: str, width: int) -> None:
         super().__init__(model)  # type: ignore[arg-type]
-        self.bug = bug
+        self.bug, self.width = bug, width
 
     def forward(self, ids: Ids, mask: Ids) -> Floats:
-        """Answer, or misbehave on a text of exactly 17 tokens."""
-        if ids.shape[1] == 17 and self.bug != "none":
+        """Answer, or misbehave on batches of one width."""
+        if ids.shape[1] == self.width and self.bug != "none":
             print("noise on standard output")
             if self.bug == "dies":
                 os.kill(os.getpid(), signal.SIGSEGV)
-            if self.bug == "exits":
-                sys.exit(3)
             if self.bug == "hangs":
                 time.sleep(60)
             if self.bug == "raises":
                 raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : shape {1,17}")
-            if self.bug == "shape":
-                return np.zeros((1, 2, 3), np.float32)
         if self.bug == "always dies":
             os.kill(os.getpid(), signal.SIGABRT)
         if self.bug == "off by a little":

@@ -123,8 +123,8 @@ class IsolatedReader:
             facts = self._connection.recv()
         except (EOFError, OSError) as error:
             raise self._crashed() from error
-        if isinstance(facts, _Failure):
-            raise facts.as_error()
+        if "error" in facts:
+            raise _as_error(facts)
         return facts
 
     def _receive_array(self, shape: tuple[int, ...]) -> Floats:
@@ -157,17 +157,16 @@ class _State:
         weakref.finalize(self, reader._dropped.append, number)
 
 
-class _Failure:
-    """An error of the child: its class, where it is one of ours, and its words."""
+def _told(error: Exception) -> dict[str, str]:
+    """Return what the child says of an error: its class, where it is one of ours, and its words."""
+    is_ours = isinstance(error, DeepseekError)
+    words = str(error) if is_ours else f"{type(error).__name__}: {error}"
+    return {"error": type(error).__name__ if is_ours else "VerifyError", "words": words}
 
-    def __init__(self, error: Exception) -> None:
-        is_ours = isinstance(error, DeepseekError)
-        self.kind = type(error).__name__ if is_ours else "VerifyError"
-        self.words = str(error) if is_ours else f"{type(error).__name__}: {error}"
 
-    def as_error(self) -> DeepseekError:
-        """Return the error as it was raised there."""
-        return getattr(errors, self.kind, VerifyError)(" ".join(self.words.split()))
+def _as_error(facts: dict[str, Any]) -> DeepseekError:
+    """Return the error that the child told of."""
+    return getattr(errors, facts["error"], VerifyError)(" ".join(facts["words"].split()))
 
 
 def _ending(code: int) -> str:
@@ -189,7 +188,7 @@ def serve(connection: Connection) -> None:
     try:
         reader = open_exported(folder, format, threads=threads)
     except Exception as error:
-        connection.send(_Failure(error))
+        connection.send(_told(error))
         return
     names = ("name", "kind", "max_tokens", "max_batch", "has_cache")
     connection.send({name: getattr(reader, name) for name in names})
@@ -205,7 +204,7 @@ def serve(connection: Connection) -> None:
         try:
             answers = _answer(reader, method, arrays, number, states)
         except Exception as error:
-            connection.send(_Failure(error))
+            connection.send(_told(error))
             continue
         shown = {"state": len(states) and max(states), "shapes": [each.shape for each in answers]}
         connection.send(shown)
