@@ -163,6 +163,7 @@ GRIDS: dict[str, dict[str, Kind]] = {
     "int8 with zero points": {"": (8, 32, False)},
     "int8 rows with zero points": {"": (8, None, False)},
     "rotated": {"down": (8, 32, True), "": (8, 64, True, True)},
+    "rotated rows": {"down": (8, None, True), "": (8, None, True, True)},
     "static": {"embed": (8, None, True), "": (8, None, True, False, 0.1)},
     "mixed": {"embed": (8, 64, True), "q_proj": (8, None, True), "": (4, 32, False)},
     "odd groups": {"mlp.down": (4, 48, False), "": (4, 32, True)},
@@ -285,3 +286,41 @@ def test_a_graph_of_another_maker_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.onnx").write_bytes(b"nothing")
     with pytest.raises(FormatError, match="whole"):
         open_exported(tmp_path / "b.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimize", [False, True])
+def test_a_real_decoder_chooses_the_same_64_tokens(
+    tmp_path: Path, smollm2_folder: Path, optimize: bool
+) -> None:
+    model = hub.load(smollm2_folder, dtype="float32")
+    assert isinstance(model, Decoder)
+    assert model.tokenizer is not None
+    export(smollm2_folder, "onnx", tmp_path / "out", optimize=optimize)
+    reader = open_exported(tmp_path / "out", threads=2)
+    ids = torch.tensor([model.tokenizer.encode("The capital of France is Paris, and")])
+    with torch.inference_mode():
+        expected = model(ids).logits.numpy()
+        cache = model.new_cache(1, 128)
+        logits = model(ids, cache=cache).logits.numpy()
+        fed, state = reader.step(ids.numpy(), None)
+        np.testing.assert_allclose(fed, expected, rtol=1e-4, atol=1e-3)
+        for _ in range(64):
+            token = logits[:, -1:].argmax(-1)
+            assert np.array_equal(token, fed[:, -1:].argmax(-1))
+            logits = model(torch.from_numpy(token), cache=cache).logits.numpy()
+            fed, state = reader.step(token, state)
+            np.testing.assert_allclose(fed, logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimize", [False, True])
+def test_a_real_encoder_gives_the_same_vectors(
+    tmp_path: Path, minilm_folder: Path, optimize: bool
+) -> None:
+    model = hub.load(minilm_folder, dtype="float32")
+    assert isinstance(model, Encoder)
+    export(minilm_folder, "onnx", tmp_path / "out", optimize=optimize)
+    reader = open_exported(tmp_path / "out", threads=2)
+    for lengths, sides in (([512], [False]), ([3, 60, 17], [False, True, False])):
+        assert_same(reader, model, *padded(lengths, sides, 30000))

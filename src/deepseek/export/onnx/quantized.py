@@ -49,15 +49,11 @@ class GridProducts(FloatProducts):
     def rows(self, name: str, ids: str) -> str:
         """Return the rows of a table [N, K] at ids: [..., K]."""
         grid = self._grid(name)
-        if grid is None or grid.is_rotated:
+        if grid is None:
             return super().rows(name, ids)
-        graph = self._graph
-        if is_by_rows(grid):
-            codes, scale = self._write_rows(name, grid)
-            picked = graph.node("Cast", graph.node("Gather", codes, ids), to=1)
-            factor = graph.node("Gather", scale, ids)
-            return graph.node("Mul", picked, graph.node("Unsqueeze", factor, graph.constant([-1])))
-        return self._gather_blocks(name, grid, ids)
+        gather = self._gather_rows if is_by_rows(grid) else self._gather_blocks
+        made = gather(name, grid, ids)
+        return self._rotate(made) if grid.is_rotated else made
 
     def product(self, inputs: str, weights: Sequence[str], *, is_exact: bool = False) -> str:
         """Return `inputs @ weight.T + bias` of weights side by side, as `FloatProducts` does."""
@@ -133,7 +129,7 @@ class GridProducts(FloatProducts):
         return graph.node("Mul", graph.node("Mul", summed, scale), step)
 
     def _rotate(self, inputs: str) -> str:
-        """Return inputs behind the rotation of every 64 channels."""
+        """Return inputs behind the rotation of every 64 channels, which is its own inverse."""
         if inputs not in self._rotated:
             graph = self._graph
             if not graph.has_tensor("rotation"):
@@ -170,6 +166,14 @@ class GridProducts(FloatProducts):
             if has_zeros:
                 graph.tensor(parts[2], packed(np.repeat(grid.zero, repeats, 1), grid.bits))
         return parts if has_zeros else parts[:2]
+
+    def _gather_rows(self, name: str, grid: Grid, ids: str) -> str:
+        """Return rows of a table that has a scale for each row."""
+        graph = self._graph
+        codes, scale = self._write_rows(name, grid)
+        picked = graph.node("Cast", graph.node("Gather", codes, ids), to=1)
+        factor = graph.node("Gather", scale, ids)
+        return graph.node("Mul", picked, graph.node("Unsqueeze", factor, graph.constant([-1])))
 
     def _gather_blocks(self, name: str, grid: Grid, ids: str) -> str:
         """Return rows of a table in blocks, by ONNX Runtime's operator for it."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from deepseek.ops.grid import OFFSET, Floats, Grid
+from deepseek.ops.grid import OFFSET, Bytes, Floats, Grid
 
 GROUP = 32
+_ROWS = 64
+"""Rounded at a time, so that what is compared stays in the processor's cache."""
 _SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
 
 
@@ -28,6 +30,13 @@ def int4_groups(weight: Floats) -> Grid:
     """Return a weight [N, K] on a grid of 4 bits with a scale, a float16 number, and a zero point
     for each 32 channels: of the range, the group's own or narrowed by up to 20 %, with the least
     squared error."""
+    parts = [_int4_rows(weight[start : start + _ROWS]) for start in range(0, len(weight), _ROWS)]
+    codes, scale, zero = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Grid(4, codes, scale, zero)
+
+
+def _int4_rows(weight: Floats) -> tuple[Bytes, Floats, Bytes]:
+    """Return codes [N, K], scales and zero points [N, groups]."""
     blocks = weight.reshape(len(weight), -1, GROUP)
     low = np.minimum(blocks.min(-1, keepdims=True), 0)
     high = np.maximum(blocks.max(-1, keepdims=True), 0)
@@ -44,7 +53,7 @@ def int4_groups(weight: Floats) -> Grid:
         np.copyto(best_scale, scale, where=is_better)
         np.copyto(best_zero, zero.astype(np.uint8), where=is_better)
         np.copyto(best_error, error, where=is_better)
-    return Grid(4, codes.reshape(weight.shape), best_scale[..., 0], best_zero[..., 0])
+    return codes.reshape(weight.shape), best_scale[..., 0], best_zero[..., 0]
 
 
 def _divided(values: Floats, scale: Floats) -> Floats:
