@@ -288,6 +288,20 @@ def test_a_graph_of_another_maker_is_refused(tmp_path: Path) -> None:
         open_exported(tmp_path / "b.onnx")
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_cut_file_without_its_manifest_is_one_line(
+    tmp_path: Path, name: str, share: float
+) -> None:
+    written(tmp_path, tiny_decoder())
+    (tmp_path / "out" / "export.json").unlink()
+    path = tmp_path / "out" / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(FormatError, match="whole|exported") as caught:
+        open_exported(tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("optimize", [False, True])
 def test_a_real_decoder_chooses_the_same_64_tokens(

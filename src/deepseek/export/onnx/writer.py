@@ -100,6 +100,7 @@ def program_of(model: Decoder | Encoder) -> Program:
 
 
 def values_of(model: nn.Module) -> Values:
+    """Return what gives the weights of a model in float32, by their names."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def values(name: str) -> Floats | None:
