@@ -123,3 +123,4 @@ def test_padding_pieces_and_batches_change_nothing_of_the_source() -> None:
 def test_an_unknown_tolerance_is_refused() -> None:
     with pytest.raises(ConfigError, match="tolerance of verify must be one of float32"):
         tolerance_named("float3")
+    assert tolerance_named("float32", "encoder").difference == 1e-4

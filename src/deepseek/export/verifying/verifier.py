@@ -31,7 +31,7 @@ from deepseek.export.verifying.generator import generate
 from deepseek.export.verifying.isolated import IsolatedReader, ReaderCrash
 from deepseek.export.verifying.locate import Location, locate
 from deepseek.export.verifying.shrink import shrink
-from deepseek.export.verifying.source import ModelReader, exact, space_of
+from deepseek.export.verifying.source import ModelReader, exact, kind_of_model, space_of
 from deepseek.hub import Bundle, load
 from deepseek.models import Decoder, Encoder
 
@@ -231,7 +231,7 @@ def _tolerance(
         return asked
     if asked is None and isinstance(exported, str | Path):
         return tolerance_of(Path(exported), model)
-    return tolerance_named(asked or "float32")
+    return tolerance_named(asked or "float32", kind_of_model(model))
 
 
 class _Run:
