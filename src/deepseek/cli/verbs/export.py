@@ -7,6 +7,7 @@ for them. `--formats` says which formats there are and what of them runs here.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,7 +21,15 @@ if TYPE_CHECKING:
     from deepseek.export import Exported, Format
 
 EXAMPLE = "deepseek export smollm2-135m --format onnx --optimize --out runs/onnx"
-_OPTIONS = ("optimize", "quantize", "activations", "floats", "max_tokens")
+_OPTIONS = (
+    "optimize",
+    "quantize",
+    "activations",
+    "floats",
+    "precision",
+    "max_tokens",
+    "max_batch",
+)
 """What is handed to a format's writer where it was given."""
 
 
@@ -41,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=("int8", "int4"),
-        help="onnx: round weights that are on no grid yet (none)",
+        help="onnx, executorch (int8): round weights that are on no grid yet (none)",
     )
     parser.add_argument(
         "--activations",
@@ -52,7 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--floats", choices=("F32", "F16", "BF16"), help="gguf: type of matrices on no grid"
     )
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="TOKENS", help="torch: longest text it will take"
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        help="tensorrt: what the engine computes with (float32)",
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        metavar="TOKENS",
+        help="torch, executorch, tensorrt: longest text it will take (the model's; executorch 512)",
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=positive,
+        metavar="ROWS",
+        help="executorch (1), tensorrt and triton (8): most texts at once",
     )
     parser.add_argument("--threads", type=positive, help="threads to compute with (all cores)")
 
@@ -116,14 +139,19 @@ def _show(args: argparse.Namespace, made: Exported, took_s: float, out: Output) 
 
 
 def _list(out: Output) -> int:
-    """Show which formats there are, and which of them are written and read here."""
+    """Show which formats there are, which of them are written and read here, and where else our
+    files go."""
     from deepseek.export import known_formats
+    from deepseek.export.targets import TARGETS
 
     rows = [_capabilities(each) for each in known_formats().values()]
     header = ("format", "holds", "written here", "read here", "options", "for")
     keys = ("format", "holds", "written", "read", "options", "summary")
     out.table("formats", header, [tuple(str(row[key]) for key in keys) for row in rows])
-    return out.finish({"formats": rows})
+    fields = ("name", "takes", "compiler", "limits")
+    shown = [tuple(getattr(each, name) for name in fields) for each in TARGETS]
+    out.table("not run here", ("back end", "takes", "made by", "limits"), shown)
+    return out.finish({"formats": rows, "targets": [dataclasses.asdict(each) for each in TARGETS]})
 
 
 def _capabilities(format: Format) -> dict[str, str]:
