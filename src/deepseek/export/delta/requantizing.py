@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from deepseek.ops.quantized import QuantizedWeight
 
 MOST_CLIPPED = 0.05
-"""Share of the weights that may lie beyond the ends of the old grid: of int4 grids, whose ranges are
-shrunk on purpose, two in a hundred do."""
+"""Share of the weights that may lie beyond the ends of the old grid; of an int4 grid, whose ranges
+are shrunk on purpose, two in a hundred do."""
 _MOST_DISTANCE = 0.5
 """Of a weight from the old one, in shares of the old one's length: a fine-tune is far below it."""
 
