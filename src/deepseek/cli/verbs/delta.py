@@ -1,8 +1,14 @@
 """Ship a new version of a model as its small, signed difference from the old one.
 
-make writes the package that turns OLD into NEW, verify checks one, apply turns a bundle into the
-new version, all at once or not at all, and rollback takes it back; key makes a pair of keys. Exit
-code 1 when a package is not what was signed.
+  key FILE                                         make a pair of keys, FILE and FILE.pub
+  make OLD NEW --out FILE --key KEY                write the package that turns OLD into NEW
+  verify FILE --trust PUBKEY [--base BUNDLE]       check one, and whether it fits a bundle
+  apply FILE --to BUNDLE --trust PUBKEY            turn a bundle into NEW: all of it or nothing
+  rollback BUNDLE                                  take it back to the version before
+  forget BUNDLE                                    remove the version kept for that
+
+`deepseek delta ACTION --help` shows each one's options. Exit code 1 when a package is not what was
+signed.
 """
 
 from __future__ import annotations
@@ -68,7 +74,9 @@ def run(args: argparse.Namespace, out: Output) -> int:
 
 def _make(args: argparse.Namespace, out: Output) -> int:
     from deepseek.export.delta import make_delta
+    from deepseek.export.delta.keys import private_key
 
+    private_key(args.key)  # before the long work
     old, new = (_folder(name, out) for name in (args.old, args.new))
     with telling(out) as tell, contextlib.ExitStack() as stack:
         found: list[Measurement] = []
@@ -104,9 +112,9 @@ def _on_grid(
 
     keep = args.keep
     if keep is None:
-        keep = stack.enter_context(
-            tempfile.TemporaryDirectory(dir=Path(args.out).absolute().parent)
-        )
+        beside = Path(args.out).absolute().parent
+        beside.mkdir(parents=True, exist_ok=True)
+        keep = stack.enter_context(tempfile.TemporaryDirectory(dir=beside))
     done = on_grid_of(
         old,
         new,

@@ -95,6 +95,7 @@ def make_delta(
     if not changed and set(base) == set(card.files):
         raise ConfigError(describe("NEW", "delta make", "another version than OLD", str(new.path)))
     path = Path(path)
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
     with writing(path), tempfile.TemporaryFile(dir=path.absolute().parent) as payloads:
         writer = _Writer(old, new, payloads, sum(card.files[name].size_bytes for name in changed))
         recipes = {name: tuple(writer.chunks_of(name, report)) for name in changed}

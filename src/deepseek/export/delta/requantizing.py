@@ -284,11 +284,13 @@ def _price(
 ) -> Measurement:
     from deepseek.evaluate import divergence
 
+    window = min(512, tokens, reference.config.max_positions)
     found = divergence(
         model,
         reference,
         max_tokens=tokens,
-        window=min(512, tokens, reference.config.max_positions),
+        window=window,
+        stride=window - max(1, window // 8),
         progress=lambda what, share: report(f"divergence on the grid {words}", share),
     )
     kl = found.measurements[0]
