@@ -297,7 +297,7 @@ def test_a_cut_file_without_its_manifest_is_one_line(
     (tmp_path / "out" / "export.json").unlink()
     path = tmp_path / "out" / name
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(FormatError, match="whole|exported") as caught:
+    with pytest.raises(FormatError, match=r"whole|exported") as caught:
         open_exported(tmp_path / "out")
     assert "\n" not in str(caught.value)
 
