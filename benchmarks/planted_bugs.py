@@ -41,7 +41,7 @@ class Bug:
 
 
 def of_weights(
-    name: str, change: Callable[[Decoder], None], layer: int | None = None, **rest: object
+    name: str, change: Callable[[Decoder], None], layer: int | None = None, **rest: Any
 ) -> Bug:
     """Return a bug that changes weights or settings of the model."""
 
@@ -51,12 +51,12 @@ def of_weights(
             change(wrong)
         return ModelReader(wrong)
 
-    return Bug(name, plant, layer, **rest)  # type: ignore[arg-type]
+    return Bug(name, plant, layer, **rest)
 
 
-def of_reader(name: str, kind: type[ModelReader], **rest: object) -> Bug:
+def of_reader(name: str, kind: type[ModelReader], **rest: Any) -> Bug:
     """Return a bug of how the model is run."""
-    return Bug(name, lambda model: kind(copy.deepcopy(model)), **rest)  # type: ignore[arg-type]
+    return Bug(name, lambda model: kind(copy.deepcopy(model)), **rest)
 
 
 def _swap(first: nn.Module, second: nn.Module) -> None:
@@ -66,7 +66,7 @@ def _swap(first: nn.Module, second: nn.Module) -> None:
     other.copy_(kept)
 
 
-def _layer(model: Decoder, number: int) -> nn.Module:
+def _layer(model: Decoder, number: int) -> Any:
     return model.model.layers[number]
 
 
@@ -103,7 +103,8 @@ def _turn_by(factor: float) -> Callable[[Decoder], None]:
 
 def _turn_in_pairs(model: Decoder) -> None:
     """Order rotated channels in pairs, as GGUF has them, for a runtime that turns halves."""
-    for layer in model.model.layers:
+    layers: Any = model.model.layers
+    for layer in layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             heads = part.weight.shape[0] // model.config.head_dim
             halves = part.weight.reshape(heads, 2, model.config.head_dim // 2, -1)
@@ -181,7 +182,7 @@ def _round_layer(number: int) -> Callable[[Decoder], None]:
 
 def _gelu(model: Decoder) -> None:
     class Gelu(nn.Module):
-        def __init__(self, mlp: nn.Module) -> None:
+        def __init__(self, mlp: Any) -> None:
             super().__init__()
             self.mlp = mlp
 
@@ -230,7 +231,14 @@ class _Context(PassContext):
         super().__init__(**values)
         object.__setattr__(self, "seen", seen)
 
-    def attend(self, layer: int, queries: Tensor, kv: object, *rest: object) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        kv: object,
+        gates: Tensor | None,
+        scale: float | None = None,
+    ) -> Tensor:
         assert isinstance(kv, DenseKV)
         seen: _Seen = vars(self)["seen"]
         length = queries.shape[2]
@@ -494,7 +502,8 @@ def of_encoder_bugs(model: Encoder) -> list[Bug]:
         table[0] = table[1]
 
     def approximate(wrong: Encoder) -> None:
-        for layer in wrong.encoder.layer:
+        layers: Any = wrong.encoder.layer
+        for layer in layers:
             layer.activation = lambda states: F.gelu(states, approximate="tanh")
 
     def eps(wrong: Encoder) -> None:

@@ -91,6 +91,7 @@ def test_another_width_departs() -> None:
     expected = answers()
     found = [np.zeros((len(row), 51), np.float32) for row in CASE.rows]
     words = compare(CASE, found, expected, "decoder")
+    assert isinstance(words, str)
     assert words == "answers [3, 51] where the source has [3, 50]"
     assert judge(CASE, words, NAMED, lambda: torch.zeros(4)) == Departure(words)
 

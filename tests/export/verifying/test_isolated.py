@@ -44,7 +44,7 @@ def test_it_answers_as_the_reader_within(bundle: Path, tmp_path: Path) -> None:
     reader.close()
 
 
-@pytest.mark.parametrize("bug", ["dies", "raises"])
+@pytest.mark.parametrize("bug", ["dies", pytest.param("raises", marks=pytest.mark.slow)])
 def test_a_crash_costs_a_case(bundle: Path, tmp_path: Path, bug: str) -> None:
     model = small_decoder()
     cases = generate(space_of(model, ModelReader(model), 2048), 30)
@@ -58,6 +58,7 @@ def test_a_crash_costs_a_case(bundle: Path, tmp_path: Path, bug: str) -> None:
     assert found.smallest[0].smallest.width == width
 
 
+@pytest.mark.slow
 def test_a_reader_that_hangs_is_ended(bundle: Path, tmp_path: Path) -> None:
     reader = IsolatedReader(write(tmp_path / "a", bundle, "hangs"), timeout_s=20.0)
     reader._timeout_s = 0.5
@@ -69,6 +70,7 @@ def test_a_reader_that_hangs_is_ended(bundle: Path, tmp_path: Path) -> None:
     reader.close()
 
 
+@pytest.mark.slow
 def test_crashes_without_end_end_the_run(bundle: Path, tmp_path: Path) -> None:
     export = write(tmp_path / "a", bundle, "always dies")
     with pytest.raises(VerifyError, match="kept alive; got '5 crashes"):

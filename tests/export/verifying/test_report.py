@@ -176,7 +176,7 @@ def test_figures_are_those_of_the_positions(model: Decoder) -> None:
         def forward(self, ids: Ids, mask: Ids) -> Floats:
             found = super().forward(ids, mask)
             draw = np.random.default_rng(ids.shape[1])
-            return found + draw.normal(size=found.shape).astype(np.float32) * np.float32(0.05)
+            return found + draw.normal(size=found.shape, scale=0.05).astype(np.float32)
 
     found: Verified = verify(model, Noisy(model), cases=60, tolerance="int8")
     assert found.holds

@@ -24,6 +24,7 @@ from deepseek import errors
 from deepseek.errors import DeepseekError, VerifyError, describe
 from deepseek.export.formats import Floats, Ids, Kind, Reader, open_exported
 
+_STDERR = 2
 TIMEOUT_S = 600.0
 """Longest wait for an answer."""
 
@@ -93,7 +94,8 @@ class IsolatedReader:
     def _start(self) -> dict[str, Any]:
         ours, theirs = Pipe()
         command = [sys.executable, "-m", __name__, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=sys.stderr)
+        # what a runtime prints must not end up in our own result
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=_STDERR)
         theirs.close()
         self._connection = ours
         weakref.finalize(self, _end, self._process)
