@@ -4,6 +4,7 @@ new one whole; and little memory is needed."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deepseek.export.delta import make_delta, make_keys
-from deepseek.hub import Bundle
+from deepseek.export.delta import apply_delta, make_delta, make_keys
+from deepseek.hub import Bundle, atomic
 from deepseek.hub.bundle import card_bytes, make_card
 from tests.export.delta_bundles import Case, contents, make_case
 
@@ -139,8 +140,6 @@ def program(code: str, case: Case, device: Path, *words: str) -> list[str]:
 @pytest.mark.parametrize("kind", ["exchange", "two renames"])
 @pytest.mark.parametrize("what", ["apply", "rollback"])
 def test_a_cut_before_a_step(case: Case, device: Path, kind: str, what: str, stride: int) -> None:
-    from deepseek.export.delta import apply_delta
-
     if what == "rollback":
         apply_delta(case.package, device, case.trust)
     steps, seen = program(EVERY_STEP, case, device, kind, what, str(stride))
@@ -154,6 +153,31 @@ def test_cuts_at_random(case: Case, device: Path, count: int) -> None:
     killed, old, new = map(int, program(AT_RANDOM, case, device, str(count)))
     assert old + new == count and killed > count / 4 and old > 0
     assert contents(device) == contents(case.new)
+
+
+def test_all_is_on_the_disk_before_the_names_change(
+    case: Case, device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, swaps = set(), []
+    sync, swap = atomic._sync, atomic._swap
+
+    def syncing(path: Path) -> None:
+        sync(path)
+        synced.add(os.stat(path).st_ino)
+
+    def swapping(fresh: Path, target: Path) -> Path | None:
+        places = [fresh, *(fresh / name for name in atomic.files_in(fresh))]
+        old = {each.stat().st_ino for each in case_files}
+        late = [path.name for path in places if path.stat().st_ino not in synced | old]
+        swaps.append((target.name, late))
+        return swap(fresh, target)
+
+    case_files = [path for path in device.rglob("*") if path.is_file()]
+    monkeypatch.setattr(atomic, "_sync", syncing)
+    monkeypatch.setattr(atomic, "_swap", swapping)
+    apply_delta(case.package, device, case.trust)
+    assert [name[:15] for name, _ in swaps] == [".device.before-", "device"]
+    assert not any(late for _, late in swaps)
 
 
 def large_case(folder: Path, num_bytes: int) -> Case:
