@@ -62,5 +62,5 @@ $(READY): pyproject.toml requirements.lock CMakeLists.txt $(KERNELS)
 	@touch $@
 
 $(EVAL_READY): $(READY)
-	@$(INSTALL) --editable '.[dev,eval,preference]'
+	@$(INSTALL) --editable '.[dev,eval,executorch,preference]'
 	@touch $@

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-EXTRAS = "dev,eval,preference,track"
+EXTRAS = "dev,eval,executorch,preference,track"
 
 HEADER = f"""\
 # What `make setup` installs, as pip constraints; written by `make lock`, not by hand.
