@@ -226,7 +226,7 @@ def _detools(old: bytes, new: bytes) -> int:
 def applying(package: Path, old: Path, trust: Path, rounds: int) -> list[tuple[int, int, float]]:
     """Apply a package in fresh processes: peak bytes before and behind, and seconds, of each."""
     found = []
-    device = old.with_name("device")
+    device = package.with_name("device")
     for _ in range(rounds):
         shutil.rmtree(device, ignore_errors=True)
         shutil.copytree(old, device)
@@ -246,7 +246,7 @@ def cuts(package: Path, old: Path, new: Path, trust: Path, count: int, longest: 
     Raises:
         AssertionError: a bundle was neither.
     """
-    device = old.with_name("device")
+    device = package.with_name("device")
     shutil.rmtree(device, ignore_errors=True)
     shutil.copytree(old, device)
     hashes = [Bundle.open(each).content_hash for each in (old, new)]
