@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from deepseek.export.delta import Made
 
 COMMAND = "deepseek demo"
-CASES = 100
-LONGEST = 256
+CASES = 50
+LONGEST = 128
 """Tokens of a case, at most: `deepseek verify` alone asks a thousand cases of up to 2048."""
 STEPS, ROWS, TOKENS, RATE = 4, 4, 128, 1e-5
 """Of the fine-tuning: enough that most tensors change, and no more."""
