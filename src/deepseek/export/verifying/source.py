@@ -91,6 +91,29 @@ def kind_of_model(model: Decoder | Encoder) -> Kind:
     return "encoder" if model.classifier is None else "classifier"
 
 
+class JitteredReader(ModelReader):
+    """A reader whose embeddings are off by half a last bit of float32, drawn by a seed: what comes
+    of it is what rounding may make of the model's answers."""
+
+    def __init__(self, model: Decoder | Encoder, seed: int) -> None:
+        super().__init__(model)
+        self.seed = seed
+
+    def forward(self, ids: Ids, mask: Ids) -> Floats:
+        """Return what the model answers; see `Reader`."""
+        draw = torch.Generator().manual_seed(self.seed)
+
+        def jitter(module: nn.Module, given: object, states: Tensor) -> Tensor:
+            drawn = torch.rand(states.shape, generator=draw, dtype=states.dtype)
+            return states * (1 + (drawn - 0.5) * 2.0**-22)
+
+        handle = self.model.get_input_embeddings().register_forward_hook(jitter)
+        try:
+            return super().forward(ids, mask)
+        finally:
+            handle.remove()
+
+
 def exact(model: Decoder | Encoder) -> ModelReader:
     """Return a reader of the same weights in float64, which tells how far float32 itself is off."""
     return ModelReader(copy.deepcopy(model).double())

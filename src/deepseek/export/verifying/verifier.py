@@ -31,7 +31,13 @@ from deepseek.export.verifying.generator import generate
 from deepseek.export.verifying.isolated import IsolatedReader, ReaderCrash
 from deepseek.export.verifying.locate import Location, locate
 from deepseek.export.verifying.shrink import shrink
-from deepseek.export.verifying.source import ModelReader, exact, kind_of_model, space_of
+from deepseek.export.verifying.source import (
+    JitteredReader,
+    ModelReader,
+    exact,
+    kind_of_model,
+    space_of,
+)
 from deepseek.hub import Bundle, load
 from deepseek.models import Decoder, Encoder
 
@@ -46,6 +52,8 @@ MOST_SHRUNK = 3
 """Failing cases that are made small, each of another kind."""
 MOST_CRASHES = 5
 """Crashes one after another behind which no further case is asked."""
+NUM_JITTERED = 4
+"""Draws that tell what rounding may make of a position."""
 CHUNK_TOKENS = 1024
 """Tokens whose answers are held at a time."""
 
@@ -311,17 +319,23 @@ class _Run:
             found = str(error)
         except Exception as error:  # a foreign runtime's own: the case fails, the run goes on
             found = f"{type(error).__name__}: {error}"
-        return found, judge(case, found, self.tolerance, lambda: self._off(case, expected))
+        return found, judge(case, found, self.tolerance, lambda beyond: self._off(case, beyond))
 
-    def _off(self, case: Case, expected: Expected) -> Tensor:
-        """Return how far the source in float32 is from itself in float64 at each position."""
+    def _off(self, case: Case, beyond: Tensor) -> Tensor:
+        """Return how far float32 is off at these positions of a case: how far the source is from
+        itself in float64, as it is and with the last bit of its embeddings drawn anew."""
         if self.exact is None:
             self.exact = exact(self.model)
-        answers = expect(self.exact, [case])
-        ours = [expected[row] for row in case.rows]
-        found = compare(case, ours, answers, self.source.kind)
-        assert isinstance(found, Comparison)
-        return found.difference
+        cut, places = _cut(case, beyond, is_causal=self.source.kind == "decoder")
+        wanted = expect(self.exact, [cut])
+        drawn = (JitteredReader(self.model, seed) for seed in range(NUM_JITTERED))
+        off = torch.zeros(len(beyond))
+        for reader in (self.source, *drawn):
+            answers = expect(reader, [cut])
+            found = compare(cut, [answers[row] for row in cut.rows], wanted, self.source.kind)
+            assert isinstance(found, Comparison)
+            off[places] = off[places].maximum(found.difference)
+        return off * beyond
 
     def fails(self, case: Case) -> Departure | None:
         """Return how a case departs, or None."""
@@ -379,6 +393,23 @@ class _Run:
             seconds=seconds,
             is_partial=len(self.outcomes) < len(asked),
         )
+
+
+def _cut(case: Case, beyond: Tensor, *, is_causal: bool) -> tuple[Case, Tensor]:
+    """Return the rows of a case that have positions beyond a tolerance, each up to the last of
+    them where what comes later does not matter, and the numbers of their positions."""
+    rows, places, start = [], [], 0
+    lengths = [len(row) for row in case.rows]
+    per_row = lengths if len(beyond) == sum(lengths) else [1] * len(lengths)
+    for row, count in zip(case.rows, per_row, strict=True):
+        there = beyond[start : start + count].nonzero().flatten()
+        if len(there):
+            stop = int(there[-1]) + 1 if is_causal else count
+            rows.append(row[:stop] if is_causal else row)
+            places.append(torch.arange(start, start + stop))
+        start += count
+    kept = dataclasses.replace(case, rows=tuple(rows), steps=(), forks=False, extra=0)
+    return kept, torch.cat(places)
 
 
 def _cost(case: Case) -> int:
