@@ -219,3 +219,24 @@ def test_encoders_too(tmp_path: Path) -> None:
     make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "package", key)
     done = apply_delta(tmp_path / "package", tmp_path / "old", trust)
     assert done.bundle.content_hash == Bundle.open(tmp_path / "new").content_hash
+
+
+@pytest.mark.slow
+def test_smollm2_whose_weights_moved_a_little(smollm2_folder: Path, tmp_path: Path) -> None:
+    model = hub.load(smollm2_folder, dtype="float32")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.005 * parameter.detach().std().item())
+    hub.save(model, tmp_path / "tuned")
+    model = hub.load(smollm2_folder, dtype="float32")
+    hub.save(model, tmp_path / "old", quantized=Quantized(weights=put_on_grids(model, INT8)))
+    done = on_grid_of(tmp_path / "old", tmp_path / "tuned", tmp_path / "new", price_tokens=128)
+    prices = [item.value for item in done.measurements[2:]]
+    assert prices[0] < 1.5 * prices[1]
+    key, trust = make_keys(tmp_path / "key")
+    made = make_delta(tmp_path / "old", tmp_path / "new", tmp_path / "package", key)
+    assert made.share < 0.2
+    assert made.entropy_bytes < made.package_bytes - 100_000 < 1.03 * made.entropy_bytes
+    apply_delta(tmp_path / "package", tmp_path / "old", trust)
+    found, expected = (hub.load(tmp_path / name).state_dict() for name in ("old", "new"))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
