@@ -226,7 +226,9 @@ def test_smollm2_whose_weights_moved_a_little(smollm2_folder: Path, tmp_path: Pa
     model = hub.load(smollm2_folder, dtype="float32")
     torch.manual_seed(0)
     for parameter in model.parameters():
-        parameter.data.add_(torch.randn_like(parameter), alpha=0.005 * parameter.detach().std().item())
+        parameter.data.add_(
+            torch.randn_like(parameter), alpha=0.005 * parameter.detach().std().item()
+        )
     hub.save(model, tmp_path / "tuned")
     model = hub.load(smollm2_folder, dtype="float32")
     hub.save(model, tmp_path / "old", quantized=Quantized(weights=put_on_grids(model, INT8)))
