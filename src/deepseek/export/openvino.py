@@ -107,7 +107,7 @@ def read(folder: Path, *, threads: int | None = None) -> GraphReader:
 
     layers = functools.cache(lambda: compiled(_layers(model, about[_KIND])))
     return GraphReader(
-        name=f"OpenVINO {runtime.__version__}",
+        name=f"OpenVINO {runtime.__version__.partition('-')[0]}",
         kind=cast("Kind", about[_KIND]),
         max_tokens=int(about[_MAX_TOKENS]),
         max_batch=_MAX_BATCH,
