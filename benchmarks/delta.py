@@ -165,7 +165,7 @@ def peers(old: Path, new: Path) -> Iterator[tuple[str, str, float, float]]:
         ("zstd 19 of the new file", "zstandard", "excerpt", _zstd),
         ("zstd 19 --patch-from", "zstandard", "excerpt", _zstd_patch),
         ("bsdiff", "bsdiff4", "excerpt", _bsdiff),
-        ("detools (hdiffpatch)", "detools", "excerpt", _detools),
+        ("hdiffpatch", "detools", "excerpt", _detools),
         ("zstd 3 --patch-from", "zstandard", "whole", _zstd_patch_fast),
     ]
     for name, package, what, run in contests:
@@ -178,17 +178,6 @@ def peers(old: Path, new: Path) -> Iterator[tuple[str, str, float, float]]:
         begun = time.perf_counter()
         size = run(first, second)
         yield name, what, size / len(second), time.perf_counter() - begun
-    yield "ours", "excerpt", _ours(excerpt[0], excerpt[1]) / len(excerpt[1]), float("nan")
-
-
-def _ours(old: bytes, new: bytes) -> int:
-    from deepseek.export.delta import chunks
-
-    size, step = 0, chunks.CHUNK_BYTES
-    for at in range(0, len(new), step):
-        kinds = ("bytes", "nibbles")
-        size += 100 + len(chunks.encode(new[at : at + step], old[at : at + step], kinds)[1])
-    return size
 
 
 def _zstd(old: bytes, new: bytes) -> int:

@@ -121,7 +121,7 @@ def _on_grid(
         keep,
         before=None if args.before is None else _folder(args.before, out),
         margin=args.margin or 0.0,
-        price_tokens=0 if args.no_price else 2048,
+        price_tokens=0 if args.no_price else 1024,
         report=report,
     )
     return done.bundle.path, [*done.measurements]

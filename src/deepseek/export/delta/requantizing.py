@@ -124,7 +124,7 @@ def on_grid_of(
     before: str | Path | None = None,
     margin: float = 0.0,
     most_clipped: float = MOST_CLIPPED,
-    price_tokens: int = 2048,
+    price_tokens: int = 1024,
     report: Report = lambda words, share: None,
 ) -> OnGrid:
     """Write a fine-tuned model as a bundle on the grid of the bundle before it.
