@@ -76,7 +76,7 @@ def private_key(path: str | Path) -> Ed25519PrivateKey:
     try:
         key: object = load_pem_private_key(text, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, "private", str(error)) from error
+        raise _no_key(path, "private", "something else") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise _no_key(path, "private", type(key).__name__)
     return key
@@ -98,7 +98,7 @@ def public_key(path: str | Path) -> Ed25519PublicKey:
     try:
         key: object = load_pem_public_key(text)
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise _no_key(path, "public", str(error)) from error
+        raise _no_key(path, "public", "something else") from error
     if not isinstance(key, Ed25519PublicKey):
         raise _no_key(path, "public", type(key).__name__)
     return key
@@ -126,6 +126,7 @@ def _read(path: str | Path) -> bytes:
 
 
 def _no_key(path: str | Path, kind: str, got: str) -> FormatError:
-    must = f"an Ed25519 {kind} key in PEM without a password"
+    must = f"an Ed25519 {kind} key in PEM"
+    must += " without a password" if kind == "private" else ""
     step = "Make a pair with: deepseek delta key FILE"
     return FormatError(describe("key", str(path), must, got, step))
