@@ -106,6 +106,19 @@ def source_greedy(model: Decoder, ids: list[int], count: int) -> list[int]:
     return made[len(ids) :]
 
 
+def check_real_decoder(reader: Reader, folder: Path) -> None:
+    """Assert that logits are near the source's, padded too, and that the same 64 words follow."""
+    model = hub.load(folder, dtype="float32")
+    assert isinstance(model, Decoder)
+    assert model.tokenizer is not None
+    ids = drawn(min(2, reader.max_batch), 65, 49000)
+    mask = ids * 0 + 1
+    mask[0, :9] = 0
+    assert error_of(reader, model, ids, mask) < 1e-3
+    prompt = model.tokenizer.encode("The capital of France is")
+    assert greedy(reader, prompt, 64) == source_greedy(model, prompt, 64)
+
+
 def saved(model: Decoder | Encoder, folder: Path) -> Path:
     """Return the folder of a model that was just saved."""
     hub.save(model, folder)

@@ -15,16 +15,13 @@ from deepseek import hub
 from deepseek.errors import ConfigError, FormatError
 from deepseek.export import export, open_exported
 from deepseek.export.aoti import read
-from deepseek.models import Decoder
 from tests.export.readers import (
     answers,
     check_forward,
+    check_real_decoder,
     check_steps,
     drawn,
-    error_of,
-    greedy,
     saved,
-    source_greedy,
 )
 from tests.generate.encoders import tiny_encoder
 from tests.hub.tiny import tiny_decoder
@@ -113,16 +110,7 @@ def test_what_is_no_graph_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_goes_on_with_the_same_words(tmp_path: Path, smollm2_folder: Path) -> None:
     export(smollm2_folder, "torch", tmp_path / "b")
-    model = hub.load(smollm2_folder, dtype="float32")
-    assert isinstance(model, Decoder)
-    reader = open_exported(tmp_path / "b")
-    ids = drawn(2, 65, 49000)
-    mask = ids * 0 + 1
-    mask[0, :9] = 0
-    assert error_of(reader, model, ids, mask) < 1e-3
-    assert model.tokenizer is not None
-    prompt = model.tokenizer.encode("The capital of France is")
-    assert greedy(reader, prompt, 64) == source_greedy(model, prompt, 64)
+    check_real_decoder(open_exported(tmp_path / "b"), smollm2_folder)
 
 
 @pytest.mark.slow

@@ -13,16 +13,13 @@ from deepseek import hub
 from deepseek.errors import CapacityError, ConfigError, FormatError, MissingExtra, ShapeError
 from deepseek.export import export, open_exported
 from deepseek.export.executorch import read
-from deepseek.models import Decoder
 from tests.export.readers import (
     answers,
     check_forward,
+    check_real_decoder,
     check_steps,
     drawn,
-    error_of,
-    greedy,
     saved,
-    source_greedy,
 )
 from tests.generate.encoders import tiny_encoder
 from tests.hub.tiny import tiny_decoder
@@ -141,16 +138,7 @@ def test_int8_is_near_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_goes_on_with_the_same_words(tmp_path: Path, smollm2_folder: Path) -> None:
     export(smollm2_folder, "executorch", tmp_path / "b", max_tokens=128)
-    model = hub.load(smollm2_folder, dtype="float32")
-    assert isinstance(model, Decoder)
-    assert model.tokenizer is not None
-    reader = open_exported(tmp_path / "b")
-    ids = drawn(1, 65, 49000)
-    mask = ids * 0 + 1
-    mask[0, :9] = 0
-    assert error_of(reader, model, ids, mask) < 1e-3
-    prompt = model.tokenizer.encode("The capital of France is")
-    assert greedy(reader, prompt, 64) == source_greedy(model, prompt, 64)
+    check_real_decoder(open_exported(tmp_path / "b"), smollm2_folder)
 
 
 @pytest.mark.slow

@@ -15,12 +15,9 @@ from deepseek.models import Decoder, Encoder
 from tests.export.readers import (
     check_forward,
     check_layers,
+    check_real_decoder,
     check_steps,
-    drawn,
-    error_of,
-    greedy,
     saved,
-    source_greedy,
 )
 from tests.export.test_gguf import stored
 from tests.generate.encoders import tiny_encoder
@@ -91,16 +88,7 @@ def test_without_openvino_the_cure_is_named(
 @pytest.mark.slow
 def test_smollm2_goes_on_with_the_same_words(tmp_path: Path, smollm2_folder: Path) -> None:
     export(smollm2_folder, "openvino", tmp_path / "b")
-    model = hub.load(smollm2_folder, dtype="float32")
-    assert isinstance(model, Decoder)
-    reader = open_exported(tmp_path / "b", threads=2)
-    ids = drawn(2, 65, 49000)
-    mask = ids * 0 + 1
-    mask[0, :9] = 0
-    assert error_of(reader, model, ids, mask) < 1e-3
-    assert model.tokenizer is not None
-    prompt = model.tokenizer.encode("The capital of France is")
-    assert greedy(reader, prompt, 64) == source_greedy(model, prompt, 64)
+    check_real_decoder(open_exported(tmp_path / "b", threads=2), smollm2_folder)
 
 
 @pytest.mark.slow
