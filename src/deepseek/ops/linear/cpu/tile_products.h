@@ -199,20 +199,17 @@ void blocks_of_swiglu(const Weight& gate, const Weight& up, const Inputs& x, int
     }
   };
   configure_blocks();
-  for (int block = 0; block <= blocks; ++block) {
+  for (int block = 0; block < blocks; ++block) {
     auto half = [&](int offset) {
       return [&, offset](int first, int last) {
         if (block > 0) write(block - 1, offset + first / 2, offset + last / 2);
       };
     };
-    if (block == blocks) {
-      write(block - 1, 0, kBlockRows);
-      break;
-    }
     int start = row + block * kBlockRows;
     multiply_rows<is_bf16>(gate, x, start, panel, gates[block % 2], half(0));
     multiply_rows<is_bf16>(up, x, start, panel, ups, half(kTileRows));
   }
+  write(blocks - 1, 0, kBlockRows);
 }
 
 // 64 input channels of a panel, one byte each, from nibbles.
