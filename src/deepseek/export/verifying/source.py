@@ -92,8 +92,8 @@ def kind_of_model(model: Decoder | Encoder) -> Kind:
 
 
 class JitteredReader(ModelReader):
-    """A reader whose embeddings are off by half a last bit of float32, drawn by a seed: what comes
-    of it is what rounding may make of the model's answers."""
+    """A reader whose embeddings and products are off by half a last bit of float32, drawn by a
+    seed: what comes of it is what another order of sums may make of the model's answers."""
 
     def __init__(self, model: Decoder | Encoder, seed: int) -> None:
         super().__init__(model)
@@ -107,11 +107,16 @@ class JitteredReader(ModelReader):
             drawn = torch.rand(states.shape, generator=draw, dtype=states.dtype)
             return states * (1 + (drawn - 0.5) * 2.0**-22)
 
-        handle = self.model.get_input_embeddings().register_forward_hook(jitter)
+        handles = [
+            module.register_forward_hook(jitter)
+            for module in self.model.modules()
+            if isinstance(module, nn.Embedding | nn.Linear)
+        ]
         try:
             return super().forward(ids, mask)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def exact(model: Decoder | Encoder) -> ModelReader:
