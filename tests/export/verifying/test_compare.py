@@ -46,7 +46,7 @@ def departs(change: float, scale: float = 1.0, off: float = 0.0) -> Departure | 
     found = [expected[row].copy() for row in CASE.rows]
     found[0][1, 7] += change
     compared = compare(CASE, found, expected, "decoder")
-    return judge(CASE, compared, NAMED, lambda beyond: off * beyond)
+    return judge(CASE, compared, NAMED, lambda needed: off * (needed > 0))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

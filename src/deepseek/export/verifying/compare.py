@@ -161,8 +161,8 @@ def judge(
         case: what was asked.
         found: of `compare`.
         tolerance: what is allowed.
-        off: given which positions of the case are a little beyond the tolerance, returns how far
-            float32 is off by itself there, as `Comparison.difference`; 0 elsewhere.
+        off: given how far float32 must be off by itself at the positions that are a little beyond
+            the tolerance, and 0 elsewhere, returns how far it is, as `Comparison.difference`.
     """
     if isinstance(found, str):
         return Departure(found)
@@ -173,7 +173,8 @@ def judge(
     beyond = found.difference > (limit if limit is not None else math.inf)
     if limit is not None and beyond.any():
         if found.difference.max() <= MOST_SENSITIVE * limit:
-            beyond &= found.difference > SENSITIVE * off(beyond)
+            needed = torch.where(beyond, found.difference / SENSITIVE, 0.0)
+            beyond &= off(needed) < needed
         if beyond.any():
             return _at(found, beyond, f"differs by more than {limit:g} standard deviations")
     if tolerance.divergence is not None and found.divergence.numel():

@@ -92,8 +92,9 @@ def kind_of_model(model: Decoder | Encoder) -> Kind:
 
 
 class JitteredReader(ModelReader):
-    """A reader whose embeddings and products are off by half a last bit of float32, drawn by a
-    seed: what comes of it is what another order of sums may make of the model's answers."""
+    """A reader whose embeddings, and what goes into and comes out of its products, are off by half a
+    last bit of float32, drawn by a seed: what comes of it is what another order of sums may make of
+    the model's answers."""
 
     def __init__(self, model: Decoder | Encoder, seed: int) -> None:
         super().__init__(model)
@@ -103,15 +104,18 @@ class JitteredReader(ModelReader):
         """Return what the model answers; see `Reader`."""
         draw = torch.Generator().manual_seed(self.seed)
 
-        def jitter(module: nn.Module, given: object, states: Tensor) -> Tensor:
+        def jitter(states: Tensor) -> Tensor:
             drawn = torch.rand(states.shape, generator=draw, dtype=states.dtype)
             return states * (1 + (drawn - 0.5) * 2.0**-22)
 
-        handles = [
-            module.register_forward_hook(jitter)
-            for module in self.model.modules()
-            if isinstance(module, nn.Embedding | nn.Linear)
-        ]
+        handles = []
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                before = module.register_forward_pre_hook(lambda _, given: jitter(given[0]))
+                handles.append(before)
+            if isinstance(module, nn.Embedding | nn.Linear):
+                after = module.register_forward_hook(lambda _, given, states: jitter(states))
+                handles.append(after)
         try:
             return super().forward(ids, mask)
         finally:

@@ -54,7 +54,7 @@ MOST_SHRUNK = 3
 """Failing cases that are made small, each of another kind."""
 MOST_CRASHES = 5
 """Crashes one after another behind which no further case is asked."""
-NUM_JITTERED = 4
+MOST_JITTERED = 16
 """Draws that tell what rounding may make of a position."""
 CHUNK_TOKENS = 1024
 """Tokens whose answers are held at a time."""
@@ -321,23 +321,26 @@ class _Run:
             found = str(error)
         except Exception as error:  # a foreign runtime's own: the case fails, the run goes on
             found = f"{type(error).__name__}: {error}"
-        return found, judge(case, found, self.tolerance, lambda beyond: self._off(case, beyond))
+        return found, judge(case, found, self.tolerance, lambda needed: self._off(case, needed))
 
-    def _off(self, case: Case, beyond: Tensor) -> Tensor:
-        """Return how far float32 is off at these positions of a case: how far the source is from
-        itself in float64, as it is and with the last bits of its products drawn anew."""
+    def _off(self, case: Case, needed: Tensor) -> Tensor:
+        """Return how far float32 is off at the positions of a case where `needed` is not 0: how far
+        the source is from itself in float64, as it is and with the last bits of its products drawn
+        anew, until all that is needed came up or so many were drawn."""
         if self.exact is None:
             self.exact = exact(self.model)
-        cut, places = _cut(case, beyond, is_causal=self.source.kind == "decoder")
+        cut, places = _cut(case, needed > 0, is_causal=self.source.kind == "decoder")
         wanted = expect(self.exact, [cut])
-        drawn = (JitteredReader(self.model, seed) for seed in range(NUM_JITTERED))
-        off = torch.zeros(len(beyond))
+        off = torch.zeros(len(needed))
+        drawn = (JitteredReader(self.model, seed) for seed in range(MOST_JITTERED))
         for reader in (self.source, *drawn):
             answers = expect(reader, [cut])
             found = compare(cut, [answers[row] for row in cut.rows], wanted, self.source.kind)
             assert isinstance(found, Comparison)
             off[places] = off[places].maximum(found.difference)
-        return off * beyond
+            if bool((off >= needed).all()):
+                break
+        return off
 
     def fails(self, case: Case) -> Departure | None:
         """Return how a case departs, or None."""
