@@ -92,9 +92,9 @@ def kind_of_model(model: Decoder | Encoder) -> Kind:
 
 
 class JitteredReader(ModelReader):
-    """A reader whose embeddings, and what goes into and comes out of its products, are off by half a
-    last bit of float32, drawn by a seed: what comes of it is what another order of sums may make of
-    the model's answers."""
+    """A reader whose embeddings, and what goes into and comes out of its products, are off by half
+    a last bit of float32, drawn by a seed: what comes of it is what another order of sums may make
+    of the model's answers."""
 
     def __init__(self, model: Decoder | Encoder, seed: int) -> None:
         super().__init__(model)
@@ -108,14 +108,18 @@ class JitteredReader(ModelReader):
             drawn = torch.rand(states.shape, generator=draw, dtype=states.dtype)
             return states * (1 + (drawn - 0.5) * 2.0**-22)
 
+        def before(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
+            return jitter(given[0])
+
+        def after(module: nn.Module, given: object, states: Tensor) -> Tensor:
+            return jitter(states)
+
         handles = []
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
-                before = module.register_forward_pre_hook(lambda _, given: jitter(given[0]))
-                handles.append(before)
+                handles.append(module.register_forward_pre_hook(before))
             if isinstance(module, nn.Embedding | nn.Linear):
-                after = module.register_forward_hook(lambda _, given, states: jitter(states))
-                handles.append(after)
+                handles.append(module.register_forward_hook(after))
         try:
             return super().forward(ids, mask)
         finally:
