@@ -55,7 +55,9 @@ MOST_SHRUNK = 3
 MOST_CRASHES = 5
 """Crashes one after another behind which no further case is asked."""
 MOST_JITTERED = 16
-"""Draws that tell what rounding may make of a position."""
+"""Draws that tell what rounding may make of a position …"""
+FEWEST_JITTERED = 4
+"""… and those behind which one is given up that has not come to a quarter of what it needs."""
 CHUNK_TOKENS = 1024
 """Tokens whose answers are held at a time."""
 
@@ -326,19 +328,20 @@ class _Run:
     def _off(self, case: Case, needed: Tensor) -> Tensor:
         """Return how far float32 is off at the positions of a case where `needed` is not 0: how far
         the source is from itself in float64, as it is and with the last bits of its products drawn
-        anew, until all that is needed came up or so many were drawn."""
+        anew, until all that is needed came up or will not."""
         if self.exact is None:
             self.exact = exact(self.model)
         cut, places = _cut(case, needed > 0, is_causal=self.source.kind == "decoder")
         wanted = expect(self.exact, [cut])
         off = torch.zeros(len(needed))
-        drawn = (JitteredReader(self.model, seed) for seed in range(MOST_JITTERED))
-        for reader in (self.source, *drawn):
+        for draw in range(MOST_JITTERED + 1):
+            reader = JitteredReader(self.model, draw) if draw else self.source
             answers = expect(reader, [cut])
             found = compare(cut, [answers[row] for row in cut.rows], wanted, self.source.kind)
             assert isinstance(found, Comparison)
             off[places] = off[places].maximum(found.difference)
-            if bool((off >= needed).all()):
+            is_hopeless = draw >= FEWEST_JITTERED and bool((off < needed / 4).any())
+            if is_hopeless or bool((off >= needed).all()):
                 break
         return off
 
