@@ -1,9 +1,10 @@
 """Folders that `deepseek export` made of one model, each in its own runtime, by turns.
 
-    python benchmarks/formats.py --model smollm2-135m runs/onnx runs/openvino runs/torch
+    python -m benchmarks.formats --model smollm2-135m runs/onnx runs/openvino runs/torch
 
-Nothing is timed before the answers of float32 files are within 1e-3 of PyTorch's and, of a decoder,
-the same 64 tokens are chosen. What is rounded, by its folder's name, is told with its divergence.
+An encoder reads eight texts at once, or as many as every file takes. Nothing is timed before the
+answers of float32 files are within 1e-3 of PyTorch's and, of a decoder, the same 64 tokens are
+chosen. What is rounded, by its folder's name, is told with its divergence.
 """
 
 from __future__ import annotations
@@ -67,17 +68,17 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = load(args.model, dtype="float32")
     assert model.tokenizer is not None
+    opened = [(folder, open_exported(folder, threads=args.threads)) for folder in args.folders]
     ids = np.array([model.tokenizer.encode(TEXT)[: PROMPT + 1]])
     is_decoder = isinstance(model, Decoder)
     if not is_decoder:
-        ids = np.repeat(ids[:, :PROMPT], 8, 0)
+        ids = np.repeat(ids[:, :PROMPT], min(8, *(each.max_batch for _, each in opened)), 0)
     with torch.inference_mode():
         output = model(torch.from_numpy(ids))
     expected = (output.logits if is_decoder else output.last_hidden_state).numpy()
     about: dict[str, Any] = {"model": args.model, "threads": args.threads, "rounds": args.rounds}
     found, readers = [], {}
-    for folder in args.folders:
-        reader = open_exported(folder, threads=args.threads)
+    for folder, reader in opened:
         name = f"{folder.name} ({reader.name})"
         made = judge(name, reader, model, ids, expected)
         made["bytes"] = float(sum(each.stat().st_size for each in folder.rglob("model*")))
