@@ -26,7 +26,7 @@ test: $(READY)  ## the tests that every change must pass
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(EVAL_READY)  ## the slow and the many-process tests
-	$(BIN)/python -m pytest -m "(slow or dist) and not gpu and not network" $(ARGS)
+	$(BIN)/python -m pytest -m "(slow or dist) and not gpu and not network" --durations-path tests/slow_durations.json $(ARGS)
 
 sanitize: $(READY)  ## the kernels' tests on a build with address and undefined-behaviour checks
 	@sh scripts/sanitize.sh $(ARGS)

@@ -79,7 +79,7 @@ def write(
             tell("rounding weights", None)
             program = capture.follow(_quantized(program, capture.inputs))
         tell("lowering to XNNPACK", None)
-        made = _lower(program)
+        made = _lower(program, quantize)
         tell("writing", None)
         with (folder / MODEL).open("wb") as file:
             made.write_to_file(file)
@@ -164,17 +164,32 @@ def _load(path: Path) -> Method:
     return found
 
 
-def _lower(program: ExportedProgram) -> ExecutorchProgramManager:
+def _lower(program: ExportedProgram, quantize: str | None) -> ExecutorchProgramManager:
     """Return a graph as a program: what XNNPACK takes is its, the rest are portable kernels."""
+    from executorch.backends.xnnpack.partition.config.gemm_configs import (
+        AddmmConfig,
+        LinearConfig,
+        MMConfig,
+    )
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import BMMConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
         XnnpackDynamicallyQuantizedPartitioner,
         XnnpackPartitioner,
     )
     from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir.backend.partitioner import Partitioner
 
     # ExecuTorch 1.5 fixes the batch of what a split returns when it checks the graph
     program = program.run_decompositions({torch.ops.aten.split_with_sizes.default: _split})
-    parts = [XnnpackDynamicallyQuantizedPartitioner(), XnnpackPartitioner()]
+    parts: list[Partitioner] = [XnnpackPartitioner()]
+    if quantize is not None:
+        # Its merging of pieces tries all pairs: between int8 products, the hundreds of sums and
+        # factors of a 30-layer model take it hours. So products alone are its own.
+        products = [LinearConfig, AddmmConfig, MMConfig, BMMConfig]
+        parts = [
+            XnnpackDynamicallyQuantizedPartitioner(),
+            XnnpackPartitioner(configs=products),
+        ]
     return to_edge_transform_and_lower(program, partitioner=parts).to_executorch()
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deepseek.cli.demo.state import Demo
@@ -27,13 +25,14 @@ def compress(demo: Demo) -> Section:
     from deepseek.compress import compress
 
     done: dict[str, Compressed] = {}
-    with tempfile.TemporaryDirectory() as folder, demo.out.progress() as progress:
+    with demo.out.progress() as progress:
         for name, pipeline in _pipelines(demo).items():
             done[name] = compress(
                 pipeline,
-                Path(folder) / name,
+                demo.scratch / name,
                 report=lambda words, share, name=name: progress(f"{name}: {words}", share),
             )
+    demo.small = {name: each.bundle for name, each in done.items()}
     found = [item for name, each in done.items() for item in _figures(demo, name, each)]
     failed = [
         f"{name}: {verdict.words}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,14 @@ class Demo:
     def __init__(self, name: str, folder: Path, out: Output) -> None:
         self.name, self.folder, self.out = name, folder, out
         self.sections: list[Section] = []
+        self.small: dict[str, Bundle] = {}
+        """What the model was compressed to, by its scheme; in the scratch folder."""
+        self._scratch = tempfile.TemporaryDirectory(prefix="deepseek-demo-")
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for what one step hands to another, gone with the demo."""
+        return Path(self._scratch.name)
 
     @functools.cached_property
     def bundle(self) -> Bundle:

@@ -10,6 +10,7 @@ from typing import Any
 
 from deepseek.cli.demo.compressing import compress
 from deepseek.cli.demo.serving import serve
+from deepseek.cli.demo.shipping import ship
 from deepseek.cli.demo.state import Demo
 from deepseek.cli.output import number, size
 from deepseek.cli.report import Chart, Section
@@ -312,5 +313,6 @@ STEPS: tuple[Callable[[Demo], Section], ...] = (
     speed,
     engines,
     compress,
+    ship,
     serve,
 )

@@ -1,8 +1,9 @@
 """The main job, start to end, on a real model.
 
 Looks at the machine, gets the model, shows it equal to transformers, lets it answer, measures
-quality, speed and memory, makes it smaller and proves that it still works, serves it to many at
-once, and writes a bundle with a card and an HTML report.
+quality, speed and memory, makes it smaller and proves that it still works, exports it and proves
+that too, makes an update of it, serves it to many at once, and writes a bundle with a card and an
+HTML report.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""The demo's way out: an export that another runtime runs, the proof that it computes the same, and
+the small signed package that turns the int8 bundle into a fine-tuned one."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deepseek.cli.demo.state import Demo
+from deepseek.cli.output import size
+from deepseek.cli.report import Section
+from deepseek.records import Measurement
+
+if TYPE_CHECKING:
+    from deepseek.cli.output import Progress
+    from deepseek.export import Verified
+    from deepseek.export.delta import Made
+
+COMMAND = "deepseek demo"
+CASES = 50
+LONGEST = 128
+"""Tokens of a case, at most: `deepseek verify` alone asks a thousand cases of up to 2048."""
+STEPS, ROWS, TOKENS, RATE = 4, 4, 128, 1e-5
+"""Of the fine-tuning: enough that most tensors change, and no more."""
+MOST_SHARE = 0.2
+"""Of the package in the bundle that it stands for."""
+
+
+def ship(demo: Demo) -> Section:
+    """Export to ONNX, verify, and a delta from the int8 bundle to a fine-tuned one."""
+    proof = _export_and_verify(demo, demo.scratch)
+    made, is_same = _delta(demo, demo.scratch)
+    failures = [] if proof.holds else [f"{len(proof.departed)} cases depart from the ONNX export"]
+    if made.share > MOST_SHARE:
+        failures.append(f"the delta is {made.share:.0%} of the bundle")
+    if not is_same:
+        failures.append("the bundle that the delta made is not the new version")
+    departed = len(proof.departed)
+    words = (
+        f"ONNX, run by {proof.reader}: {proof.num_cases} generated cases, {departed} depart\n"
+        f"from the int8 bundle ({size(made.bundle_bytes)}) to one trained for {STEPS} steps: "
+        f"{size(made.package_bytes)}, {100 * made.share:.1f} %, signed; applied, file for file"
+    )
+    return Section(
+        title="Shipped",
+        words=words,
+        measurements=tuple(_figures(demo, proof, made)),
+        failure="; ".join(failures) or None,
+    )
+
+
+def _export_and_verify(demo: Demo, folder: Path) -> Verified:
+    from deepseek.export import export, verify
+
+    with demo.out.progress() as progress:
+        progress("export to ONNX", None)
+        export(demo.bundle, "onnx", folder / "onnx")
+        return verify(
+            demo.model("float32"),
+            folder / "onnx",
+            cases=CASES,
+            longest=LONGEST,
+            progress=progress,
+        )
+
+
+def _delta(demo: Demo, folder: Path) -> tuple[Made, bool]:
+    """Return the package from the int8 bundle that was made before to a fine-tuned one, and whether
+    the bundle that it was applied to is the new version."""
+    from deepseek.export.delta import apply_delta, make_delta, make_keys, on_grid_of
+
+    with demo.out.progress() as progress:
+        source = str(demo.bundle.path)
+        old = demo.small["int8"]
+        _tune(demo, folder / "tuned", progress)
+        progress("put on the old grid", None)
+        new = on_grid_of(old, folder / "tuned", folder / "new", before=source, price_tokens=0)
+        private, public = make_keys(folder / "release.key")
+        made = make_delta(old, new.bundle, folder / "update.delta", private)
+        progress("apply the delta", None)
+        applied = apply_delta(made.path, old.path, public)
+    return made, applied.bundle.card.files == new.bundle.card.files
+
+
+def _tune(demo: Demo, folder: Path, progress: Progress) -> None:
+    """Train a copy of all weights for a few steps, and save it."""
+    import torch
+
+    from deepseek import hub
+    from deepseek.evaluate import default_corpus
+
+    model = copy.deepcopy(demo.model("float32")).train()
+    assert model.tokenizer is not None
+    ids = model.tokenizer.encode(default_corpus().text)[-STEPS * ROWS * TOKENS :]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    for step, tokens in enumerate(torch.tensor(ids).view(STEPS, ROWS, TOKENS)):
+        progress("fine-tune", step / STEPS)
+        logits = model(tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    hub.save(model.eval(), folder)
+
+
+def _figures(demo: Demo, proof: Verified, made: Made) -> list[Measurement]:
+    departed = Measurement(
+        name="departed_cases",
+        value=len(proof.departed),
+        unit="1",
+        conditions={
+            "model": demo.name,
+            "format": "onnx",
+            "cases": proof.num_cases,
+            "longest": LONGEST,
+        },
+        command=COMMAND,
+    )
+    share = Measurement(
+        name="delta_share",
+        value=made.share,
+        unit="1",
+        conditions={
+            "model": demo.name,
+            "grid": "int8 by rows",
+            "bundle_bytes": made.bundle_bytes,
+            "steps": STEPS,
+            "rate": RATE,
+        },
+        command=COMMAND,
+    )
+    return [departed, share]
