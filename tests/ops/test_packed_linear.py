@@ -85,6 +85,7 @@ def draw(rows: int, columns: int, width: int, seed: int) -> tuple[np.ndarray, np
     seed=st.integers(0, 2**16),
 )
 @example(rows=64, columns=141, width=97, seed=3771)  # a scale between two numbers of float16
+@example(rows=33, columns=1, width=16, seed=90)  # an input in the middle of two levels, four times
 def test_products_are_the_specification(
     isa: str,
     storage: str,

@@ -89,21 +89,24 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
     float32, and numbers on the grid: the order of sums. bfloat16: also the rounding of the output.
     int8 and int4: also one level of an input and one of a weight, which may lie in the middle
     between two and go either way; so may a scale between two numbers of float16, and with it the
-    weights of its group.
+    weights of its group. A narrow input, padded and rotated, has each number several times, and
+    all of them may lie in the middle.
     """
     inputs, weight = problem.inputs, problem.weight
     width = stored_width(case.storage, inputs.shape[-1], case.group)
     group = scaled_together(case.storage, case.group) or width
-    undecided = torch.zeros_like(weight)
+    undecided, inputs_undecided = torch.zeros_like(weight), torch.zeros_like(inputs)
     if case.storage == "bfloat16":
         inputs, weight = inputs.bfloat16().float(), weight.bfloat16().float()
     elif case.storage == "int8":
         inputs, weight = (rotate(_padded(each, case)) for each in (inputs, weight))
         undecided = _undecided(weight, round_int8, group)
+        inputs_undecided = _undecided(inputs, round_inputs, group)
         inputs, weight = round_inputs(inputs, group), round_int8(weight, group)
     elif case.storage == "int4":
         inputs, weight = (_padded(each, case) for each in (inputs, weight))
         undecided = _undecided(weight, round_int4, group)
+        inputs_undecided = _undecided(inputs, round_inputs, group)
         inputs, weight = round_inputs(inputs, group), round_int4(weight, group)
     bound = inputs.abs() @ weight.abs().T
     bound = _SUMS * (bound if problem.bias is None else bound + problem.bias.abs())
@@ -113,12 +116,13 @@ def error_bound(problem: Problem, case: Case) -> Tensor:
         return bound
     level = 1 / 127 + (1 / 127 if case.storage == "int8" else 2 / 15)
     sizes = _largest(inputs, group)[:, None] * _largest(weight, group)
-    return bound + level * sizes.amax(-1) + inputs.abs() @ undecided.T
+    either_way = inputs.abs() @ undecided.T + inputs_undecided @ weight.abs().T
+    return bound + level * sizes.amax(-1) + either_way
 
 
-def _undecided(weight: Tensor, rounded: Callable[[Tensor, int], Tensor], group: int) -> Tensor:
-    """Return how far rounded weights lie apart when all are a hair larger or smaller, [N, K]."""
-    return (rounded(weight * (1 + _HAIR), group) - rounded(weight * (1 - _HAIR), group)).abs()
+def _undecided(values: Tensor, rounded: Callable[[Tensor, int], Tensor], group: int) -> Tensor:
+    """Return how far rounded numbers lie apart when all are a hair larger or smaller, [N, K]."""
+    return (rounded(values * (1 + _HAIR), group) - rounded(values * (1 - _HAIR), group)).abs()
 
 
 def _padded(states: Tensor, case: Case) -> Tensor:
