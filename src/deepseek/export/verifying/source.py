@@ -145,7 +145,7 @@ def space_of(model: Decoder | Encoder, reader: Reader, longest: int) -> Space:
     """
     kind = kind_of_model(model)
     if reader.kind != kind:
-        must = f"a {kind} like its source"
+        must = f"of its source's kind, {kind}"
         raise ConfigError(describe("export", "verify", must, reader.kind))
     weights = model.get_input_embeddings().weight
     vocab_size = weights.shape[0]
