@@ -36,11 +36,12 @@ def ship(demo: Demo) -> Section:
         failures.append(f"the delta is {made.share:.0%} of the bundle")
     if not is_same:
         failures.append("the bundle that the delta made is not the new version")
-    departed = len(proof.departed)
+    outcome = "applied, file for file" if is_same else "applied, and something else came of it"
     words = (
-        f"ONNX, run by {proof.reader}: {proof.num_cases} generated cases, {departed} depart\n"
+        f"ONNX, run by {proof.reader}: {proof.num_cases} generated cases, "
+        f"{len(proof.departed)} depart\n"
         f"from the int8 bundle ({size(made.bundle_bytes)}) to one trained for {STEPS} steps: "
-        f"{size(made.package_bytes)}, {100 * made.share:.1f} %, signed; applied, file for file"
+        f"{size(made.package_bytes)}, {100 * made.share:.1f} %, signed; {outcome}"
     )
     return Section(
         title="Shipped",
@@ -105,29 +106,19 @@ def _tune(demo: Demo, folder: Path, progress: Progress) -> None:
 
 
 def _figures(demo: Demo, proof: Verified, made: Made) -> list[Measurement]:
-    departed = Measurement(
-        name="departed_cases",
-        value=len(proof.departed),
-        unit="1",
-        conditions={
-            "model": demo.name,
-            "format": "onnx",
-            "cases": proof.num_cases,
-            "longest": LONGEST,
-        },
-        command=COMMAND,
-    )
-    share = Measurement(
-        name="delta_share",
-        value=made.share,
-        unit="1",
-        conditions={
-            "model": demo.name,
-            "grid": "int8 by rows",
-            "bundle_bytes": made.bundle_bytes,
-            "steps": STEPS,
-            "rate": RATE,
-        },
-        command=COMMAND,
-    )
-    return [departed, share]
+    asked = {"format": "onnx", "cases": proof.num_cases, "longest": LONGEST}
+    tuned = {"grid": "int8 by rows", "bundle_bytes": made.bundle_bytes, "steps": STEPS}
+    found = {
+        "departed_cases": (len(proof.departed), asked),
+        "delta_share": (made.share, {**tuned, "rate": RATE}),
+    }
+    return [
+        Measurement(
+            name=name,
+            value=value,
+            unit="1",
+            conditions={"model": demo.name, **conditions},
+            command=COMMAND,
+        )
+        for name, (value, conditions) in found.items()
+    ]
