@@ -14,6 +14,10 @@ import uvicorn
 from deepseek.serve.service import Service
 
 
+ABORT_S = 1.0
+"""In which clients get the error of what a second signal ended, before connections are cut."""
+
+
 class Worker(Protocol):
     """Works beside what clients wait for."""
 
@@ -69,7 +73,7 @@ async def run_server(
         received.append(number)
         if len(received) > 1:
             service.engine.abort()
-            server.force_exit = True
+            events.call_later(ABORT_S, setattr, server, "force_exit", True)
             return
         on_drain(f"{number.name}: finishing what is under way, at most {drain_s:g} s")
         service.refuse()

@@ -22,6 +22,8 @@ UPLOAD_TIMEOUT_S = 600.0
 """Seconds in which the body of an upload must have come."""
 SLOW_READER = "slow reader"
 """Failure of a stream whose client did not read."""
+CUT_OFF = "cut off"
+"""Failure of what was still under way when the server ended."""
 
 
 class RequestLog:
@@ -53,6 +55,8 @@ class RequestLog:
             await self._app(scope, receive, answer.send)
         except SendTimeoutError:
             failure = SLOW_READER  # the server closes a connection whose answer did not end
+        except asyncio.CancelledError:
+            failure = CUT_OFF  # nothing above has work left, and uvicorn would log a traceback
         except Exception as error:
             failure = type(error).__name__
             if not isinstance(error, ApiError):
