@@ -28,6 +28,7 @@ def test_the_equality_gate(damage: float | None, tiny_folder: str, tmp_path: Pat
     assert len(section.charts[0].values) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_the_shipping_gates(is_damaged: bool, tiny_folder: str, tmp_path: Path) -> None:
     demo = Demo(tiny_folder, tmp_path, Output(as_json=True))

@@ -3,7 +3,6 @@ the small signed package that turns the int8 bundle into a fine-tuned one."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ COMMAND = "deepseek demo"
 CASES = 50
 LONGEST = 128
 """Tokens of a case, at most: `deepseek verify` alone asks a thousand cases of up to 2048."""
-STEPS, ROWS, TOKENS, RATE = 4, 4, 128, 1e-5
+STEPS, ROWS, TOKENS, RATE, TEXT_SIGNS = 4, 4, 128, 5e-5, 20_000
 """Of the fine-tuning: enough that most tensors change, and no more."""
 MOST_SHARE = 0.2
 """Of the package in the bundle that it stands for."""
@@ -74,9 +73,9 @@ def _delta(demo: Demo, folder: Path) -> tuple[Made, bool]:
     with demo.out.progress() as progress:
         source = str(demo.bundle.path)
         old = demo.small["int8"]
-        _tune(demo, folder / "tuned", progress)
+        tuned = _tuned(demo, folder, progress)
         progress("put on the old grid", None)
-        new = on_grid_of(old, folder / "tuned", folder / "new", before=source, price_tokens=0)
+        new = on_grid_of(old, tuned, folder / "new", before=source, price_tokens=0)
         private, public = make_keys(folder / "release.key")
         made = make_delta(old, new.bundle, folder / "update.delta", private)
         progress("apply the delta", None)
@@ -84,25 +83,24 @@ def _delta(demo: Demo, folder: Path) -> tuple[Made, bool]:
     return made, applied.bundle.card.files == new.bundle.card.files
 
 
-def _tune(demo: Demo, folder: Path, progress: Progress) -> None:
-    """Train a copy of all weights for a few steps, and save it."""
-    import torch
-
-    from deepseek import hub
+def _tuned(demo: Demo, folder: Path, progress: Progress) -> Path:
+    """Train all weights for a few steps, and return the folder of the new model."""
     from deepseek.evaluate import default_corpus
+    from deepseek.optim import AdamW
+    from deepseek.train import Run, Source, Stage, train
 
-    model = copy.deepcopy(demo.model("float32")).train()
-    assert model.tokenizer is not None
-    ids = model.tokenizer.encode(default_corpus().text)[-STEPS * ROWS * TOKENS :]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    for step, tokens in enumerate(torch.tensor(ids).view(STEPS, ROWS, TOKENS)):
-        progress("fine-tune", step / STEPS)
-        logits = model(tokens).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    hub.save(model.eval(), folder)
+    text = folder / "text.txt"
+    text.write_text(default_corpus().text[-TEXT_SIGNS:], encoding="utf-8")
+    stage = Stage(
+        name="tuned",
+        data=(Source(path=str(text)),),
+        steps=STEPS,
+        length=TOKENS,
+        batch=ROWS,
+        optimizer=AdamW(rate=RATE),
+    )
+    run = Run(model=str(demo.bundle.path), stages=(stage,))
+    return train(run, folder / "run", preparing=progress)
 
 
 def _figures(demo: Demo, proof: Verified, made: Made) -> list[Measurement]:
