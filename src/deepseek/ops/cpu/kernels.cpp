@@ -43,6 +43,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .load_queries = load_queries,
     .attend_span = attend_span,
     .page_scores = page_scores,
+    .visitor_scores = visitor_scores,
     .page_summary = page_summary,
     .summary_scores = summary_scores,
     .choose_pages = choose_pages,

@@ -180,7 +180,8 @@ class Program {
 
  private:
   struct Run { int start, count, row; };  // tokens of one sequence
-  struct Group { int start, stop, count, seen; };  // tokens that share a choice, its pages, those visited
+  // Tokens that share a choice, its pages, those visited, and those that it is made from.
+  struct Group { int start, stop, count, seen, candidates; };
   struct States {                         // see PageStates
     std::vector<float> sums, bound, mass;
     void reset(int rows, int dim);
@@ -197,7 +198,8 @@ class Program {
     std::vector<uint8_t*> means, summaries;  // of the pages of a row
     Memory mean_pages;                    // pages of this thread, whose slots are the means of pages
     std::vector<Query> queries;
-    std::vector<float> scores, guesses, best, scratch, totals;
+    std::vector<float> scores, recent, found, best, scratch, totals;
+    std::vector<int32_t> places;          // among candidates; of pages
     States all, segment;
   };
   struct Pass;
@@ -259,12 +261,20 @@ class Program {
   KvPages::Choice& choice_at(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
   bool is_chosen(Pass& pass, const Instruction& in, const Run& run, int kv_head, int position) const;
   int choose(int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen, int thread);
-  int choose_twice(int position, float* guesses, const float* scores, ptrdiff_t stride, int32_t* chosen, int thread);
+  int choose_among(int count, int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen,
+                   int thread);
+  int choose_again(int count, int position, const float* guesses, ptrdiff_t stride, const float* found, int32_t* chosen,
+                   int thread);
+  // Of the pages that a token chose, those before its recent ones.
+  int older_of(int chosen) const { return std::max(0, chosen - shape_.route.recent_pages); }
   void guess_scores(Pass& pass, const Instruction& in, const Run& run, int kv_head, int count, int first, int last,
                     float* out, int thread);
   void keep_choice(KvPages::Choice& choice, int position, const int32_t* chosen, int count) const;
   void choose_groups(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
                      int thread);
+  void choose_by_keys(Pass& pass, const Instruction& in, const Run& run, int kv_head, int first, int thread);
+  void choose_by_summaries(Pass& pass, const Instruction& in, const Run& run, int kv_head, int first, int thread);
+  void score_candidates(const Attend& a, int first, int pages, int thread);
   void route_block(Pass& pass, const Instruction& in, const Run& run, int kv_head, int start, int stop,
                    int thread);
   void score_token(Pass& pass, const Instruction& in, const Run& run, int kv_head, int chunk, int thread);

@@ -65,22 +65,40 @@ bool Program::is_chosen(Pass& pass, const Instruction& in, const Run& run, int k
 // Puts the pages that a token chose into `chosen`, by the scores of its query heads.
 int Program::choose(int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen, int thread) {
   const Route& route = shape_.route;
-  int pages = position / kPage + 1, group = shape_.heads / shape_.kv_heads;
-  std::vector<float>& scratch = routes_[thread].scratch;
-  scratch.resize(std::max(scratch.size(), size_t(2 * (pages + 16))));
-  return kernels_.choose_pages(scores, stride, group, pages, route.first_pages, route.recent_pages,
-                               route.budget_at(position / kPage), least_share, chosen, scratch.data());
+  int pages = position / kPage + 1, budget = route.budget_at(position / kPage);
+  if (budget < pages) return choose_among(pages, position, scores, stride, least_share, chosen, thread);
+  std::iota(chosen, chosen + pages, 0);
+  return pages;
 }
 
-// The same among the pages that are the best by their guessed scores, as many as may be seen.
-int Program::choose_twice(int position, float* guesses, const float* scores, ptrdiff_t stride, int32_t* chosen,
+// The same among `count` pages, of which the first ones and the recent ones are the token's.
+int Program::choose_among(int count, int position, float* scores, ptrdiff_t stride, float least_share, int32_t* chosen,
                           int thread) {
-  int count = choose(position, guesses, stride, -INFINITY, chosen, thread), group = shape_.heads / shape_.kv_heads;
-  std::vector<float>& best = routes_[thread].best;
-  best.assign(group * stride, -INFINITY);
-  for (int h = 0; h < group; ++h)
-    for (int i = 0; i < count; ++i) best[h * stride + chosen[i]] = scores[h * stride + chosen[i]];
-  return choose(position, best.data(), stride, shape_.route.least_share, chosen, thread);
+  const Route& route = shape_.route;
+  std::vector<float>& scratch = routes_[thread].scratch;
+  scratch.resize(std::max(scratch.size(), size_t(2 * (count + 16))));
+  return kernels_.choose_pages(scores, stride, shape_.heads / shape_.kv_heads, count, route.first_pages,
+                               route.recent_pages, route.budget_at(position / kPage), least_share, chosen,
+                               scratch.data());
+}
+
+// Those of `count` candidates in `chosen`, the best by their guessed scores, that a token chose in the end.
+// `found` holds the scores of the older ones, the query heads of each side by side; those of its recent pages
+// stand among the guesses.
+int Program::choose_again(int count, int position, const float* guesses, ptrdiff_t stride, const float* found,
+                          int32_t* chosen, int thread) {
+  int group = shape_.heads / shape_.kv_heads, older = older_of(count), padded = int(aligned(count, 16));
+  RouteMemory& m = routes_[thread];
+  m.best.resize(std::max(m.best.size(), size_t(group) * padded));
+  m.places.resize(std::max<size_t>(m.places.size(), count));
+  for (int h = 0; h < group; ++h) {
+    float* row = m.best.data() + h * padded;
+    for (int i = 0; i < older; ++i) row[i] = found[i * group + h];
+    for (int i = older; i < count; ++i) row[i] = guesses[h * stride + chosen[i]];
+  }
+  int left = choose_among(count, position, m.best.data(), padded, shape_.route.least_share, m.places.data(), thread);
+  for (int i = 0; i < left; ++i) chosen[i] = chosen[m.places[i]];
+  return left;
 }
 
 // Guessed scores of loaded queries with the full pages first ... last - 1 of a run.
@@ -158,31 +176,81 @@ void Program::choose_groups(Pass& pass, const Instruction& in, const Run& run, i
     }
   if (m.queries.empty()) return;
   m.scores.resize(std::max(m.scores.size(), m.queries.size() * pass.score_stride));
-  void* scratch = attend_scratch(thread);
-  kernels_.load_queries(pass.pages.layout, m.queries.data(), int(m.queries.size()), scratch);
-  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries.data(), int(m.queries.size()), 0,
-                       position_of(stop - 1) / kPage + 1, m.scores.data(), pass.score_stride, scratch);
+  kernels_.load_queries(pass.pages.layout, m.queries.data(), int(m.queries.size()), attend_scratch(thread));
+  if (shape_.route.has_summaries) choose_by_summaries(pass, in, run, kv_head, goes_on, thread);
+  else choose_by_keys(pass, in, run, kv_head, goes_on, thread);
+  for (size_t g = goes_on; g < m.groups.size(); ++g) {
+    int position = position_of(m.groups[g].start);
+    keep_choice(choice_at(pass, in, run, kv_head, position), position, m.chosen.data() + g * most, m.groups[g].count);
+  }
+}
+
+// The choices of the groups from number `first` on, by the scores of all keys before them.
+void Program::choose_by_keys(Pass& pass, const Instruction& in, const Run& run, int kv_head, int first, int thread) {
+  RouteMemory& m = routes_[thread];
+  ptrdiff_t stride = pass.score_stride;
+  int group = shape_.heads / shape_.kv_heads, pages = (m.queries.back().high + kPage - 1) / kPage;
+  kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries.data(), int(m.queries.size()), 0, pages,
+                       m.scores.data(), stride, attend_scratch(thread));
+  float* scores = m.scores.data();
+  for (size_t g = first; g < m.groups.size(); ++g, scores += group * stride)
+    m.groups[g].count = choose(pass.step.positions[run.start + m.groups[g].start], scores, stride, shape_.route.least_share,
+                               m.chosen.data() + g * shape_.route.most(), thread);
+}
+
+// The same, by the scores of those pages that are the best by their summaries, as many as may be seen.
+void Program::choose_by_summaries(Pass& pass, const Instruction& in, const Run& run, int kv_head, int first, int thread) {
+  RouteMemory& m = routes_[thread];
   const Route& route = shape_.route;
-  if (route.has_summaries) {
-    m.guesses.resize(m.scores.size());
-    guess_scores(pass, in, run, kv_head, int(m.queries.size()), 0, position_of(stop - 1) / kPage, m.guesses.data(), thread);
+  ptrdiff_t stride = pass.score_stride;
+  int group = shape_.heads / shape_.kv_heads, most = route.most(), count = int(m.queries.size());
+  auto position_of = [&](size_t g) { return pass.step.positions[run.start + m.groups[g].start]; };
+  auto row_of = [&](size_t g) { return m.scores.data() + (g - first) * group * stride; };
+  int pages = position_of(m.groups.size() - 1) / kPage + 1;
+  Attend a = attend_of(pass, in, run, kv_head);
+  int recent = std::max(0, position_of(first) / kPage + 1 - route.recent_pages), width = pages - recent;
+  kernels_.page_scores(a, m.queries.data(), count, recent, pages, m.scores.data(), stride, attend_scratch(thread));
+  m.recent.resize(std::max(m.recent.size(), size_t(count) * width));
+  for (int r = 0; r < count; ++r)
+    std::memcpy(m.recent.data() + r * width, m.scores.data() + r * stride + recent, width * sizeof(float));
+  guess_scores(pass, in, run, kv_head, count, 0, std::max(0, pages - route.recent_pages), m.scores.data(), thread);
+  for (Group& each : m.groups) each.candidates = each.count, each.count = 0;
+  for (size_t g = first; g < m.groups.size(); ++g) {
+    int own = position_of(g) / kPage, start = std::max(0, own + 1 - route.recent_pages);
+    for (int h = 0; h < group; ++h)
+      std::memcpy(row_of(g) + h * stride + start, m.recent.data() + ((g - first) * group + h) * width + start - recent,
+                  (own + 1 - start) * sizeof(float));
+    m.groups[g].candidates = choose(position_of(g), row_of(g), stride, -INFINITY, m.chosen.data() + g * most, thread);
+    m.groups[g].count = older_of(m.groups[g].candidates);
   }
-  ptrdiff_t row = 0;
-  for (size_t g = goes_on; g < m.groups.size(); ++g, row += group * pass.score_stride) {
+  score_candidates(a, first, pages, thread);
+  for (size_t g = 0; g < m.groups.size(); ++g) {
     Group& each = m.groups[g];
-    int32_t* chosen = m.chosen.data() + g * most;
-    int position = position_of(each.start), own = position / kPage;
-    float *scores = m.scores.data() + row, *guesses = m.guesses.data() + row;
-    if (route.has_summaries) {
-      for (int h = 0; h < group; ++h)
-        for (int p = std::max(0, own + 1 - route.recent_pages); p <= own; ++p)
-          guesses[h * pass.score_stride + p] = scores[h * pass.score_stride + p];
-      each.count = choose_twice(position, guesses, scores, pass.score_stride, chosen, thread);
-    } else {
-      each.count = choose(position, scores, pass.score_stride, route.least_share, chosen, thread);
-    }
-    keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen, each.count);
+    each.count = each.candidates;
+    if (int(g) >= first && each.count <= position_of(g) / kPage)
+      each.count = choose_again(each.count, position_of(g), row_of(g), stride, m.found.data() + g * most * group,
+                                m.chosen.data() + g * most, thread);
   }
+}
+
+// Scores of the older pages that groups chose, into `found`: [groups][most pages][query heads].
+void Program::score_candidates(const Attend& a, int first, int pages, int thread) {
+  RouteMemory& m = routes_[thread];
+  int group = shape_.heads / shape_.kv_heads, most = shape_.route.most();
+  sort_visitors(m, pages);
+  for (int& g : m.visitors) g -= first;
+  m.places.resize(std::max<size_t>(m.places.size(), pages));
+  std::iota(m.places.begin(), m.places.end(), 0);
+  m.best.resize(std::max(m.best.size(), m.visitors.size() * group));
+  kernels_.visitor_scores(a, {m.places.data(), m.first_visitor.data(), m.visitors.data(), pages, group}, m.best.data(),
+                          attend_scratch(thread));
+  m.found.resize(std::max(m.found.size(), m.groups.size() * most * group));
+  for (Group& each : m.groups) each.seen = 0;
+  for (size_t v = 0; v < m.visitors.size(); ++v) {
+    size_t g = m.visitors[v] + first, place = g * most + m.groups[g].seen++;
+    std::memcpy(m.found.data() + place * group, m.best.data() + v * group, group * sizeof(float));
+  }
+  for (Group& each : m.groups) each.seen = 0;
 }
 
 // Finds the groups that chose each page, page after page.
@@ -382,25 +450,23 @@ void Program::choose_for_token(Pass& pass, const Instruction& in, const Run& run
   keep_choice(choice_at(pass, in, run, kv_head, position), position, chosen.data(), count);
 }
 
-// As choose_twice, of a token alone: what is guessed well is scored then.
+// As choose_by_summaries, of a token alone, whose guesses are there.
 int Program::choose_scored(Pass& pass, const Instruction& in, const Run& run, int kv_head, float* guesses,
                            int32_t* chosen, int thread) {
   int position = pass.step.positions[run.start], group = shape_.heads / shape_.kv_heads;
-  ptrdiff_t stride = pass.score_stride;
-  int count = choose(position, guesses, stride, -INFINITY, chosen, thread);
+  int count = choose(position, guesses, pass.score_stride, -INFINITY, chosen, thread), older = older_of(count);
+  if (count > position / kPage) return count;
   AttendMemory m(thread_scratch(thread), pass.pages.layout.dim_padded, pass.pages.layout.dim);
   std::vector<int> heads(group);
   std::iota(heads.begin(), heads.end(), kv_head * group);
   rope_queries(pass, in, run.start, heads.data(), group, 0, position + 1, m);
   kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
-  std::vector<float>& best = routes_[thread].best;
-  best.assign(group * stride, -INFINITY);
-  for (int i = 0, end; i < count; i = end) {  // neighbouring pages together
-    for (end = i + 1; end < count && chosen[end] == chosen[end - 1] + 1;) ++end;
-    kernels_.page_scores(attend_of(pass, in, run, kv_head), m.queries, group, chosen[i], chosen[end - 1] + 1,
-                         best.data(), stride, m.scratch);
-  }
-  return choose(position, best.data(), stride, shape_.route.least_share, chosen, thread);
+  RouteMemory& own = routes_[thread];
+  own.visitors.assign(older, 0), own.first_visitor.resize(older + 1), own.found.resize(std::max<size_t>(own.found.size(), older * group));
+  std::iota(own.first_visitor.begin(), own.first_visitor.end(), 0);
+  kernels_.visitor_scores(attend_of(pass, in, run, kv_head),
+                          {chosen, own.first_visitor.data(), own.visitors.data(), older, group}, own.found.data(), m.scratch);
+  return choose_again(count, position, guesses, pass.score_stride, own.found.data(), chosen, thread);
 }
 
 // The parts that a token sees of its row, first ... last - 1.

@@ -141,6 +141,14 @@ struct PageStates {
 constexpr int kMassLanes = 16;
 constexpr float kNoBound = -1e30f;
 
+// Groups of `width` loaded queries that meet pages of the past: group g is the queries g * width and behind.
+struct Visitors {
+  const int32_t* page = nullptr;    // [pages], places in the table
+  const int32_t* first = nullptr;   // [pages + 1], of the groups that meet a page, among `groups`
+  const int32_t* groups = nullptr;
+  int pages = 0, width = 1;
+};
+
 constexpr int kSwigluRows = 32;  // whose gates and ups are near together
 
 struct Kernels {
@@ -182,6 +190,8 @@ struct Kernels {
   // first ... last - 1, into out [count][stride] from column `first` on; -infinity where it sees none.
   void (*page_scores)(const Attend& a, const Query* queries, int count, int first, int last, float* out,
                       ptrdiff_t stride, void* scratch);
+  // The same of groups of loaded queries with pages all of whose keys they see: [groups as visitors list them][width].
+  void (*visitor_scores)(const Attend& a, const Visitors& visitors, float* out, void* scratch);
   // Mean keys of the clusters of a full page, of the scored channels.
   void (*page_summary)(const PageLayout& layout, const uint8_t* page, int kv_head, uint8_t* summary);
   // As page_scores, with the mean keys of pages in place of their keys; all queries see all of them.

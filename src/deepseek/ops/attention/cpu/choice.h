@@ -54,6 +54,36 @@ void channel_scores(const T* keys, const Prepared<T>& from, int base, int some, 
   for (; r < some; ++r) run(std::integral_constant<int, 1>{}, r);
 }
 
+// The largest of kLanes rows of a page's scores, of the keys that each sees: of all where `queries` is null.
+template <typename T>
+vf largest_seen(const PageView<T>& page, const float* scores, const int* terms, const Query* queries, int some, int slot) {
+  vf each[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    int r = std::min(i, some - 1);
+    each[i] = all(-INFINITY);
+    for (int v = 0; v < kPageVectors; ++v) {
+      vf x = load(scores + r * kSpan + v * kLanes);
+      if constexpr (kHasTiles && sizeof(T) == 1) x = to_float(add_i(as_int(x), all_i(terms[r])));
+      if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
+      if (queries) x = where_between(x, v * kLanes, queries[r].low - slot, queries[r].high - slot, -INFINITY);
+      each[i] = vmax(each[i], x);
+    }
+  }
+  return largest_of_each(each);
+}
+
+// The largest score of each of up to kPageRows rows, as `largest_seen`, into `peaks`: room for kPageRows.
+template <typename T>
+void store_peaks(const PageView<T>& page, const float* scores, const int* terms, const Query* queries, int some, int slot,
+                 float* peaks) {
+  for (int r = 0; r < some; r += kLanes) {
+    const float* row = scores + r * kSpan;
+    bool is_plain = !queries && !page.key_scale;
+    store(peaks + r, is_plain ? largest_in_rows(row)
+                              : largest_seen(page, row, terms + r, queries ? queries + r : nullptr, some - r, slot));
+  }
+}
+
 // Largest scores of queries with the keys that they see in one page, into `peaks`: [count], room for 16 more.
 // `channels` of them from `first` on are multiplied.
 template <typename T>
@@ -66,24 +96,8 @@ void page_peaks(const PageView<T>& page, const Prepared<T>& from, const Query* q
   load_scored(keys, channels);
   for (int base = 0; base < count; base += kPageRows) {
     int some = std::min(kPageRows, count - base);
-    auto largest_seen = [&](int start) {
-      vf each[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        int r = std::min(start + i, some - 1);
-        const Query& query = queries[base + r];
-        each[i] = all(-INFINITY);
-        for (int v = 0; v < kPageVectors; ++v) {
-          vf x = load(s + r * kSpan + v * kLanes);
-          if constexpr (kHasTiles && sizeof(T) == 1) x = to_float(add_i(as_int(x), all_i(from.terms[base + r])));
-          if (page.key_scale) x = mul(x, load(page.key_scale + v * kLanes));
-          each[i] = vmax(each[i], where_between(x, v * kLanes, query.low - slot, query.high - slot, -INFINITY));
-        }
-      }
-      return largest_of_each(each);
-    };
     channel_scores(keys, from, base, some, dim, first, s);
-    for (int start = 0; start < some; start += kLanes)
-      store(peaks + base + start, is_whole && !page.key_scale ? largest_in_rows(s + start * kSpan) : largest_seen(start));
+    store_peaks(page, s, from.terms + base, is_whole ? nullptr : queries + base, some, slot, peaks + base);
   }
 }
 
@@ -97,6 +111,23 @@ void configure_scores(const PageLayout& l, int count) {
 }
 
 template <typename T>
+PageView<T> keys_of(const PageLayout& l, const uint8_t* head, const Prepared<T>& from) {
+  PageView<T> page;
+  if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
+  else page = {(const T*)head, nullptr};
+  if constexpr (sizeof(T) == 1) page.key_scale = (const float*)(head + l.key_scale_offset);
+  return page;
+}
+
+inline void prefetch_scored(const PageLayout& l, const uint8_t* head) {
+  size_t bytes = l.value_offset / l.dim_padded;
+  prefetch(head + bytes * l.scored_from, bytes * (l.dim_padded - l.scored_from));
+}
+
+// Of a query of zeros it is above zero too: what it may not see stays out.
+inline float factor_of(const Attend& a, float scale) { return std::max(a.scale * scale, 1e-30f); }
+
+template <typename T>
 void page_scores_typed(const Attend& a, const Query* queries, int count, int first, int last,
                        float* out, ptrdiff_t stride, Prepared<T> from) {
   const PageLayout& l = *a.layout;
@@ -106,18 +137,11 @@ void page_scores_typed(const Attend& a, const Query* queries, int count, int fir
     int some = std::min(kPeakPages, last - start);
     for (int i = 0; i < some; ++i) {
       const uint8_t* head = head_of(a, start + i);
-      if (start + i + 1 < last)
-        prefetch(head_of(a, start + i + 1) + l.value_offset / l.dim_padded * l.scored_from,
-                 l.value_offset / l.dim_padded * (l.dim_padded - l.scored_from));
-      PageView<T> page;
-      if constexpr (sizeof(T) == 2) page = view_bf16(l, head, from.wide);
-      else page = {(const T*)head, nullptr};
-      if constexpr (sizeof(T) == 1) page.key_scale = (const float*)(head + l.key_scale_offset);
-      page_peaks(page, from, queries, count, (start + i) * kPage, l.dim_padded, l.scored_from, peaks[i]);
+      if (start + i + 1 < last) prefetch_scored(l, head_of(a, start + i + 1));
+      page_peaks(keys_of(l, head, from), from, queries, count, (start + i) * kPage, l.dim_padded, l.scored_from, peaks[i]);
     }
     for (int r = 0; r < count; ++r) {
-      float factor = a.scale * from.scales[r];
-      factor = factor > 0 ? factor : 1e-30f;  // of a query of zeros: what it may not see stays out
+      float factor = factor_of(a, from.scales[r]);
       for (int i = 0; i < some; ++i) out[size_t(r) * stride + start + i] = peaks[i][r] * factor;
     }
   }
@@ -129,6 +153,55 @@ void page_scores(const Attend& a, const Query* queries, int count, int first, in
   typed(*a.layout, scratch, [&](auto from) {
     page_scores_typed(a, queries, count, first, last, out, stride, from);
   });
+}
+
+// Loaded queries side by side that are anywhere among the others.
+template <typename T>
+struct GatheredRows {
+  alignas(64) T queries[kPageRows * kMaxDim];
+  float scales[kPageRows];
+  int terms[kPageRows];
+
+  void gather(const PageLayout& l, const Prepared<T>& from, int place, int row) {
+    std::memcpy(queries + place * l.dim_padded + l.scored_from, from.queries + size_t(row) * l.dim_padded + l.scored_from,
+                (l.dim_padded - l.scored_from) * sizeof(T));
+    scales[place] = from.scales[row], terms[place] = from.terms[row];
+  }
+};
+
+template <typename T>
+void visitor_scores_typed(const Attend& a, const Visitors& v, float* out, Prepared<T> from) {
+  const PageLayout& l = *a.layout;
+  static thread_local GatheredRows<T> some;
+  alignas(64) float s[kPageRows * kSpan], peaks[kPageRows];
+  Prepared<T> rows = from;
+  rows.queries = some.queries, rows.terms = some.terms, rows.scales = some.scales;
+  configure_scores<T>(l, kPageRows);
+  for (int i = 0; i < v.pages; ++i) {
+    const int32_t *groups = v.groups + v.first[i], count = (v.first[i + 1] - v.first[i]) * v.width;
+    if (!count) continue;
+    const uint8_t* head = head_of(a, v.page[i]);
+    if (i + 1 < v.pages) prefetch_scored(l, head_of(a, v.page[i + 1]));
+    PageView<T> page = keys_of(l, head, from);
+    const T* keys = page.keys + size_t(l.scored_from) * kPage;
+    load_scored(keys, l.dim_padded - l.scored_from);
+    float* to = out + size_t(v.first[i]) * v.width;
+    for (int base = 0, group = 0, member = 0; base < count; base += kPageRows) {
+      int gathered = std::min(kPageRows, count - base);
+      for (int r = 0; r < gathered; ++r) {
+        some.gather(l, from, r, groups[group] * v.width + member);
+        if (++member == v.width) member = 0, ++group;
+      }
+      channel_scores(keys, rows, 0, gathered, l.dim_padded, l.scored_from, s);
+      store_peaks(page, s, some.terms, nullptr, gathered, 0, peaks);
+      for (int r = 0; r < gathered; ++r) to[base + r] = peaks[r] * factor_of(a, some.scales[r]);
+    }
+  }
+  if constexpr (kHasTiles && sizeof(T) < 4) tile_release();
+}
+
+void visitor_scores(const Attend& a, const Visitors& visitors, float* out, void* scratch) {
+  typed(*a.layout, scratch, [&](auto from) { visitor_scores_typed(a, visitors, out, from); });
 }
 
 // Keys of the scored channels of a page, and the mean keys of its clusters.
@@ -201,19 +274,29 @@ void page_summary(const PageLayout& l, const uint8_t* page, int kv_head, uint8_t
   }
 }
 
-// Keys of a page whose slots are the summaries of up to kPage / kSummary pages.
+// Keys of a page whose slots are the summaries of up to kTogether pages: the first ones of all, then the second
+// ones, so that the largest of each page's is a maximum down the slots.
+constexpr int kTogether = kPage / kSummary;
 struct SummaryPage {
   alignas(64) uint8_t keys[4 * kPage * kMaxDim];
   alignas(64) uint16_t wide[kPage * kMaxDim];
   alignas(64) float scales[kPage];
 
   void gather(const PageLayout& l, uint8_t* const* summaries, int count) {
-    int bytes = chunk_bytes(l), chunks = int((l.dim_padded - l.scored_from) * element_bytes(l)) / bytes;
-    size_t row = size_t(bytes) * kSummary;
+    int chunks = int((l.dim_padded - l.scored_from) * element_bytes(l)) / chunk_bytes(l);
+    if (chunk_bytes(l) == 4) weave<uint32_t>(summaries, count, chunks, keys);
+    else weave<uint16_t>(summaries, count, chunks, keys);
     for (int i = 0; i < count; ++i) {
-      for (int k = 0; k < chunks; ++k)
-        std::memcpy(keys + size_t(k) * kPage * bytes + i * row, summaries[i] + k * row, row);
-      std::memcpy(scales + i * kSummary, summaries[i] + chunks * row, kSummary * sizeof(float));
+      const float* from = (const float*)(summaries[i] + size_t(chunks) * chunk_bytes(l) * kSummary);
+      for (int c = 0; c < kSummary; ++c) scales[c * kTogether + i] = from[c];
+    }
+  }
+  template <typename Chunk>
+  static void weave(uint8_t* const* summaries, int count, int chunks, uint8_t* keys) {
+    for (int i = 0; i < count; ++i) {
+      const Chunk* from = (const Chunk*)summaries[i];
+      Chunk* to = (Chunk*)keys + i;
+      for (int k = 0; k < chunks * kSummary; ++k) to[k * kTogether] = from[k];
     }
   }
   // As a product reads them: int8 is widened where there is none of it.
@@ -227,18 +310,27 @@ struct SummaryPage {
     }
     return (const T*)wide;
   }
+  // The largest score of each page, of a row of them.
+  void largest_of_pages(const float* scores, float factor, float* most) const {
+    for (int i = 0; i < kTogether; ++i) most[i] = scores[i] * scales[i];
+    for (int c = kTogether; c < kPage; c += kTogether)
+      for (int i = 0; i < kTogether; ++i) {
+        float score = scores[c + i] * scales[c + i];
+        most[i] = most[i] < score ? score : most[i];
+      }
+    for (int i = 0; i < kTogether; ++i) most[i] *= factor;
+  }
 };
 
 template <typename T>
 void summary_scores_typed(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
                           ptrdiff_t stride, Prepared<T> from) {
-  constexpr int together = kPage / kSummary;
   static thread_local SummaryPage page;
   const PageLayout& l = *a.layout;
-  alignas(64) float s[kPageRows * kSpan];
+  alignas(64) float s[kPageRows * kSpan], most[kTogether];
   configure_scores<T>(l, count);
-  for (int start = first; start < last; start += together) {
-    int some = std::min(together, last - start);
+  for (int start = first; start < last; start += kTogether) {
+    int some = std::min(kTogether, last - start);
     page.gather(l, summaries + start, some);
     const T* keys = page.as<T>(l);
     load_scored(keys, l.dim_padded - l.scored_from);
@@ -247,13 +339,8 @@ void summary_scores_typed(const Attend& a, uint8_t* const* summaries, int count,
       channel_scores(keys, from, base, rows, l.dim_padded, l.scored_from, s);
       if constexpr (kHasTiles) add_terms<T>(from.terms + base, rows, s);
       for (int r = 0; r < rows; ++r) {
-        float factor = a.scale * from.scales[base + r], *to = out + size_t(base + r) * stride + start;
-        for (int i = 0; i < some; ++i) {
-          const float *score = s + r * kSpan + i * kSummary, *scale = page.scales + i * kSummary;
-          float most = -INFINITY;
-          for (int k = 0; k < kSummary; ++k) most = std::max(most, score[k] * scale[k]);
-          to[i] = most * factor;
-        }
+        page.largest_of_pages(s + r * kSpan, factor_of(a, from.scales[base + r]), most);
+        std::memcpy(out + size_t(base + r) * stride + start, most, some * sizeof(float));
       }
     }
   }
@@ -284,9 +371,8 @@ inline int32_t bound_of_largest(const int32_t* values, int count, int wanted) {
   return int32_t(low);
 }
 
-// The pages that `count` heads see together, of `pages` that hold something: all if the budget has room for
-// them; or else the first ones, the recent ones, and of those between the largest, up to `budget` in all,
-// whose share is above the `least` one. A page counts by the head to which it matters most; its share of a
+// The pages that `count` heads see together, of `pages` that hold something: the first ones, the recent ones,
+// and of those between the largest, up to `budget` in all, whose share is above the `least` one. A page counts by the head to which it matters most; its share of a
 // head is its score less the logarithm of the sum of the exponentials of all. Of equals the first.
 // `scratch` holds 2 * (pages + 16) floats.
 int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
@@ -294,9 +380,7 @@ int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int firs
   int low = std::min(first_pages, pages), high = std::max(low, pages - recent_pages);
   int wanted = std::min(budget - low - (pages - high), high - low), taken = 0;
   for (int p = 0; p < low; ++p) chosen[taken++] = p;
-  if (wanted > 0 && wanted == high - low) {
-    for (int p = low; p < high; ++p) chosen[taken++] = p;
-  } else if (wanted > 0) {
+  if (wanted > 0) {
     float* best = scratch;
     for (int h = 0; h < count; ++h) {
       const float* row = scores + h * stride;
