@@ -87,16 +87,17 @@ def reference(
         means = [x[: full * PAGE].reshape(full, PAGE, dim).mean(1) for x in (keys, values)]
         slow = scored_channels(dim) if kind != "int8" else np.arange(dim)
         blocks = [keys[page * PAGE :][:PAGE, slow] for page in range(full)]
-        whole = np.stack(
-            [clusters(block) for block in blocks] if asked["has_summaries"] else blocks
-        )
+        summaries = [clusters(block) for block in blocks] if asked["has_summaries"] else []
         for place in range(len(table)):
             own = slice(kv_head * group, (kv_head + 1) * group)
             anchor = place - place % asked["refresh"]
             asking = rows[anchor, own][:, slow] @ keys[: anchor + 1, slow].T
             guesses = None
             if asked["has_summaries"]:
-                guesses = (rows[anchor, own][:, slow] @ whole.swapaxes(1, 2)).max(-1).T * dim**-0.5
+                query = rows[anchor, own][:, slow]
+                reach = 0.5 * np.linalg.norm(query, axis=-1, keepdims=True)
+                each = [(query @ means.T + reach * radii).max(-1) for means, radii in summaries]
+                guesses = np.stack(each, 1) * dim**-0.5
             pages = chosen(asking * dim**-0.5, asked, guesses)
             seen = np.isin(np.arange(place + 1) // PAGE, pages)
             scores = rows[place, own] @ keys[: place + 1][seen].T * dim**-0.5
@@ -119,21 +120,23 @@ def scored_channels(dim: int) -> np.ndarray:
     return np.arange(dim) if dim % 64 else slow
 
 
-def clusters(keys: np.ndarray) -> np.ndarray:
-    """Return the means of eight clusters of a page's keys."""
+def clusters(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of sixteen clusters of a page's keys, and their radii."""
     away = np.square(keys - keys.mean(0)).sum(1)
     means: list[np.ndarray] = []
-    for _ in range(8):
+    for _ in range(16):
         means.append(keys[away.argmax()])
         fresh = np.square(keys - means[-1]).sum(1)
         away = fresh if len(means) == 1 else np.minimum(away, fresh)
-    found = np.stack(means)
+    found, nearest = np.stack(means), np.zeros(0)
     for _ in range(2):
         nearest = np.square(keys[:, None] - found).sum(-1).argmin(1)
         found = np.stack(
-            [keys[nearest == i].mean(0) if (nearest == i).any() else found[i] for i in range(8)]
+            [keys[nearest == i].mean(0) if (nearest == i).any() else found[i] for i in range(16)]
         )
-    return found
+    off = np.square(keys - found[nearest]).sum(1)
+    radii = [math.sqrt(off[nearest == i].mean()) if (nearest == i).any() else 0 for i in range(16)]
+    return found, np.array(radii)
 
 
 def chosen(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepseek.ops.attention.cache import DenseKV, PagedKV
-from deepseek.ops.attention.clusters import summarize
+from deepseek.ops.attention.clusters import guess_scores, summarize
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
 from deepseek.ops.routing import BLOCK, Routing
@@ -146,13 +146,11 @@ def _of_the_best(
     full = keys.shape[1] // BLOCK
     guesses = largest.clone()
     if full:
-        summaries = summarize(keys[:, : full * BLOCK].float().unflatten(1, (full, BLOCK)))
-        guessed = (queries @ summaries.flatten(1, 2)[:, None].transpose(-1, -2)).unflatten(
-            -1, summaries.shape[1:3]
-        )
+        means, radii = summarize(keys[:, : full * BLOCK].float().unflatten(1, (full, BLOCK)))
+        guessed = guess_scores(queries, means[:, None], radii[:, None])
         own = places // BLOCK
         is_old = torch.arange(full, device=keys.device) <= own[:, None] - routing.recent
-        guesses[..., :full] = torch.where(is_old, guessed.amax(-1), guesses[..., :full])
+        guesses[..., :full] = torch.where(is_old, guessed, guesses[..., :full])
     everything = routing.replace(threshold=0.0)
     kept = torch.zeros_like(largest, dtype=torch.bool)
     for head, rows in enumerate(_importance(guesses).tolist()):

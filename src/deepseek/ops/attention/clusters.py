@@ -1,16 +1,19 @@
-"""Mean keys of clusters, which stand for the keys of a block where blocks are judged."""
+"""Clusters of keys, which stand for the keys of a block where blocks are judged."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-NUM_CLUSTERS = 8
+NUM_CLUSTERS = 16
 ROUNDS = 2
+SPREAD = 0.5
+"""How much of a cluster's radius counts."""
 
 
-def summarize(keys: Tensor) -> Tensor:
-    """Return the mean keys of the clusters of each block: [..., 64, dim] to [..., 8, dim].
+def summarize(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean keys of the clusters of each block, and the root mean squares of the
+    distances of a cluster's keys to its mean: [..., 64, dim] to [..., 16, dim] and [..., 16].
 
     Farthest point first, from the mean of all (Gonzalez 1985), then two rounds of k-means. A
     cluster that no key is nearest to stays where it was. The specification of what `cpu/choice.h`
@@ -25,11 +28,30 @@ def summarize(keys: Tensor) -> Tensor:
         away = (blocks - means[-1][:, None]).square().sum(-1)
         nearest = away if len(means) == 1 else torch.minimum(nearest, away)
     found = torch.stack(means, 1)
+    belongs = counts = found.new_zeros(0)
     for _ in range(ROUNDS):
         away = (blocks[:, :, None] - found[:, None]).square().sum(-1)
         belongs = torch.nn.functional.one_hot(away.argmin(-1), NUM_CLUSTERS).to(keys.dtype)
-        counts = belongs.sum(1)[..., None]
-        found = torch.where(
-            counts > 0, belongs.transpose(1, 2) @ blocks / counts.clamp(min=1), found
-        )
-    return found.unflatten(0, keys.shape[:-2])
+        counts = belongs.sum(1).clamp(min=1)
+        moved = belongs.transpose(1, 2) @ blocks / counts[..., None]
+        found = torch.where(belongs.any(1)[..., None], moved, found)
+    away = (blocks[:, :, None] - found[:, None]).square().sum(-1)
+    radii = ((belongs * away).sum(1) / counts).sqrt()
+    return found.unflatten(0, keys.shape[:-2]), radii.unflatten(0, keys.shape[:-2])
+
+
+def guess_scores(queries: Tensor, means: Tensor, radii: Tensor) -> Tensor:
+    """Return a guess of the largest score of each query in each block: the score of a mean key, and
+    for the keys on the query's side of it a part of the cluster's radius.
+
+    Args:
+        queries: [..., places, dim], scaled.
+        means: [..., blocks, clusters, dim].
+        radii: [..., blocks, clusters].
+
+    Returns:
+        [..., places, blocks].
+    """
+    scores = (queries @ means.flatten(-3, -2).transpose(-1, -2)).unflatten(-1, means.shape[-3:-1])
+    reach = SPREAD * queries.norm(dim=-1)[..., None, None] * radii[..., None, :, :]
+    return (scores + reach).amax(-1)

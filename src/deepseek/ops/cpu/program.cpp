@@ -43,7 +43,7 @@ KvPages::KvPages(Kind kind, const Shape& shape, int pages)
   choices_ = Memory(choice_bytes_ * layout.kv_heads * num_pages * layers_);
   layout.mean_bytes = aligned(2 * element * layout.dim_padded + 2 * sizeof(float), 64);
   if (has_means_) means_ = Memory(layout.mean_bytes * layout.kv_heads * num_pages * layers_);
-  layout.summary_bytes = aligned((element * (layout.dim_padded - layout.scored_from) + sizeof(float)) * kSummary, 64);
+  layout.summary_bytes = aligned((element * (layout.dim_padded - layout.scored_from) + 2 * sizeof(float)) * kSummary, 64);
   if (has_summaries_) summaries_ = Memory(layout.summary_bytes * layout.kv_heads * num_pages * layers_);
 }
 

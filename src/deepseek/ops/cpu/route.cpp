@@ -34,7 +34,8 @@ bool Program::is_routed(const Pass& pass, const Instruction& in, const Run& run)
 void Program::plan_routes(Pass& pass) {
   int group = shape_.heads / shape_.kv_heads;
   int tokens = std::min(kUnitTokens, kMaxQueries / group / kPage * kPage);
-  pass.score_stride = aligned(pass.last_position / kPage + 1, 16);
+  // an odd number of cache lines, so that rows do not share their places in the cache
+  pass.score_stride = aligned(pass.last_position / kPage + 1, 16) | 16;
   pass.max_parts = std::max(pass.max_parts, (shape_.route.most() + kSegment - 1) / kSegment + shape_.route.has_means);
   for (int r = int(pass.runs.size()) - 1; r >= 0 && !pass.is_decode; --r) {
     const Run& run = pass.runs[r];
@@ -248,7 +249,7 @@ void Program::score_candidates(const Attend& a, int first, int pages, int thread
   for (Group& each : m.groups) each.seen = 0;
   for (size_t v = 0; v < m.visitors.size(); ++v) {
     size_t g = m.visitors[v] + first, place = g * most + m.groups[g].seen++;
-    std::memcpy(m.found.data() + place * group, m.best.data() + v * group, group * sizeof(float));
+    std::copy_n(m.best.data() + v * group, group, m.found.data() + place * group);
   }
   for (Group& each : m.groups) each.seen = 0;
 }

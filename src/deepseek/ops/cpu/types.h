@@ -15,8 +15,9 @@ constexpr int kPage = 64;
 // Slots whose attention is computed on its own and then merged, in order: the unit of parallel
 // decoding. It is fixed, so that the result does not depend on threads, batch or chunking.
 constexpr int kSpan = 256;
-// Mean keys of clusters that stand for the keys of a page.
-constexpr int kSummary = 8;
+// Mean keys of clusters that stand for the keys of a page, and how much of a cluster's radius counts.
+constexpr int kSummary = 16;
+constexpr float kSpread = 0.5f;
 // Queries that are loaded together, at most.
 constexpr int kMaxQueries = 1024;
 // Channels that are rotated together before int8 quantization.
@@ -108,7 +109,7 @@ struct PageLayout {
   int scored_from = 0;  // the channel from which on keys are scored, where pages are chosen
   size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
   size_t head_bytes = 0, page_bytes = 0;
-  size_t summary_bytes = 0;  // kSummary keys of the scored channels, as a page holds them, and their scales
+  size_t summary_bytes = 0;  // kSummary keys of the scored channels, as a page holds them; their scales; their radii
   size_t mean_bytes = 0;  // a key and a value of a KV head side by side, and two scales
 };
 
@@ -192,9 +193,9 @@ struct Kernels {
                       ptrdiff_t stride, void* scratch);
   // The same of groups of loaded queries with pages all of whose keys they see: [groups as visitors list them][width].
   void (*visitor_scores)(const Attend& a, const Visitors& visitors, float* out, void* scratch);
-  // Mean keys of the clusters of a full page, of the scored channels.
+  // Mean keys of the clusters of a full page, of the scored channels, and their radii.
   void (*page_summary)(const PageLayout& layout, const uint8_t* page, int kv_head, uint8_t* summary);
-  // As page_scores, with the mean keys of pages in place of their keys; all queries see all of them.
+  // As page_scores, by the summaries of pages in place of their keys; all queries see all of them.
   void (*summary_scores)(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
                          ptrdiff_t stride, void* scratch);
   // Places of the pages to see, ascending, into `chosen`; see choice.h.

@@ -2,6 +2,7 @@
 // compiled for. Everything is in an anonymous namespace: the same kernels are compiled several times.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -165,6 +166,11 @@ inline vf largest_of_each(const vf* x) {
   vf d = vmax(_mm512_unpacklo_ps(b[2], b[3]), _mm512_unpackhi_ps(b[2], b[3]));
   vf all_four = vmax(_mm512_shuffle_ps(c, d, 0x44), _mm512_shuffle_ps(c, d, 0xee));
   return _mm512_shuffle_f32x4(all_four, all_four, 0xd8);
+}
+// In the first four lanes the largest of each with those 4, 8 ... behind it.
+inline vf largest_of_fours(vf a) {
+  a = vmax(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+  return vmax(a, _mm512_shuffle_f32x4(a, a, 0xb1));
 }
 #if defined(__AVX512VNNI__)
 #define DEEPSEEK_VNNI 1
@@ -386,6 +392,13 @@ inline vi dot_u8s8(vi acc, vi w, vi inputs) {
 inline vf largest_of_each(const vf* x) {
   alignas(64) float each[kLanes];
   for (int i = 0; i < kLanes; ++i) each[i] = largest(x[i]);
+  return load(each);
+}
+// In the first four lanes the largest of each with those 4, 8 ... behind it.
+inline vf largest_of_fours(vf x) {
+  alignas(64) float each[kLanes];
+  store(each, x);
+  for (int i = 4; i < kLanes; ++i) each[i % 4] = std::max(each[i % 4], each[i]);
   return load(each);
 }
 #endif

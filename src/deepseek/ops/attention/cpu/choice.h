@@ -158,13 +158,15 @@ void page_scores(const Attend& a, const Query* queries, int count, int first, in
 // Loaded queries side by side that are anywhere among the others.
 template <typename T>
 struct GatheredRows {
-  alignas(64) T queries[kPageRows * kMaxDim];
+  alignas(64) T queries[kPageRows * kMaxDim + 64 / sizeof(T)];  // room behind the last, for whole vectors
   float scales[kPageRows];
   int terms[kPageRows];
 
   void gather(const PageLayout& l, const Prepared<T>& from, int place, int row) {
-    std::memcpy(queries + place * l.dim_padded + l.scored_from, from.queries + size_t(row) * l.dim_padded + l.scored_from,
-                (l.dim_padded - l.scored_from) * sizeof(T));
+    T* to = queries + place * l.dim_padded;
+    const T* query = from.queries + size_t(row) * l.dim_padded;
+    constexpr int step = kLanes * 4 / int(sizeof(T));  // in whole vectors, that a tile is loaded from them at once
+    for (int d = l.scored_from; d < l.dim_padded; d += step) store_i(to + d, load_i(query + d));
     scales[place] = from.scales[row], terms[place] = from.terms[row];
   }
 };
@@ -172,7 +174,7 @@ struct GatheredRows {
 template <typename T>
 void visitor_scores_typed(const Attend& a, const Visitors& v, float* out, Prepared<T> from) {
   const PageLayout& l = *a.layout;
-  static thread_local GatheredRows<T> some;
+  GatheredRows<T> some;
   alignas(64) float s[kPageRows * kSpan], peaks[kPageRows];
   Prepared<T> rows = from;
   rows.queries = some.queries, rows.terms = some.terms, rows.scales = some.scales;
@@ -204,51 +206,68 @@ void visitor_scores(const Attend& a, const Visitors& visitors, float* out, void*
   typed(*a.layout, scratch, [&](auto from) { visitor_scores_typed(a, visitors, out, from); });
 }
 
-// Keys of the scored channels of a page, and the mean keys of its clusters.
+// Keys of the scored channels of a page, the mean keys of its clusters, and their radii: root mean squares of
+// the distances to the mean.
 struct Clusters {
   int dim;
-  alignas(64) float keys[kPage][kMaxDim], means[kSummary][kMaxDim];
-  float nearest[kPage];  // squared distance of each key to the nearest mean so far
+  alignas(64) float keys[kMaxDim][kPage], means[kSummary][kMaxDim], away[kPage], nearest[kPage], radii[kSummary];
+  int belongs[kPage];
 
-  float distance(const float* a, const float* b) const {
-    vf total = zero();
-    for (int d = 0; d < dim; d += kLanes) {
-      vf by = sub(load(a + d), load(b + d));
-      total = fma(by, by, total);
-    }
-    return sum(total);
+  // Squared distances of all keys to a point, into `away`.
+  void measure(const float* point) {
+    vf total[kPageVectors];
+    std::fill_n(total, kPageVectors, zero());
+    for (int d = 0; d < dim; ++d)
+      for (int v = 0; v < kPageVectors; ++v) {
+        vf by = sub(load(keys[d] + v * kLanes), all(point[d]));
+        total[v] = fma(by, by, total[v]);
+      }
+    for (int v = 0; v < kPageVectors; ++v) store(away + v * kLanes, total[v]);
   }
   // Farthest point first, from the mean of all, then twice the means of the keys that are nearest.
   void find() {
-    alignas(64) float middle[kMaxDim] = {};
-    for (int s = 0; s < kPage; ++s)
-      for (int d = 0; d < dim; ++d) middle[d] += keys[s][d] * (1.0f / kPage);
-    for (int s = 0; s < kPage; ++s) nearest[s] = distance(keys[s], middle);
+    alignas(64) float middle[kMaxDim];
+    for (int d = 0; d < dim; ++d) {
+      vf total = zero();
+      for (int v = 0; v < kPageVectors; ++v) total = add(total, load(keys[d] + v * kLanes));
+      middle[d] = sum(total) * (1.0f / kPage);
+    }
+    measure(middle);
+    std::copy_n(away, kPage, nearest);
     for (int i = 0; i < kSummary; ++i) {
       int far = int(std::max_element(nearest, nearest + kPage) - nearest);
-      std::memcpy(means[i], keys[far], dim * sizeof(float));
-      for (int s = 0; s < kPage; ++s) {
-        float to = distance(keys[s], means[i]);
-        nearest[s] = i ? std::min(nearest[s], to) : to;
-      }
+      for (int d = 0; d < dim; ++d) means[i][d] = keys[d][far];
+      measure(means[i]);
+      for (int s = 0; s < kPage; ++s) nearest[s] = i ? std::min(nearest[s], away[s]) : away[s];
     }
     for (int round = 0; round < 2; ++round) move();
+    for (int i = 0; i < kSummary; ++i) radii[i] = radius(i);
   }
   void move() {
-    alignas(64) float sums[kSummary][kMaxDim] = {};
     int counts[kSummary] = {};
-    for (int s = 0; s < kPage; ++s) {
-      int best = 0;
-      float least = INFINITY;
-      for (int i = 0; i < kSummary; ++i) {
-        float to = distance(keys[s], means[i]);
-        if (to < least) least = to, best = i;
+    std::fill_n(nearest, kPage, INFINITY), std::fill_n(belongs, kPage, 0);
+    for (int i = 0; i < kSummary; ++i) {
+      measure(means[i]);
+      for (int s = 0; s < kPage; ++s) {
+        belongs[s] = away[s] < nearest[s] ? i : belongs[s];
+        nearest[s] = away[s] < nearest[s] ? away[s] : nearest[s];
       }
-      ++counts[best];
-      for (int d = 0; d < dim; ++d) sums[best][d] += keys[s][d];
     }
-    for (int i = 0; i < kSummary; ++i)
-      for (int d = 0; counts[i] && d < dim; ++d) means[i][d] = sums[i][d] / float(counts[i]);
+    for (int s = 0; s < kPage; ++s) ++counts[belongs[s]];
+    for (int d = 0; d < dim; ++d) {
+      float sums[kSummary] = {};
+      for (int s = 0; s < kPage; ++s) sums[belongs[s]] += keys[d][s];
+      for (int i = 0; i < kSummary; ++i)
+        if (counts[i]) means[i][d] = sums[i] / float(counts[i]);
+    }
+  }
+  float radius(int cluster) {
+    measure(means[cluster]);
+    float total = 0;
+    int count = 0;
+    for (int s = 0; s < kPage; ++s)
+      if (belongs[s] == cluster) total += away[s], ++count;
+    return count ? std::sqrt(total / float(count)) : 0.0f;
   }
 };
 
@@ -256,15 +275,17 @@ struct Clusters {
 inline int chunk_bytes(const PageLayout& l) { return l.kind == Kind::int8 ? kStep : 4; }
 
 void page_summary(const PageLayout& l, const uint8_t* page, int kv_head, uint8_t* summary) {
-  static thread_local Clusters c;
+  static thread_local Clusters clusters;
+  Clusters& c = clusters;
   const uint8_t* head = page + kv_head * l.head_bytes;
   PageLayout part = l;  // of the scored channels
   part.dim_padded = c.dim = l.dim_padded - l.scored_from;
   for (int d = 0; d < c.dim; ++d)
-    for (int s = 0; s < kPage; ++s) c.keys[s][d] = key_in(l, head, l.scored_from + d, s);
+    for (int s = 0; s < kPage; ++s) c.keys[d][s] = key_in(l, head, l.scored_from + d, s);
   c.find();
   int bytes = chunk_bytes(l), chunks = int(part.dim_padded * element_bytes(l)) / bytes;
   float* scales = (float*)(summary + size_t(chunks) * bytes * kSummary);
+  std::copy_n(c.radii, kSummary, scales + kSummary);
   for (int i = 0; i < kSummary; ++i) {
     alignas(64) uint8_t narrow[4 * kMaxDim];
     if (l.kind == Kind::int8) rotate_if_whole(c.means[i], c.dim);
@@ -277,10 +298,11 @@ void page_summary(const PageLayout& l, const uint8_t* page, int kv_head, uint8_t
 // Keys of a page whose slots are the summaries of up to kTogether pages: the first ones of all, then the second
 // ones, so that the largest of each page's is a maximum down the slots.
 constexpr int kTogether = kPage / kSummary;
+static_assert(kTogether == 4);
 struct SummaryPage {
   alignas(64) uint8_t keys[4 * kPage * kMaxDim];
   alignas(64) uint16_t wide[kPage * kMaxDim];
-  alignas(64) float scales[kPage];
+  alignas(64) float scales[kPage], radii[kPage];
 
   void gather(const PageLayout& l, uint8_t* const* summaries, int count) {
     int chunks = int((l.dim_padded - l.scored_from) * element_bytes(l)) / chunk_bytes(l);
@@ -288,7 +310,8 @@ struct SummaryPage {
     else weave<uint16_t>(summaries, count, chunks, keys);
     for (int i = 0; i < count; ++i) {
       const float* from = (const float*)(summaries[i] + size_t(chunks) * chunk_bytes(l) * kSummary);
-      for (int c = 0; c < kSummary; ++c) scales[c * kTogether + i] = from[c];
+      for (int c = 0; c < kSummary; ++c)
+        scales[c * kTogether + i] = from[c], radii[c * kTogether + i] = from[kSummary + c];
     }
   }
   template <typename Chunk>
@@ -310,24 +333,40 @@ struct SummaryPage {
     }
     return (const T*)wide;
   }
-  // The largest score of each page, of a row of them.
-  void largest_of_pages(const float* scores, float factor, float* most) const {
-    for (int i = 0; i < kTogether; ++i) most[i] = scores[i] * scales[i];
-    for (int c = kTogether; c < kPage; c += kTogether)
-      for (int i = 0; i < kTogether; ++i) {
-        float score = scores[c + i] * scales[c + i];
-        most[i] = most[i] < score ? score : most[i];
-      }
-    for (int i = 0; i < kTogether; ++i) most[i] *= factor;
+  // The largest guess of each page times a factor, of a row of scores, into `most`: room for kLanes or kTogether.
+  // A guess is the score of a mean key and, for the keys on its side of it, `reach` times the radius.
+  void largest_of_pages(const float* scores, float reach, float factor, float* most) const {
+    vf each = all(-INFINITY);
+    for (int v = 0; v < kPageVectors; ++v) {
+      vf guess = fma(load(radii + v * kLanes), all(reach), mul(load(scores + v * kLanes), load(scales + v * kLanes)));
+      each = vmax(each, guess);
+    }
+    store(most, mul(largest_of_fours(each), all(factor)));
   }
 };
+
+// The length of a loaded query, of the channels from `first` on, in the unit that it is loaded in.
+template <typename T>
+float length_of(const T* query, int first, int dim) {
+  float total = 0;
+  for (int d = first; d < dim; ++d) {
+    float x;
+    if constexpr (sizeof(T) == 2) x = bf16_to_float(query[d]);
+    else x = float(query[d]);
+    total += x * x;
+  }
+  return std::sqrt(total);
+}
 
 template <typename T>
 void summary_scores_typed(const Attend& a, uint8_t* const* summaries, int count, int first, int last, float* out,
                           ptrdiff_t stride, Prepared<T> from) {
   static thread_local SummaryPage page;
   const PageLayout& l = *a.layout;
-  alignas(64) float s[kPageRows * kSpan], most[kTogether];
+  alignas(64) float s[kPageRows * kSpan], most[std::max(kLanes, kTogether)];
+  float reach[kMaxQueries];
+  for (int r = 0; r < count; ++r)
+    reach[r] = kSpread * length_of(from.queries + size_t(r) * l.dim_padded, l.scored_from, l.dim_padded);
   configure_scores<T>(l, count);
   for (int start = first; start < last; start += kTogether) {
     int some = std::min(kTogether, last - start);
@@ -339,8 +378,10 @@ void summary_scores_typed(const Attend& a, uint8_t* const* summaries, int count,
       channel_scores(keys, from, base, rows, l.dim_padded, l.scored_from, s);
       if constexpr (kHasTiles) add_terms<T>(from.terms + base, rows, s);
       for (int r = 0; r < rows; ++r) {
-        page.largest_of_pages(s + r * kSpan, factor_of(a, from.scales[base + r]), most);
-        std::memcpy(out + size_t(base + r) * stride + start, most, some * sizeof(float));
+        page.largest_of_pages(s + r * kSpan, reach[base + r], factor_of(a, from.scales[base + r]), most);
+        float* to = out + size_t(base + r) * stride + start;
+        if (some == kTogether) std::memcpy(to, most, kTogether * sizeof(float));
+        else std::copy_n(most, some, to);
       }
     }
   }
@@ -414,8 +455,10 @@ int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int firs
       least = bound_of_largest(ordered + low, high - low, wanted), equals = wanted;
       for (int p = low; p < high; ++p) equals -= ordered[p] > least;
     }
-    for (int p = low; p < high; ++p)
-      if (ordered[p] > least || (ordered[p] == least && equals-- > 0)) chosen[taken++] = p;
+    for (int p = low; p < high; ++p) {  // without a branch, which nothing could foretell; the recent pages follow
+      int is_equal = ordered[p] == least && equals > 0;
+      chosen[taken] = p, taken += (ordered[p] > least) | is_equal, equals -= is_equal;
+    }
   }
   for (int p = high; p < pages; ++p) chosen[taken++] = p;
   return taken;
