@@ -151,7 +151,8 @@ def chosen(
     best = np.stack([scores[:, p * PAGE : (p + 1) * PAGE].max(1) for p in range(pages)], 1)
     if guesses is not None:
         guessed = best.copy()
-        guessed[:, : pages - asked["recent_pages"]] = guesses[:, : pages - asked["recent_pages"]]
+        older = max(0, pages - asked["recent_pages"])
+        guessed[:, :older] = guesses[:, :older]
         others = {**asked, "least_share": -math.inf, "has_summaries": False}
         slots = np.repeat(guessed, PAGE, 1)
         left_out = np.setdiff1d(np.arange(pages), chosen(slots, others))
@@ -179,6 +180,7 @@ HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1,
     spare=st.integers(0, 3),
     threshold=st.sampled_from([0.0, 0.05, 0.3]),
     means=st.booleans(),
+    summaries=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
@@ -191,6 +193,7 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
     spare: int,
     threshold: float,
     means: bool,
+    summaries: bool,
     seed: int,
 ) -> None:
     table = draw(heads, count, seed)
@@ -201,6 +204,7 @@ def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
         recent=recent,
         threshold=threshold,
         means=means,
+        summaries=summaries,
     )
     found = attend(routed(isa, heads, table, asked), "float32", count, [600])
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)

@@ -43,8 +43,8 @@ class Routing(Config):
     means: bool = True
     """Whether a block that a query does not see counts by its mean key and mean value, 64 times."""
     summaries: bool = False
-    """Whether a query judges the blocks before its recent ones by the mean keys of eight clusters
-    first, and scores the keys of the best alone, of as many as it may see."""
+    """Whether a query judges the blocks before its recent ones by sixteen clusters of their keys
+    first, by means and radii, and scores the keys of the best alone, of as many as it may see."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.refresh <= BLOCK or BLOCK % self.refresh:
