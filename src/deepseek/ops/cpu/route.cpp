@@ -195,8 +195,8 @@ void Program::choose_by_keys(Pass& pass, const Instruction& in, const Run& run, 
                        m.scores.data(), stride, attend_scratch(thread));
   float* scores = m.scores.data();
   for (size_t g = first; g < m.groups.size(); ++g, scores += group * stride)
-    m.groups[g].count = choose(pass.step.positions[run.start + m.groups[g].start], scores, stride, shape_.route.least_share,
-                               m.chosen.data() + g * shape_.route.most(), thread);
+    m.groups[g].count = choose(pass.step.positions[run.start + m.groups[g].start], scores, stride,
+                               shape_.route.least_share, m.chosen.data() + g * shape_.route.most(), thread);
 }
 
 // The same, by the scores of those pages that are the best by their summaries, as many as may be seen.
@@ -462,12 +462,13 @@ int Program::choose_scored(Pass& pass, const Instruction& in, const Run& run, in
   std::iota(heads.begin(), heads.end(), kv_head * group);
   rope_queries(pass, in, run.start, heads.data(), group, 0, position + 1, m);
   kernels_.load_queries(pass.pages.layout, m.queries, group, m.scratch);
-  RouteMemory& own = routes_[thread];
-  own.visitors.assign(older, 0), own.first_visitor.resize(older + 1), own.found.resize(std::max<size_t>(own.found.size(), older * group));
-  std::iota(own.first_visitor.begin(), own.first_visitor.end(), 0);
+  RouteMemory& r = routes_[thread];
+  r.visitors.assign(older, 0), r.first_visitor.resize(older + 1);
+  std::iota(r.first_visitor.begin(), r.first_visitor.end(), 0);
+  r.found.resize(std::max<size_t>(r.found.size(), older * group));
   kernels_.visitor_scores(attend_of(pass, in, run, kv_head),
-                          {chosen, own.first_visitor.data(), own.visitors.data(), older, group}, own.found.data(), m.scratch);
-  return choose_again(count, position, guesses, pass.score_stride, own.found.data(), chosen, thread);
+                          {chosen, r.first_visitor.data(), r.visitors.data(), older, group}, r.found.data(), m.scratch);
+  return choose_again(count, position, guesses, pass.score_stride, r.found.data(), chosen, thread);
 }
 
 // The parts that a token sees of its row, first ... last - 1.

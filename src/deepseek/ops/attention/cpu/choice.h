@@ -56,7 +56,8 @@ void channel_scores(const T* keys, const Prepared<T>& from, int base, int some, 
 
 // The largest of kLanes rows of a page's scores, of the keys that each sees: of all where `queries` is null.
 template <typename T>
-vf largest_seen(const PageView<T>& page, const float* scores, const int* terms, const Query* queries, int some, int slot) {
+vf largest_seen(const PageView<T>& page, const float* scores, const int* terms, const Query* queries, int some,
+                int slot) {
   vf each[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     int r = std::min(i, some - 1);
@@ -89,7 +90,8 @@ void store_peaks(const PageView<T>& page, const float* scores, const int* terms,
 template <typename T>
 void page_peaks(const PageView<T>& page, const Prepared<T>& from, const Query* queries, int count, int slot, int dim,
                 int first, float* peaks) {
-  bool is_whole = std::all_of(queries, queries + count, [&](const Query& q) { return q.low <= slot && q.high >= slot + kPage; });
+  auto sees_all = [&](const Query& q) { return q.low <= slot && q.high >= slot + kPage; };
+  bool is_whole = std::all_of(queries, queries + count, sees_all);
   int channels = dim - first;
   const T* keys = page.keys + size_t(first) * kPage;
   alignas(64) float s[kPageRows * kSpan];
@@ -138,7 +140,8 @@ void page_scores_typed(const Attend& a, const Query* queries, int count, int fir
     for (int i = 0; i < some; ++i) {
       const uint8_t* head = head_of(a, start + i);
       if (start + i + 1 < last) prefetch_scored(l, head_of(a, start + i + 1));
-      page_peaks(keys_of(l, head, from), from, queries, count, (start + i) * kPage, l.dim_padded, l.scored_from, peaks[i]);
+      page_peaks(keys_of(l, head, from), from, queries, count, (start + i) * kPage, l.dim_padded, l.scored_from,
+                 peaks[i]);
     }
     for (int r = 0; r < count; ++r) {
       float factor = factor_of(a, from.scales[r]);
@@ -413,9 +416,9 @@ inline int32_t bound_of_largest(const int32_t* values, int count, int wanted) {
 }
 
 // The pages that `count` heads see together, of `pages` that hold something: the first ones, the recent ones,
-// and of those between the largest, up to `budget` in all, whose share is above the `least` one. A page counts by the head to which it matters most; its share of a
-// head is its score less the logarithm of the sum of the exponentials of all. Of equals the first.
-// `scratch` holds 2 * (pages + 16) floats.
+// and of those between the largest, up to `budget` in all, whose share is above the `least` one. A page counts
+// by the head to which it matters most; its share of a head is its score less the logarithm of the sum of the
+// exponentials of all. Of equals the first. `chosen` has room for the budget, `scratch` 2 * (pages + 16) floats.
 int choose_pages(float* scores, ptrdiff_t stride, int count, int pages, int first_pages,
                  int recent_pages, int budget, float least_share, int32_t* chosen, float* scratch) {
   int low = std::min(first_pages, pages), high = std::max(low, pages - recent_pages);
