@@ -204,17 +204,24 @@ def _by_place(found: Sequence[Measurement]) -> dict[Place, list[Measurement]]:
 
 
 def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
-    from deepseek.cli.attention_speed import PEER, TIMED
+    from deepseek.cli.attention_speed import RATIOS, TIMED
 
     values = {
         place: {each.name: each for each in figures} for place, figures in _by_place(found).items()
     }
     rows = []
+    columns = (TIMED[0], RATIOS[0], TIMED[1], RATIOS[1], TIMED[2])
     for (length, name), figures in values.items():
-        times = values[length, PEER][TIMED[0]].value / figures[TIMED[0]].value
-        told = [_with_range(figures[what]) if what in figures else "" for what in TIMED]
-        rows.append((f"{length:,} {name}", told[0], f"{times:.2f}", *told[1:]))
-    header = ("tokens", "attention, s", "times PyTorch's", "prompt, s", "a token, s")
+        told = [_with_range(figures[what]) if what in figures else "" for what in columns]
+        rows.append((f"{length:,} {name}", *told))
+    header = (
+        "tokens",
+        "attention, s",
+        "times PyTorch's",
+        "prompt, s",
+        "times with PyTorch's",
+        "a token, s",
+    )
     out.table(title, header, rows)
     slopes = [
         (str(each.conditions["contender"]), str(each.conditions["of"]), number(each.value))

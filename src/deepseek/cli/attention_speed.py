@@ -1,15 +1,17 @@
 """What attention costs: of all layers while a prompt is read, of the prompt, of tokens behind it.
 
 Beside it PyTorch's `scaled_dot_product_attention`: one layer of the same shape in bfloat16, times
-the layers. What a choice costs is part of attention.
+the layers. What a choice costs is part of attention. All are measured by turns, and ratios are of
+the same turn: what else a machine does meets all of them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,8 @@ PEER = "sdpa"
 """The name under which PyTorch's attention stands."""
 TIMED = ("attention_s", "prefill_s", "decode_s")
 """Attention and all while a prompt is read, and a token behind it; in seconds."""
+RATIOS = ("attention_speedup", "prefill_speedup")
+"""Times as fast as PyTorch's attention, and as a prompt with it."""
 
 
 def attention_speed(
@@ -44,22 +48,55 @@ def attention_speed(
     work = sum(length**2 for length in trial.lengths)
     done = 0
     for length in trial.lengths:
+        names = [
+            name for name in trial.contenders if name != "dense" or length <= trial.longest_dense
+        ]
+        rounds = _rounds(model, tokens[:length], trial, names, progress, done / work)
         about = {"length": length, "threads": trial.threads, "scheme": trial.scheme}
-        progress(f"{length} tokens, {PEER}", done / work)
-        times = sdpa_seconds(model, length, trial)
-        figures.append(_seconds(TIMED[0], times, {**about, "contender": PEER}))
-        for name in trial.contenders:
-            if name == "dense" and length > trial.longest_dense:
-                continue
-            progress(f"{length} tokens, {name}", done / work)
-            engine = new_engine(model, trial, routing_of(name, length))
-            rounds = [_timed(engine, tokens[:length]) for _ in range(trial.rounds)]
-            for part, what in enumerate(TIMED):
-                times = [each[part] for each in rounds]
-                figures.append(_seconds(what, times, {**about, "contender": name}))
-            del engine
+        figures.append(_seconds(TIMED[0], rounds[PEER], {**about, "contender": PEER}))
+        for name in names:
+            figures += _figures(rounds[name], rounds[PEER], {**about, "contender": name})
         done += length**2
     return figures + exponents(figures)
+
+
+def _rounds(
+    model: Decoder,
+    tokens: Sequence[int],
+    trial: Trial,
+    names: Sequence[str],
+    progress: Progress,
+    share: float,
+) -> dict[str, list[Any]]:
+    """Return seconds of the peer, and the three times of each contender, of each round."""
+    peer = sdpa_layer(model, len(tokens), trial)
+    engines = {name: new_engine(model, trial, routing_of(name, len(tokens))) for name in names}
+    rounds: dict[str, list[Any]] = {name: [] for name in (PEER, *names)}
+    for number in range(1, trial.rounds + 1):
+        where = f"{len(tokens)} tokens, round {number} of {trial.rounds}"
+        progress(f"{where}, {PEER}", share)
+        rounds[PEER].append(peer())
+        for name, engine in engines.items():
+            progress(f"{where}, {name}", share)
+            rounds[name].append(_timed(engine, tokens))
+    return rounds
+
+
+def _figures(
+    rounds: Sequence[tuple[float, float, float]],
+    peer: Sequence[float],
+    about: Mapping[str, Any],
+) -> list[Measurement]:
+    """Return the seconds of a contender, and its speed in the peer's: of attention, and of a prompt
+    whose attention is the peer's and all else the contender's."""
+    columns = zip(*rounds, strict=True)
+    figures = [_seconds(what, times, about) for what, times in zip(TIMED, columns, strict=True)]
+    pairs = list(zip(rounds, peer, strict=True))
+    attention = [other / own for (own, _, _), other in pairs]
+    whole = [(all_of - own + other) / all_of for (own, all_of, _), other in pairs]
+    for name, ratios in zip(RATIOS, (attention, whole), strict=True):
+        figures.append(dataclasses.replace(_seconds(name, ratios, about), unit="1"))
+    return figures
 
 
 def _timed(engine: Engine, tokens: Sequence[int]) -> tuple[float, float, float]:
@@ -78,21 +115,24 @@ def _timed(engine: Engine, tokens: Sequence[int]) -> tuple[float, float, float]:
     return float(attention), whole, (time.perf_counter() - start) / DECODED
 
 
-def sdpa_seconds(model: Decoder, length: int, trial: Trial) -> list[float]:
-    """Return seconds that PyTorch's attention takes for all layers, from one of them."""
+def sdpa_layer(model: Decoder, length: int, trial: Trial) -> Callable[[], float]:
+    """Return a function that runs PyTorch's attention once, and returns the seconds that it takes
+    for all layers; it has been warmed up."""
     config = model.config
     torch.set_num_threads(trial.threads)
     queries, keys, values = (
         torch.randn(1, heads, length, config.head_dim, dtype=torch.bfloat16)
         for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     )
-    times = []
-    with torch.no_grad():
-        for _ in range(trial.rounds + 1):  # the first is for warming up
-            start = time.perf_counter()
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
             scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-            times.append((time.perf_counter() - start) * config.num_layers)
-    return times[1:]
+        return (time.perf_counter() - start) * config.num_layers
+
+    run()
+    return run
 
 
 def exponents(figures: Sequence[Measurement]) -> list[Measurement]:
