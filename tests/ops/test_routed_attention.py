@@ -169,43 +169,32 @@ def chosen(
 HEADS = st.sampled_from([(1, 1, 16), (4, 2, 32), (9, 3, 64), (8, 2, 24), (16, 1, 16)])
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=8, deadline=None)
-@given(
-    heads=HEADS,
-    count=st.sampled_from([130, 257, 449, 590]),
-    refresh=st.sampled_from([1, 4, 16, 64]),
+ROUTES = st.builds(
+    lambda first, recent, spare, **rest: route(
+        first + recent + spare, first=first, recent=recent, **rest
+    ),
     first=st.integers(0, 2),
     recent=st.integers(1, 2),
     spare=st.integers(0, 3),
+    refresh=st.sampled_from([1, 4, 16, 64]),
     threshold=st.sampled_from([0.0, 0.05, 0.3]),
     means=st.booleans(),
     summaries=st.booleans(),
+)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=12, deadline=None)
+@given(
+    heads=HEADS,
+    count=st.sampled_from([130, 257, 449, 590]),
+    asked=ROUTES,
     seed=st.integers(0, 2**16),
 )
 def test_it_is_one_softmax_over_the_pages_that_the_group_chose(
-    isa: str,
-    heads: Heads,
-    count: int,
-    refresh: int,
-    first: int,
-    recent: int,
-    spare: int,
-    threshold: float,
-    means: bool,
-    summaries: bool,
-    seed: int,
+    isa: str, heads: Heads, count: int, asked: dict[str, Any], seed: int
 ) -> None:
     table = draw(heads, count, seed)
-    asked = route(
-        first + recent + spare,
-        refresh=refresh,
-        first=first,
-        recent=recent,
-        threshold=threshold,
-        means=means,
-        summaries=summaries,
-    )
     found = attend(routed(isa, heads, table, asked), "float32", count, [600])
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
 
