@@ -13,7 +13,6 @@ import uvicorn
 
 from deepseek.serve.service import Service
 
-
 ABORT_S = 1.0
 """In which clients get the error of what a second signal ended, before connections are cut."""
 

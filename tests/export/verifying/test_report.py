@@ -167,7 +167,7 @@ def test_mistakes_are_told(model: Decoder) -> None:
         verify(model, reader, only=Case(id="a", kind="b", rows=((330,),)))
     with pytest.raises(ConfigError, match="at most 128 tokens"):
         verify(model, reader, only=Case(id="a", kind="b", rows=((1,) * 129,)))
-    with pytest.raises(ConfigError, match="of its source.s kind"):
+    with pytest.raises(ConfigError, match=r"of its source.s kind"):
         verify(model, ModelReader(small_encoder()), cases=5)
 
 
