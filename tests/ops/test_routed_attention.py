@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError
+from deepseek.ops.attention.clusters import guess_scores, summarize
 from deepseek.ops.routing import BLOCK, Routing
 from tests.ops.native import BEST, ISAS, NEEDS_KERNELS, PAGE, Native
 from tests.ops.test_paged_attention import BOUNDS, MEAN_BOUNDS, attend, draw, program
@@ -212,6 +214,19 @@ def test_blocks_are_judged_by_their_summaries_first(
     np.testing.assert_allclose(found, reference(heads, table, asked), rtol=0, atol=2e-5)
     by_keys = reference(heads, table, {**asked, "has_summaries": False})
     assert np.abs(found - by_keys).max() > 1e-3  # they leave something out
+
+
+def test_the_reference_of_summaries_is_these_loops() -> None:
+    draws = np.random.default_rng(0)
+    keys, queries = draws.normal(size=(3, PAGE, 16)), draws.normal(size=(5, 16))
+    means, radii = summarize(torch.from_numpy(keys))
+    each = [clusters(block) for block in keys]
+    np.testing.assert_allclose(means, np.stack([found for found, _ in each]), atol=1e-12)
+    np.testing.assert_allclose(radii, np.stack([found for _, found in each]), atol=1e-12)
+    reach = 0.5 * np.linalg.norm(queries, axis=-1, keepdims=True)
+    expected = [(queries @ found.T + reach * radius).max(-1) for found, radius in each]
+    guesses = guess_scores(torch.from_numpy(queries), means, radii)
+    np.testing.assert_allclose(guesses, np.stack(expected, 1), atol=1e-12)
 
 
 @functools.cache
