@@ -20,7 +20,7 @@ COMMAND = "deepseek demo"
 CASES = 50
 LONGEST = 128
 """Tokens of a case, at most: `deepseek verify` alone asks a thousand cases of up to 2048."""
-STEPS, ROWS, TOKENS, RATE, TEXT_SIGNS = 4, 4, 128, 5e-5, 20_000
+STEPS, ROWS, TOKENS, RATE, CHARACTERS = 4, 4, 128, 5e-5, 20_000
 """Of the fine-tuning: enough that most tensors change, and no more."""
 MOST_SHARE = 0.2
 """Of the package in the bundle that it stands for."""
@@ -90,7 +90,7 @@ def _tuned(demo: Demo, folder: Path, progress: Progress) -> Path:
     from deepseek.train import Run, Source, Stage, train
 
     text = folder / "text.txt"
-    text.write_text(default_corpus().text[-TEXT_SIGNS:], encoding="utf-8")
+    text.write_text(default_corpus().text[-CHARACTERS:], encoding="utf-8")
     stage = Stage(
         name="tuned",
         data=(Source(path=str(text)),),
