@@ -130,7 +130,7 @@ def clusters(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         means.append(keys[away.argmax()])
         fresh = np.square(keys - means[-1]).sum(1)
         away = fresh if len(means) == 1 else np.minimum(away, fresh)
-    found, nearest = np.stack(means), np.zeros(0)
+    found, nearest = np.stack(means), np.zeros(0, dtype=np.int64)
     for _ in range(2):
         nearest = np.square(keys[:, None] - found).sum(-1).argmin(1)
         found = np.stack(
