@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if is_out_of_memory(error):
             step = "Close other programs, or take a smaller model or fewer tokens"
-            told = describe("memory", "deepseek", "enough for what was asked", str(error), step)
+            got = str(error) or type(error).__name__
+            told = describe("memory", "deepseek", "enough for what was asked", got, step)
             return out.fail(CapacityError(told), EXIT_USER_MISTAKE)
         step = f"This is a defect of deepseek: please report it with what {DEBUG_VARIABLE}=1 shows."
         return out.fail(RuntimeError(f"{type(error).__name__}: {error}. {step}"), EXIT_DEFECT)
