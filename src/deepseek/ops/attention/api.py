@@ -7,14 +7,14 @@ from typing import Literal, Protocol, overload
 from torch import Tensor
 
 from deepseek.errors import ConfigError, ShapeError, describe
-from deepseek.ops.attention import blocked, gathered, gpu, selected
+from deepseek.ops.attention import blocked, gathered, gpu, selected, tiled
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.reference import attention_reference
 from deepseek.ops.attention.sdpa import attention_sdpa
 from deepseek.ops.attention.table import BlockTable
 
-AttentionImpl = Literal["auto", "blocked", "flex", "gathered", "reference", "sdpa"]
+AttentionImpl = Literal["auto", "blocked", "flex", "gathered", "reference", "sdpa", "tiled"]
 
 
 class Execution(Protocol):
@@ -46,6 +46,7 @@ ATTENTION_IMPLS: dict[str, Execution] = {
     "gathered": gathered.attention_gathered,
     "reference": attention_reference,
     "sdpa": attention_sdpa,
+    "tiled": tiled.attention_tiled,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -34,7 +36,47 @@ def append_means(
         slopes: [heads], ALiBi slopes; a mean lies in the middle of its block.
     """
     slots, size = keys.shape[2], table.block_size
-    blocks = table.num_key_blocks(layout, size)
+    means = block_means(keys, values, layout, size)
+    blocks, count = means.count.shape[-1], means.count[:, None]
+    heads = seen.shape[1] if slopes is None else slopes.shape[0]
+    unseen = table.unseen(layout, heads, keys.shape[1]) & (count > 0)[:, :, None]
+    rows, heads = max(seen.shape[0], unseen.shape[0]), max(seen.shape[1], unseen.shape[1])
+    shown = torch.cat([each.expand(rows, heads, -1, -1) for each in (seen, unseen)], -1)
+    log_count = means.count.clamp(min=1).log()
+    weight = torch.cat([log_count.new_zeros(len(log_count), slots), log_count], -1)
+    bias = weight[:, None, None]
+    if slopes is not None:
+        middles = torch.arange(blocks, device=keys.device) * size + (size - 1) / 2
+        places = torch.cat([torch.arange(slots, device=keys.device), middles])
+        distance = layout.query_slots(keys.device)[:, None, :, None] - places
+        bias = bias - slopes.float()[:, None, None] * distance
+    bias = torch.where(shown, bias, -torch.inf)
+    return torch.cat([keys, means.keys], 2), torch.cat([values, means.values], 2), bias
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockMeans:
+    """The mean key and the mean value of each block."""
+
+    keys: Tensor
+    """[B, KV heads, blocks, dim]."""
+    values: Tensor
+    """[B, KV heads, blocks, value dim]."""
+    count: Tensor
+    """float32 [B or 1, blocks], the tokens of a block."""
+
+
+def block_means(keys: Tensor, values: Tensor, layout: Layout, size: int) -> BlockMeans:
+    """Return the means of blocks of `size` slots, over those that hold a token.
+
+    Args:
+        keys: [B, KV heads, S, dim].
+        values: [B, KV heads, S, value dim].
+        layout: where they sit.
+        size: slots of a block.
+    """
+    slots = keys.shape[2]
+    blocks = -(-layout.num_slots // size)
     spare = blocks * size - slots
     length = torch.tensor(layout.key_length, device=keys.device)
     mask = (torch.arange(slots, device=keys.device) < length[:, None]).float()
@@ -44,20 +86,8 @@ def append_means(
     count = tokens.sum(-1)
     share = (tokens / count.clamp(min=1)[..., None])[..., None]
 
-    def with_means(each: Tensor) -> Tensor:
+    def mean(each: Tensor) -> Tensor:
         by_block = pad(each, (0, 0, 0, spare)).unflatten(2, (blocks, size))
-        return torch.cat([each, (by_block * share).sum(3).to(each.dtype)], 2)
+        return (by_block * share).sum(3).to(each.dtype)
 
-    heads = seen.shape[1] if slopes is None else slopes.shape[0]
-    unseen = table.unseen(layout, heads, keys.shape[1]) & (count > 0)[:, :, None]
-    rows, heads = max(seen.shape[0], unseen.shape[0]), max(seen.shape[1], unseen.shape[1])
-    shown = torch.cat([each.expand(rows, heads, -1, -1) for each in (seen, unseen)], -1)
-    weight = torch.cat([mask.new_zeros(count.shape[0], slots), count[:, 0].clamp(min=1).log()], -1)
-    bias = weight[:, None, None]
-    if slopes is not None:
-        middles = torch.arange(blocks, device=keys.device) * size + (size - 1) / 2
-        places = torch.cat([torch.arange(slots, device=keys.device), middles])
-        distance = layout.query_slots(keys.device)[:, None, :, None] - places
-        bias = bias - slopes.float()[:, None, None] * distance
-    bias = torch.where(shown, bias, -torch.inf)
-    return with_means(keys), with_means(values), bias
+    return BlockMeans(mean(keys), mean(values), count[:, 0])

@@ -15,6 +15,7 @@
 #include "isa.h"
 #include "limits.h"
 #include "program.h"
+#include "tiled_attention.h"
 #include "../sampling/cpu/sample.h"
 
 namespace nb = nanobind;
@@ -217,6 +218,46 @@ std::vector<std::pair<float, float>> certainty(const std::string& isa, Array<con
   return found;
 }
 
+// Arrays whose first two dimensions are 1 where they are shared.
+template <typename T>
+Shared<T> shared(const nb::dict& given, const char* name) {
+  Shared<T> found;
+  if (!given.contains(name)) return found;
+  auto array = nb::cast<Array<const T>>(given[name]);
+  if (array.ndim() < 2) throw std::invalid_argument(std::string(name) + " must have two dimensions or more");
+  size_t inner = array.ndim() > 2 ? array.size() / std::max<size_t>(1, array.shape(0) * array.shape(1)) : array.shape(1);
+  size_t head = array.ndim() > 2 ? array.shape(1) * inner : inner;
+  found.data = array.data();
+  found.row = array.shape(0) > 1 ? ptrdiff_t(head) : 0;
+  found.head = array.ndim() > 2 && array.shape(1) > 1 ? ptrdiff_t(inner) : 0;
+  found.block = array.ndim() > 2 && array.shape(2) > 1 ? 1 : 0;
+  return found;
+}
+
+// The arrays stay with the caller, who keeps them until the call is over; see ops/attention/tiled.py.
+void tiled(TiledAttention& attention, const nb::dict& given, bool is_backward) {
+  TiledCall c;
+  auto number = [&](const char* name) { return nb::cast<int>(given[name]); };
+  auto address = [&](const char* name) { return given.contains(name) ? (void*)nb::cast<uintptr_t>(given[name]) : nullptr; };
+  c.source = kind_of(nb::cast<std::string>(given["dtype"]));
+  c.rows = number("rows"), c.heads = number("heads"), c.kv_heads = number("kv_heads"), c.queries = number("queries");
+  c.dim = number("dim"), c.value_dim = number("value_dim"), c.slots = number("slots"), c.block = number("block");
+  c.query_size = number("query_size"), c.mean_from = number("mean_from"), c.width = number("width");
+  c.first = number("first"), c.scale = nb::cast<float>(given["scale"]), c.is_causal = nb::cast<bool>(given["is_causal"]);
+  auto starts = nb::cast<Array<const int32_t>>(given["query_start"]), lengths = nb::cast<Array<const int32_t>>(given["key_length"]);
+  c.query_start = starts.data(), c.key_length = lengths.data();
+  c.indices = shared<int32_t>(given, "indices"), c.counts = shared<int32_t>(given, "counts");
+  c.skip = shared<uint8_t>(given, "skip"), c.reach = shared<int32_t>(given, "reach");
+  c.bias = shared<float>(given, "bias");
+  c.slopes = (const float*)address("slopes"), c.place = (const float*)address("place");
+  c.query = address("queries_at"), c.key = address("keys_at"), c.value = address("values_at");
+  TiledResult r{address("out"), (float*)address("lse"), address("gradient"), (const float*)address("lse_gradient"),
+                address("to_queries"), address("to_keys"), address("to_values")};
+  nb::gil_scoped_release release;
+  if (is_backward) attention.backward(c, r);
+  else attention.forward(c, r);
+}
+
 int choose(const std::string& isa, Array<float> logits, double temperature, int top_k, double top_p, double min_p,
            float repetition, float frequency, float presence,
            std::optional<Array<const uint8_t>> seen, std::optional<Array<const float>> counts,
@@ -277,6 +318,13 @@ NB_MODULE(_cpu, m) {
       .def_prop_ro("weight_bytes", &Program::weight_bytes)
       .def_prop_ro("gated_heads", &Program::gated_heads)
       .def_prop_ro("plan_bytes", &Program::plan_bytes);
+  nb::class_<TiledAttention>(m, "TiledAttention")
+      .def("__init__",
+           [](TiledAttention* self, const std::string& isa, int threads) {
+             new (self) TiledAttention(kernels_named(isa), threads);
+           })
+      .def("forward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, false); })
+      .def("backward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, true); });
   m.def("largest", &largest, nb::arg("isa"), nb::arg("logits"));
   m.def("certainty", &certainty, nb::arg("isa"), nb::arg("logits"));
   m.def("choose", &choose, nb::arg("isa"), nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),

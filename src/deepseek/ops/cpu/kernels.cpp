@@ -4,6 +4,7 @@
 #include "peak.h"
 #include "../attention/cpu/pages.h"
 #include "../attention/cpu/choice.h"
+#include "../attention/cpu/tiled.h"
 #include "../linear/cpu/activations.h"
 #include "../linear/cpu/low_rank.h"
 #include "../linear/cpu/packing.h"
@@ -13,9 +14,11 @@
 #include "../linear/cpu/tile_products.h"
 #define DEEPSEEK_LINEAR tile_linear
 #define DEEPSEEK_SWIGLU tile_swiglu
+#define DEEPSEEK_HAS_TILES true
 #else
 #define DEEPSEEK_LINEAR linear
 #define DEEPSEEK_SWIGLU swiglu_by<linear>
+#define DEEPSEEK_HAS_TILES false
 #endif
 
 #define DEEPSEEK_JOIN(a, b) a##b
@@ -52,6 +55,12 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .gather_means = gather_means,
     .turn_back = turn_back,
     .attend_scratch_bytes = kAttendScratch,
+    .has_tiles = DEEPSEEK_HAS_TILES,
+    .tiled_scratch_bytes = tiled_scratch_bytes,
+    .tiled_pack = tiled_pack,
+    .tiled_load = tiled_load,
+    .tiled_forward = tiled_forward,
+    .tiled_backward = tiled_backward,
     .merge = ::merge,
     .pack_panel = pack_panel,
     .block_largest = block_largest,

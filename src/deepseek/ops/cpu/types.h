@@ -150,6 +150,43 @@ struct Visitors {
   int pages = 0, width = 1;
 };
 
+// Attention with gradients, see attention/cpu/tiled.h. Dimensions and a page's slots are padded to multiples of 32.
+// Numbers are float32, or bfloat16 where an instruction set has tiles. Kept "across" for the products that run
+// over channels: float [dim][slots], bfloat16 [dim / 2][slots][2]; "along" for those over slots: float
+// [slots][dim], bfloat16 [slots / 2][dim][2].
+constexpr int kTiledRows = 256;  // that meet a page together
+constexpr int kTiledPad = 32;
+
+// A page of keys, and the rows of a unit that see some of it.
+struct TiledPage {
+  int dim = 0, value_dim = 0, width = 0;
+  float scale = 1.0f;        // of scores, as powers of two
+  float slope_scale = 1.0f;  // of their gradients
+  const void *keys_across = nullptr, *values_along = nullptr;    // forward
+  const void *values_across = nullptr, *keys_along = nullptr;    // backward, beside keys_across
+  const float* bias = nullptr;     // [width] of its slots, as powers of two
+  const float* place = nullptr;    // [width], where its slots stand
+  const float* slopes = nullptr;   // [rows of the unit], of the distance, as powers of two
+  const float* own = nullptr;      // [rows of the unit], their slots
+  int count = 0;
+  bool is_run = false;             // rows follow one another in the unit
+  const int32_t* rows = nullptr;
+  const uint32_t* shown = nullptr; // [count][width / 32], bits of the slots that a row sees; null for all
+  float* to_keys = nullptr;        // [dim][width] gradients
+  float* to_values = nullptr;      // [value_dim][width]
+};
+
+// Neighbouring queries of a KV head, `pitch` rows with those that fill up.
+struct TiledUnit {
+  Kind kind = Kind::f32;
+  int pitch = 0;
+  void *queries = nullptr, *queries_across = nullptr;      // [pitch][dim], and as bfloat16 [dim][pitch]
+  void *gradients = nullptr, *gradients_across = nullptr;  // of the outputs
+  float *top = nullptr, *mass = nullptr, *sums = nullptr;  // forward: [pitch], [pitch][value_dim]
+  float *lse = nullptr, *delta = nullptr;                  // backward: [pitch], the first as powers of two
+  float* to_queries = nullptr;                             // [pitch][dim]
+};
+
 constexpr int kSwigluRows = 32;  // whose gates and ups are near together
 
 struct Kernels {
@@ -212,6 +249,16 @@ struct Kernels {
   // Turns the keys of a full page back by angles, so that they stand at earlier positions.
   void (*turn_back)(const PageLayout& layout, uint8_t* page, int kv_head, const float* cosines, const float* sines);
   size_t attend_scratch_bytes;
+  // Attention with gradients: whether bfloat16 is multiplied as it is; up to `width` rows as products read
+  // them, whose scratch holds width * padded floats; the rows of a unit; a page.
+  bool has_tiles;
+  size_t (*tiled_scratch_bytes)(int dim, int value_dim, int width);
+  void (*tiled_pack)(Kind kind, Kind source, const void* from, int count, int dim, int padded, int width, void* across,
+                     void* along, void* scratch);
+  void (*tiled_load)(Kind kind, Kind source, const void* const* from, int count, int dim, int padded, int filled,
+                     void* rows, void* across);
+  void (*tiled_forward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
+  void (*tiled_backward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);
   // Packing -----------------------------------------------------------------------------------
