@@ -3,10 +3,10 @@
     python benchmarks/small_models.py --text tinyshakespeare.txt --out runs/small
     python benchmarks/small_models.py --models dense routed --seeds 0 1 2 --json
 
-Each learns the same samples: text in which records of random letters stand three times each, so
-that what follows a record's first letters is known from where it stood before, and from nowhere
-else. Measured on text that was kept back, at the length of training, twice and four times it: nats
-of a byte of the text's last quarter, and how many letters of a record are right whose only other
+Each learns the same samples: text in which records of random bytes above ASCII stand three times
+each, so that what follows a record's first bytes is known from where it stood before, and from
+nowhere else. Measured on text that was kept back, at the length of training, twice and four times it: nats
+of a byte of the text's last quarter, and how many bytes of a record are right whose only other
 place is at the start of the sample. Rotary positions are measured as they come and stretched by
 YaRN; a model in the folder `--out` is not trained again.
 
@@ -57,7 +57,7 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.2)
 GATE_PENALTY = 0.05
 
 RECORD = 32
-"""Letters of a record."""
+"""Bytes of a record."""
 CUE = 8
 """Of them those that tell which one it is."""
 COPIES = 3
@@ -83,7 +83,7 @@ class Sample:
 def records_in_text(text: Bytes, length: int, rng: np.random.Generator) -> Sample:
     """Return a stretch of text of so many bytes, records among it."""
     count = max(1, length // BYTES_PER_RECORD)
-    records = rng.integers(ord("a"), ord("z") + 1, (count, RECORD), dtype=np.uint8)
+    records = rng.integers(128, 256, (count, RECORD), dtype=np.uint8)
     order = rng.permutation(np.repeat(np.arange(count), COPIES))
     return _between(text, length, [records[at] for at in order], rng)
 
@@ -216,9 +216,9 @@ def longer(model: Decoder, name: str, context: int) -> Decoder:
 
 @torch.no_grad()
 def judged(model: Decoder, text: Bytes, length: int, samples: int) -> dict[str, float]:
-    """Return nats of the text's bytes in the last quarter, and the share of right letters."""
+    """Return nats of the text's bytes in the last quarter, and the share of right ones of the record."""
     rng = np.random.default_rng(length)
-    nats, letters = [], []
+    nats, rights = [], []
     for _ in range(samples):
         sample = record_far_away(text, length, rng)
         ids = torch.from_numpy(sample.ids).long()[None]
@@ -228,8 +228,8 @@ def judged(model: Decoder, text: Bytes, length: int, samples: int) -> dict[str, 
         nats.append(_nats(chances, ids[0, 1:])[is_scored].mean().item())
         answer = slice(CUE - RECORD, None)
         right = chances[answer].argmax(-1) == ids[0, 1:][answer]
-        letters.append(right.float().mean().item())
-    return {"nats_per_byte": sum(nats) / samples, "letters_right": sum(letters) / samples}
+        rights.append(right.float().mean().item())
+    return {"nats_per_byte": sum(nats) / samples, "record_right": sum(rights) / samples}
 
 
 def _nats(chances: Tensor, following: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def measured(
 
 def show(found: list[Measurement]) -> None:
     """Print a line for each model, seed, length, positions and threshold."""
-    heads = ("model", "bytes", "positions", "closes below", "nats", "letters", "closed", "cpu µs")
+    heads = ("model", "bytes", "positions", "closes below", "nats", "record", "closed", "cpu µs")
     table = Table(*heads)
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for item in found:
@@ -284,8 +284,8 @@ def show(found: list[Measurement]) -> None:
         key = (f"{about['model']} {about['seed']}", *places, str(about.get("threshold", "")))
         rows.setdefault(key, {})[item.name] = item.value
     for key, figures in rows.items():
-        nats, letters = figures["nats_per_byte"], figures["letters_right"]
-        cells = [*key, f"{nats:.4f}", f"{letters:.1%}"]
+        nats, right = figures["nats_per_byte"], figures["record_right"]
+        cells = [*key, f"{nats:.4f}", f"{right:.1%}"]
         if "closed_heads" in figures:
             cells += [f"{figures['closed_heads']:.1%}", f"{1e6 * figures['cpu_s_per_token']:.1f}"]
         table.add_row(*cells)

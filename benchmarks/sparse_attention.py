@@ -3,6 +3,7 @@ PyTorch's dense attention.
 
     python benchmarks/sparse_attention.py
     python benchmarks/sparse_attention.py --lengths 4096 8192 --dtype bfloat16 --json
+    python benchmarks/sparse_attention.py --impl gathered
 
 One layer of SmolLM2's shape. The pattern sees the first block, four recent ones and random ones; on
 average a query sees 1024 tokens of 4096, 2048 from 8192 on, and behind 16,384 more as the logarithm
@@ -30,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from deepseek.cli.models import positive
 from deepseek.models import Pattern
 from deepseek.models.static import pattern_table
-from deepseek.ops.attention import BlockTable, DenseKV, Layout, attention
+from deepseek.ops.attention import AttentionImpl, BlockTable, DenseKV, Layout, attention
 from deepseek.ops.memory import keep_freed_memory
 from deepseek.records import Measurement, summarize
 
@@ -55,13 +56,13 @@ def pattern_of(length: int) -> Pattern:
     return Pattern(recent=ALWAYS - 1, sparsity=max(0.0, 1 - random / left))
 
 
-def sparse(length: int) -> tuple[Run, BlockTable]:
+def sparse(length: int, impl: AttentionImpl = "auto") -> tuple[Run, BlockTable]:
     """Return attention by the pattern, and its table."""
     layout = Layout.dense(1, length)
     table = pattern_table(layout, pattern_of(length), 0, torch.device("cpu"))
 
     def run(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return attention(queries, DenseKV(keys, values), layout, table=table, impl="gathered")
+        return attention(queries, DenseKV(keys, values), layout, table=table, impl=impl)
 
     return run, table
 
@@ -82,15 +83,15 @@ def timed(run: Run, inputs: list[Tensor], with_gradients: bool) -> float:
     return time.perf_counter() - start
 
 
-def check() -> None:
-    """Exit if gathering does not compute what a mask does."""
+def check(impl: AttentionImpl) -> None:
+    """Exit if the execution does not compute what a mask does."""
     layout = Layout.dense(1, 1024)
-    run, table = sparse(1024)
+    run, table = sparse(1024, impl)
     inputs = random_inputs(1024, torch.float32)
     masked = attention(inputs[0], DenseKV(*inputs[1:]), layout, table=table, impl="sdpa")
     difference = float((run(*inputs) - masked).abs().max())
     if difference > 1e-5:
-        sys.exit(f"sparse_attention: gathering differs from the mask by {difference}")
+        sys.exit(f"sparse_attention: {impl} differs from the mask by {difference}")
 
 
 def random_inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
@@ -101,7 +102,7 @@ def random_inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
 
 def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> list[Measurement]:
     """Return the seconds of both, and their ratio round by round."""
-    run, table = sparse(length)
+    run, table = sparse(length, args.impl)
     inputs = random_inputs(length, DTYPES[args.dtype])
     peers = {args.dtype: inputs, "float32": [each.float() for each in inputs]}
     firsts = {name: timed(dense, peer, with_gradients) for name, peer in peers.items()}
@@ -116,6 +117,7 @@ def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> lis
     about = {
         "length": length,
         "dtype": args.dtype,
+        "impl": args.impl,
         "threads": torch.get_num_threads(),
         "pass": "forward and backward" if with_gradients else "forward",
         "listed": round(float(table.counts.float().mean()) * BLOCK),
@@ -151,6 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--impl", choices=("auto", "gathered", "tiled"), default="auto")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
@@ -158,7 +161,7 @@ def main() -> int:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    check()
+    check(args.impl)
     found = []
     for length in args.lengths:
         for with_gradients in (False, True):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, ShapeError
 from deepseek.ops.attention import (
-    ATTENTION_IMPLS,
     AttentionImpl,
     BlockTable,
     DenseKV,
@@ -21,7 +20,9 @@ from deepseek.ops.attention import (
     attention,
     choose,
     gathered,
+    tiled,
 )
+from deepseek.ops.cpu import why_missing
 from tests.ops.brute_force import brute_force
 from tests.ops.strategies import layouts, tables
 from tests.tolerances import assert_close
@@ -68,8 +69,14 @@ def test_means_equal_loops() -> None:
         assert_close(out, brute_force(queries, keys, values, layout, table, slopes), torch.float32)
 
 
-GENERAL = [name for name in ATTENTION_IMPLS if name not in ("blocked", "flex", "gathered")]
+GENERAL = ["reference", "sdpa"] + (["tiled"] if why_missing() is None else [])
 """Executions that take every layout; `flex` is tested in `test_gpu_attention.py`."""
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No C++ compiler was here."""
+    monkeypatch.setattr(tiled, "why_missing", lambda: "no compiler")
 
 
 @pytest.mark.parametrize("impl", [name for name in GENERAL if name != "reference"])
@@ -219,6 +226,7 @@ def test_gathered_keeps_what_grows_with_the_text_alone() -> None:
     assert sum(kept) == sum(each.numel() for each in inputs)
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_gathered_runs_where_a_table_is_sparse() -> None:
     layout = Layout.dense(1, 64)
     queries, keys, values = random_inputs(layout, 2, 1)

@@ -70,9 +70,17 @@ def test_an_instruction_set_that_is_not_here_is_refused(monkeypatch: pytest.Monk
 
 
 def test_gradients_run_through_torch() -> None:
-    case = Case(operation="attention", storage="bfloat16", rows=512, has_gradients=True)
+    case = Case(operation="linear", storage="bfloat16", rows=512, has_gradients=True)
     assert choose(case).name == "torch"
     assert "gradients" in choose(case).why
+
+
+@NEEDS_KERNELS
+def test_attention_has_gradients_where_there_are_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(operation="attention", storage="bfloat16", rows=512, has_gradients=True)
+    for isa, name in {"amx": "deepseek amx", "avx512": "torch"}.items():
+        monkeypatch.setattr(choice, "chosen_instruction_set", lambda isa=isa: isa)
+        assert choose(case).name == name
 
 
 def test_without_kernels_torch_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +108,14 @@ def test_attention_that_is_not_causal_runs_through_torch() -> None:
 
 
 @pytest.mark.parametrize("has_gradients", [False, True])
-def test_block_tables_are_executed_by_torch_by_device(has_gradients: bool) -> None:
+def test_block_tables_are_executed_by_device(has_gradients: bool) -> None:
     case = Case(
         operation="attention", storage="bfloat16", has_table=True, has_gradients=has_gradients
     )
-    assert choose(case).name == "torch gathered"
+    assert choice.TorchBackend().kernel(case).name == "torch gathered"
+    if cpu.why_missing() is None:
+        assert choose(case).name == f"deepseek {cpu.chosen_instruction_set()}"
+        assert choose(case).why.startswith("listed blocks alone")
     there = case.replace(device="cuda")
     assert choose(there).name == "torch flex" and "never run" in choose(there).why
     assert there.text.endswith("on cuda") and "with a block table" in there.text

@@ -157,11 +157,13 @@ def choose(
     table: BlockTable | None = None,
     slopes: Tensor | None = None,
     return_lse: bool = False,
-) -> Literal["blocked", "flex", "gathered", "reference", "sdpa"]:
+) -> Literal["blocked", "flex", "gathered", "reference", "sdpa", "tiled"]:
     """Return the name of the execution that "auto" uses; arguments as in `attention`."""
+    if table is not None and gpu.pays(queries, kv, table):
+        return "flex"
+    if tiled.pays(queries, kv, table, return_lse):
+        return "tiled"
     if table is not None:
-        if gpu.pays(queries, kv, table):
-            return "flex"
         if gathered.suits(table, slopes) and (return_lse or gathered.pays(table, layout)):
             return "gathered"
     elif isinstance(kv, DenseKV):

@@ -32,8 +32,10 @@ from deepseek.ops.hardware import computed_in
 
 DENSE_BLOCK = 64
 """Slots of a page where there is no table."""
-LEAST_QUERIES = 16
+LEAST_QUERIES = 64
 """Fewest queries that "auto" packs keys and values for."""
+LEAST_DENSE = 128
+"""The same where there is no table, which PyTorch's products do well too."""
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _HIDDEN = -1e30
 """Added to the score of a slot that nobody sees; finite, so that no difference of two is NaN."""
@@ -57,7 +59,9 @@ def attention_tiled(
     """
     if why := why_not(queries):
         step = "Use attention='auto' or 'sdpa'"
-        raise ConfigError(describe("impl", "attention", "one that runs here", f"tiled: {why}", step))
+        raise ConfigError(
+            describe("impl", "attention", "one that runs here", f"tiled: {why}", step)
+        )
     keys, values = kv.dense(layout.num_slots)
     dtype = computed_in(queries)
     keys, values = keys.to(dtype), values.to(dtype)
@@ -86,6 +90,23 @@ def why_not(queries: Tensor) -> str | None:
     if dtype not in DTYPES:
         return f"it computes in float32 and bfloat16, not in {dtype}"
     return why_missing()
+
+
+def pays(queries: Tensor, kv: DenseKV | PagedKV, table: BlockTable | None, wants_lse: bool) -> bool:
+    """Return whether it is the fastest on this processor: by a table, or for the log-sum-exp; and
+    without either, with gradients in bfloat16 where there are tiles."""
+    length = queries.shape[2]
+    # a graph that is being traced has no memory to point at
+    if length < LEAST_QUERIES or why_not(queries) or torch.compiler.is_compiling():
+        return False
+    if table is not None or wants_lse:
+        return True
+    if length < LEAST_DENSE or computed_in(queries) != torch.bfloat16 or isinstance(kv, PagedKV):
+        return False
+    wants = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (queries, kv.keys, kv.values)
+    )
+    return wants and chosen_instruction_set() == "amx"
 
 
 def _question(layout: Layout, table: BlockTable | None) -> dict[str, Any]:

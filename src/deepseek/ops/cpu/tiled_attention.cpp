@@ -23,25 +23,6 @@ void set_bits(uint32_t* words, int first, int last) {
   }
 }
 
-float read(Kind kind, const void* from, size_t at) {
-  if (kind == Kind::f32) return ((const float*)from)[at];
-  uint32_t bits = uint32_t(((const uint16_t*)from)[at]) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-void write(Kind kind, void* to, size_t at, float value) {
-  if (kind == Kind::f32) {
-    ((float*)to)[at] = value;
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-  ((uint16_t*)to)[at] = uint16_t(is_nan ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
 // Everything that is the same for a whole call.
 struct Plan {
   const TiledCall& call;
@@ -97,17 +78,17 @@ struct HeadPages {
 
 // What one thread works in.
 struct Workplace {
-  std::vector<uint8_t> scratch;
-  Memory queries, queries_across, gradients, gradients_across, sums, to_queries;
+  Memory scratch, queries, queries_across, gradients, gradients_across, sums, to_queries;
   std::vector<float> top, mass, lse, delta, slopes, own;
   std::vector<const void*> sources;
+  std::vector<void*> targets;
   std::vector<int32_t> rows, starts, entries, listed;
   std::vector<uint32_t> shown;
   std::vector<uint64_t> unseen;
 
   explicit Workplace(const Plan& p) {
     size_t rows_at_most = p.most_rows(), bytes = rows_at_most * p.element;
-    scratch.resize(p.kernels.tiled_scratch_bytes(p.dim, p.value_dim, p.width));
+    scratch = Memory(p.kernels.tiled_scratch_bytes(p.dim, p.value_dim, p.width));
     queries = Memory(bytes * p.dim);
     if (p.is_backward) {
       queries_across = Memory(bytes * p.dim);
@@ -118,6 +99,7 @@ struct Workplace {
     }
     for (auto* each : {&top, &mass, &lse, &delta, &slopes, &own}) each->resize(rows_at_most);
     sources.resize(rows_at_most), rows.resize(rows_at_most);
+    targets.resize(std::max<size_t>(rows_at_most, p.width));
     shown.resize(rows_at_most * (p.width / 32));
   }
 };
@@ -172,12 +154,10 @@ class Unit {
       unit_.lse = w_.lse.data(), unit_.delta = w_.delta.data(), unit_.to_queries = (float*)w_.to_queries.data();
       std::memset(unit_.to_queries, 0, size_t(count_) * p_.dim * 4);
       for (int i = 0; i < count_; ++i) {
-        size_t at = place_of(i);
-        float lse = r_.lse[at], delta = r_.lse_gradient ? -r_.lse_gradient[at] : 0.0f;
-        w_.lse[i] = std::isinf(lse) ? kBlind : lse * kLog2E;
-        for (int d = 0; d < c_.value_dim; ++d)
-          delta += read(c_.source, r_.out, at * c_.value_dim + d) * read(c_.source, r_.gradient, at * c_.value_dim + d);
-        w_.delta[i] = delta;
+        size_t at = place_of(i), from = at * c_.value_dim * bytes;
+        w_.lse[i] = std::isinf(r_.lse[at]) ? kBlind : r_.lse[at] * kLog2E;
+        w_.delta[i] = p_.kernels.tiled_dot(c_.source, (const uint8_t*)r_.out + from, (const uint8_t*)r_.gradient + from,
+                                           c_.value_dim) - (r_.lse_gradient ? r_.lse_gradient[at] : 0.0f);
       }
     } else {
       unit_.top = w_.top.data(), unit_.mass = w_.mass.data(), unit_.sums = (float*)w_.sums.data();
@@ -267,7 +247,8 @@ class Unit {
     for (int block = first_block(); block <= last_block(); ++block)
       for (int head = 0; head < apart; ++head) {
         uint64_t* bits = w_.unseen.data() + size_t((block - first_block()) * apart + head) * words;
-        int own = (start_ / c_.query_size + block) * c_.query_size / c_.block;
+        // a row shorter than the longest has queries behind its last block, which nobody reads
+        int own = std::min((start_ / c_.query_size + block) * c_.query_size / c_.block, p_.blocks);
         for (int i = 0; i < own; ++i) bits[i / 64] |= uint64_t(1) << (i % 64);
         for (int at = 0; at < length_of(block); ++at) {
           int page = list_of(block)[at];
@@ -322,18 +303,19 @@ class Unit {
 
   void store_outputs() {
     for (int i = 0; i < count_; ++i) {
-      size_t at = place_of(i);
-      float mass = w_.mass[i], inverse = mass > 0 ? 1 / mass : 0.0f;
-      r_.lse[at] = mass > 0 ? w_.top[i] * kLn2 + std::log(mass) : -INFINITY;
-      for (int d = 0; d < c_.value_dim; ++d)
-        write(c_.source, r_.out, at * c_.value_dim + d, unit_.sums[size_t(i) * p_.value_dim + d] * inverse);
+      float mass = w_.mass[i];
+      r_.lse[place_of(i)] = mass > 0 ? w_.top[i] * kLn2 + std::log(mass) : -INFINITY;
+      w_.mass[i] = mass > 0 ? 1 / mass : 0.0f;
     }
+    store_rows(unit_.sums, p_.value_dim, w_.mass.data(), c_.value_dim, r_.out);
   }
 
-  void store_gradients() {
-    for (int i = 0; i < count_; ++i)
-      for (int d = 0; d < c_.dim; ++d)
-        write(c_.source, r_.to_queries, place_of(i) * c_.dim + d, unit_.to_queries[size_t(i) * p_.dim + d]);
+  void store_gradients() { store_rows(unit_.to_queries, p_.dim, nullptr, c_.dim, r_.to_queries); }
+
+  void store_rows(const float* from, int padded, const float* factors, int dim, void* to) {
+    size_t bytes = c_.source == Kind::bf16 ? 2 : 4;
+    for (int i = 0; i < count_; ++i) w_.targets[i] = (uint8_t*)to + place_of(i) * dim * bytes;
+    p_.kernels.tiled_store(c_.source, from, padded, factors, count_, dim, w_.targets.data());
   }
 
   const Plan& p_;
@@ -373,22 +355,22 @@ void pack_pages(const Plan& p, HeadPages& pages, Workplace& w, int row, int kv_h
   std::memset(pages.to_values[thread].data(), 0, size_t(p.pages) * p.width * p.value_dim * 4);
 }
 
-// Writes the sums of all threads' gradients of every `threads`-th page, [dim][width], as rows.
-void store_page_gradients(const Plan& p, HeadPages& pages, const TiledResult& r, int row, int kv_head, int thread,
-                          int threads) {
+// Writes the sums of all threads' gradients of every `threads`-th page.
+void store_page_gradients(const Plan& p, HeadPages& pages, Workplace& w, const TiledResult& r, int row, int kv_head,
+                          int thread, int threads) {
   const TiledCall& c = p.call;
-  size_t head = size_t(row) * c.kv_heads + kv_head;
+  size_t head = size_t(row) * c.kv_heads + kv_head, bytes = c.source == Kind::bf16 ? 2 : 4;
+  std::vector<const float*> parts(threads);
   for (int page = thread; page < p.pages; page += threads) {
     int first = page * c.block, count = std::min(c.block, c.slots - first);
-    auto sum = [&](const std::vector<Memory>& of, int dim, int padded, void* to) {
-      for (int i = 0; i < count; ++i)
-        for (int d = 0; d < dim; ++d) {
-          float total = 0;
-          for (const Memory& each : of) total += ((const float*)each.data())[(size_t(page) * padded + d) * p.width + i];
-          write(c.source, to, (head * c.slots + first + i) * dim + d, total);
-        }
+    auto store = [&](const std::vector<Memory>& of, int dim, int padded, void* to) {
+      for (int i = 0; i < threads; ++i) parts[i] = (const float*)of[i].data() + size_t(page) * padded * p.width;
+      float* rows = (float*)w.scratch.data();
+      p.kernels.tiled_sum(parts.data(), threads, padded, p.width, rows);
+      for (int i = 0; i < count; ++i) w.targets[i] = (uint8_t*)to + (head * c.slots + first + i) * dim * bytes;
+      p.kernels.tiled_store(c.source, rows, padded, nullptr, count, dim, w.targets.data());
     };
-    sum(pages.to_keys, c.dim, p.dim, r.to_keys), sum(pages.to_values, c.value_dim, p.value_dim, r.to_values);
+    store(pages.to_keys, c.dim, p.dim, r.to_keys), store(pages.to_values, c.value_dim, p.value_dim, r.to_values);
   }
 }
 
@@ -400,22 +382,31 @@ void TiledAttention::run(const TiledCall& call, const TiledResult& result, bool 
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   int threads = pool_.size();
   Plan plan(call, kernels_, is_backward, threads);
-  HeadPages pages(plan, threads);
+  // Many heads: each thread has its own. Few: all threads share one after the other.
+  int heads = call.rows * call.kv_heads, team = heads % threads == 0 || heads >= 4 * threads ? 1 : threads;
   std::vector<Workplace> places;
+  std::vector<HeadPages> pages;
   for (int i = 0; i < threads; ++i) places.emplace_back(plan);
+  for (int i = 0; i < threads / team; ++i) pages.emplace_back(plan, team);
+  auto meet = [&] {
+    if (team > 1) pool_.barrier().wait();
+  };
   pool_.run([&](int thread) {
-    for (int row = 0; row < call.rows; ++row)
-      for (int head = 0; head < call.kv_heads; ++head) {
-        pack_pages(plan, pages, places[thread], row, head, thread, threads);
-        pool_.barrier().wait();
-        // the same units for a thread every time, or sums would differ in their order
-        for (int unit = thread; unit < plan.units(row); unit += threads)
-          Unit(plan, result, pages, places[thread], row, head, unit, thread).run();
-        pool_.barrier().wait();
-        if (is_backward) store_page_gradients(plan, pages, result, row, head, thread, threads);
-        // nobody packs the next pages while somebody still adds these up
-        if (is_backward) pool_.barrier().wait();
-      }
+    int member = thread % team;
+    HeadPages& mine = pages[thread / team];
+    Workplace& place = places[thread];
+    for (int at = thread / team; at < heads; at += threads / team) {
+      int row = at / call.kv_heads, head = at % call.kv_heads;
+      pack_pages(plan, mine, place, row, head, member, team);
+      meet();
+      // the same units for a thread every time, or sums would differ in their order
+      for (int unit = member; unit < plan.units(row); unit += team)
+        Unit(plan, result, mine, place, row, head, unit, member).run();
+      meet();
+      if (!is_backward) continue;
+      store_page_gradients(plan, mine, place, result, row, head, member, team);
+      meet();  // nobody packs the next pages while somebody still adds these up
+    }
   });
 }
 

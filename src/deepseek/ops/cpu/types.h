@@ -259,6 +259,12 @@ struct Kernels {
                      void* rows, void* across);
   void (*tiled_forward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
   void (*tiled_backward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
+  // Rows of `padded` floats times their factors (or 1), as rows of `dim` numbers; the product of two rows; sums
+  // [padded][width] of several gradients of a page, as rows [width][padded].
+  void (*tiled_store)(Kind source, const float* from, int padded, const float* factors, int count, int dim,
+                      void* const* to);
+  float (*tiled_dot)(Kind source, const void* a, const void* b, int dim);
+  void (*tiled_sum)(const float* const* parts, int count, int padded, int width, float* rows);
   void (*merge)(float* sums, float* largest, float* total, const float* sums_next,
                 const float* largest_next, const float* total_next, int count, int dim);
   // Packing -----------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ using deepseek::kTiledRows;
 using deepseek::TiledPage;
 using deepseek::TiledUnit;
 
-constexpr float kLeastTop = -1e20f;
 constexpr float kHidden = -1e30f;
 constexpr int kForwardRows = 64, kBackwardRows = 32;
 
@@ -140,6 +139,13 @@ inline void interleave_32(const uint16_t* first, const uint16_t* second, uint16_
   _mm512_storeu_si512(to + 32, _mm512_permutex2var_epi16(a, high, b));
 }
 
+// Two vectors as bfloat16, element by element in pairs.
+inline void store_pairs(const vf* two, uint16_t* to) {
+  static const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(two[1], two[0])));
+}
+
 // `rows` (a multiple of 32) rows of `dim` numbers, rows side by side: [dim][pitch].
 inline void transpose_rows(const uint16_t* from, int rows, int dim, uint16_t* to, ptrdiff_t pitch) {
   alignas(64) uint16_t pairs[16][64];
@@ -210,8 +216,9 @@ void pack_rows(Kind source, const void* from, int count, int dim, int padded, in
 // Powers of two of scores less a bound; 0 where nothing is seen, and no numbers near it, which are slow.
 template <typename T>
 inline vf weights_of(vf x) {
+  if constexpr (sizeof(T) == 2) return power_of_two<4>(x);
   vf least = all(-126.0f), kept = vmax(x, least);
-  return where_less(x, least, zero(), power_of_two<sizeof(T) == 2 ? 4 : 7>(kept));
+  return where_less(x, least, zero(), power_of_two<7>(kept));
 }
 
 // Scores of a row as powers of two, kHidden where it does not see a slot.
@@ -260,8 +267,8 @@ inline void store_weights(T* to, vf x) {
 }
 
 // Adds a page to the states of the rows that see it.
-template <typename T>
-void forward_page(const TiledPage& p, const TiledUnit& u, void* scratch) {
+template <typename T, bool SeesAll>
+void forward_page(const TiledPage p, const TiledUnit u, void* scratch) {
   Pieces pieces(scratch);
   T* gathered = pieces.take<T>(size_t(kForwardRows) * p.dim);
   T* weights = pieces.take<T>(size_t(kForwardRows) * p.width);
@@ -276,16 +283,18 @@ void forward_page(const TiledPage& p, const TiledUnit& u, void* scratch) {
     for (int i = 0; i < count; ++i) {
       int row = p.rows[start + i];
       float* x = scores + size_t(i) * p.width;
-      vf most = all(kLeastTop);
+      // where all is seen, scores are scaled on the way
+      float scale = SeesAll ? p.scale : 1.0f;
+      vf most = all(kHidden);
       for (int slot = 0; slot < p.width; slot += kLanes) {
-        vf each = shown_scores(p, row, start + i, slot, x);
+        vf each = SeesAll ? load(x + slot) : shown_scores(p, row, start + i, slot, x);
         most = vmax(most, each);
-        store(x + slot, each);
+        if constexpr (!SeesAll) store(x + slot, each);
       }
-      float top = std::max(u.top[row], largest(most));
+      float top = std::max(u.top[row], largest(most) * scale);
       vf mass = zero();
       for (int slot = 0; slot < p.width; slot += kLanes) {
-        vf weight = weights_of<T>(sub(load(x + slot), all(top)));
+        vf weight = weights_of<T>(fma(load(x + slot), all(scale), all(-top)));
         mass = add(mass, weight);
         store_weights(weights + size_t(i) * p.width + slot, weight);
       }
@@ -304,7 +313,7 @@ void forward_page(const TiledPage& p, const TiledUnit& u, void* scratch) {
 
 // Of up to kBackwardRows rows: weights, and the gradients of scores; rows that do not exist have zeros. As
 // float32 [rows][width]; as bfloat16 in pairs of rows, and the gradients once more as rows.
-template <typename T>
+template <typename T, bool SeesAll>
 void make_slopes(const TiledPage& p, const TiledUnit& u, int start, int count, const float* scores, const float* inner,
                  T* weights, T* slopes, T* slope_rows) {
   constexpr int kEach = kPair<T>;
@@ -316,34 +325,30 @@ void make_slopes(const TiledPage& p, const TiledUnit& u, int start, int count, c
         weight[i] = slope[i] = zero();
         if (at >= count) continue;
         int row = p.rows[start + at];
-        vf x = shown_scores(p, row, start + at, slot, scores + size_t(at) * p.width);
-        weight[i] = weights_of<T>(sub(x, all(u.lse[row])));
+        const float* x = scores + size_t(at) * p.width;
+        weight[i] = weights_of<T>(SeesAll ? fma(load(x + slot), all(p.scale), all(-u.lse[row]))
+                                          : sub(shown_scores(p, row, start + at, slot, x), all(u.lse[row])));
         vf less = sub(load(inner + size_t(at) * p.width + slot), all(u.delta[row]));
         slope[i] = mul(mul(weight[i], less), all(p.slope_scale));
       }
       if constexpr (sizeof(T) == 4) {
         store(weights + size_t(first) * p.width + slot, weight[0]);
         store(slopes + size_t(first) * p.width + slot, slope[0]);
-      } else {
-        alignas(64) uint16_t rows[2][2][kLanes];
-        store_bf16(rows[0][0], weight[0]), store_bf16(rows[0][1], weight[1]);
-        store_bf16(rows[1][0], slope[0]), store_bf16(rows[1][1], slope[1]);
-        std::memcpy(slope_rows + size_t(first) * p.width + slot, rows[1][0], sizeof(rows[1][0]));
-        std::memcpy(slope_rows + size_t(first + 1) * p.width + slot, rows[1][1], sizeof(rows[1][1]));
-        // 16 lanes wherever there are tiles
-        T* to[2] = {weights, slopes};
-        for (int which = 0; which < 2; ++which)
-          for (int i = 0; i < kLanes; ++i) {
-            T* pair = to[which] + size_t(first) * p.width + 2 * (slot + i);
-            pair[0] = rows[which][0][i], pair[1] = rows[which][1][i];
-          }
       }
+#if defined(DEEPSEEK_TILED_BF16)
+      if constexpr (sizeof(T) == 2) {
+        store_pairs(weight, weights + size_t(first) * p.width + 2 * slot);
+        store_pairs(slope, slopes + size_t(first) * p.width + 2 * slot);
+        store_bf16(slope_rows + size_t(first) * p.width + slot, slope[0]);
+        store_bf16(slope_rows + size_t(first + 1) * p.width + slot, slope[1]);
+      }
+#endif
     }
 }
 
 // Adds what the rows that see a page give to its keys and values, and what it gives to them.
-template <typename T>
-void backward_page(const TiledPage& p, const TiledUnit& u, void* scratch) {
+template <typename T, bool SeesAll>
+void backward_page(const TiledPage p, const TiledUnit u, void* scratch) {
   Pieces pieces(scratch);
   T* queries = pieces.take<T>(size_t(kTiledRows) * p.dim);
   T* gradients = pieces.take<T>(size_t(kTiledRows) * p.value_dim);
@@ -368,7 +373,7 @@ void backward_page(const TiledPage& p, const TiledUnit& u, void* scratch) {
               p.width, false);
       T* made = slopes + size_t(at) * p.width;
       T* by_row = sizeof(T) == 2 ? slope_rows : made;
-      make_slopes<T>(p, u, start + at, rows, scores, inner, weights + size_t(at) * p.width, made, by_row);
+      make_slopes<T, SeesAll>(p, u, start + at, rows, scores, inner, weights + size_t(at) * p.width, made, by_row);
       product(kBackwardRows, p.dim, p.width, Left<T>{by_row, p.width, 1}, (const T*)p.keys_along,
               ptrdiff_t(p.dim) * kPair<T>, part, p.dim, false);
       for (int i = 0; i < rows; ++i) {
@@ -417,14 +422,27 @@ void tiled_pack(Kind kind, Kind source, const void* from, int count, int dim, in
   pack_rows<float>(source, from, count, dim, padded, width, across, along, scratch);
 }
 
+// Whether all that is done to a page's scores is to scale them.
+inline bool sees_all(const TiledPage& page) { return !page.bias && !page.slopes && !page.shown && page.scale > 0; }
+
+template <typename T>
+void forward_any(const TiledPage& page, const TiledUnit& unit, void* scratch) {
+  sees_all(page) ? forward_page<T, true>(page, unit, scratch) : forward_page<T, false>(page, unit, scratch);
+}
+
+template <typename T>
+void backward_any(const TiledPage& page, const TiledUnit& unit, void* scratch) {
+  sees_all(page) ? backward_page<T, true>(page, unit, scratch) : backward_page<T, false>(page, unit, scratch);
+}
+
 void tiled_forward(const TiledPage& page, const TiledUnit& unit, void* scratch) {
-  DEEPSEEK_TILED_CASE(unit.kind, forward_page<T>(page, unit, scratch))
-  forward_page<float>(page, unit, scratch);
+  DEEPSEEK_TILED_CASE(unit.kind, forward_any<T>(page, unit, scratch))
+  forward_any<float>(page, unit, scratch);
 }
 
 void tiled_backward(const TiledPage& page, const TiledUnit& unit, void* scratch) {
-  DEEPSEEK_TILED_CASE(unit.kind, backward_page<T>(page, unit, scratch))
-  backward_page<float>(page, unit, scratch);
+  DEEPSEEK_TILED_CASE(unit.kind, backward_any<T>(page, unit, scratch))
+  backward_any<float>(page, unit, scratch);
 }
 
 // Rows of a unit, and of bfloat16 their transpose too.
@@ -443,6 +461,44 @@ void tiled_load(Kind kind, Kind source, const void* const* from, int count, int 
   float* to = (float*)rows;
   for (int i = 0; i < count; ++i) load_row<float>(source, from[i], dim, padded, to + size_t(i) * padded);
   std::memset(to + size_t(count) * padded, 0, size_t(filled - count) * padded * 4);
+}
+
+// See types.h.
+void tiled_store(Kind source, const float* from, int padded, const float* factors, int count, int dim, void* const* to) {
+  for (int i = 0; i < count; ++i, from += padded) {
+    vf factor = all(factors ? factors[i] : 1.0f);
+    int d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      vf x = mul(load(from + d), factor);
+      if (source == Kind::bf16) store_bf16((uint16_t*)to[i] + d, x);
+      else store((float*)to[i] + d, x);
+    }
+    for (; d < dim; ++d) {
+      float x = from[d] * (factors ? factors[i] : 1.0f);
+      if (source == Kind::bf16) ((uint16_t*)to[i])[d] = float_to_bf16(x);
+      else ((float*)to[i])[d] = x;
+    }
+  }
+}
+
+float tiled_dot(Kind source, const void* a, const void* b, int dim) {
+  float sums[16] = {};
+  for (int d = 0; d < dim; ++d) sums[d % 16] += read_as<float>(source, a, d) * read_as<float>(source, b, d);
+  float total = 0;
+  for (float each : sums) total += each;
+  return total;
+}
+
+void tiled_sum(const float* const* parts, int count, int padded, int width, float* rows) {
+  constexpr int kBlock = 16;
+  for (int d = 0; d < padded; d += kBlock)
+    for (int slot = 0; slot < width; slot += kBlock)
+      for (int i = 0; i < kBlock; ++i) {
+        float sums[kBlock] = {};
+        for (int part = 0; part < count; ++part)
+          for (int j = 0; j < kBlock; ++j) sums[j] += parts[part][size_t(d + i) * width + slot + j];
+        for (int j = 0; j < kBlock; ++j) rows[size_t(slot + j) * padded + d + i] = sums[j];
+      }
 }
 
 }  // namespace
