@@ -5,10 +5,10 @@
 
 Each learns the same samples: text in which records of random bytes above ASCII stand three times
 each, so that what follows a record's first bytes is known from where it stood before, and from
-nowhere else. Measured on text that was kept back, at the length of training, twice and four times it: nats
-of a byte of the text's last quarter, and how many bytes of a record are right whose only other
-place is at the start of the sample. Rotary positions are measured as they come and stretched by
-YaRN; a model in the folder `--out` is not trained again.
+nowhere else. Measured on text that was kept back, at the length of training, twice and four times
+it: nats of a byte of the text's last quarter, and how many bytes of a record are right whose only
+other place is at the start of the sample. Rotary positions are measured as they come and stretched
+by YaRN; a model in the folder `--out` is not trained again.
 
 Models: dense; routed (every layer chooses its blocks, in training too); pattern (as many blocks,
 chosen by place alone); alibi (dense with distances in place of rotations); alibi-routed; gated (a
@@ -216,7 +216,7 @@ def longer(model: Decoder, name: str, context: int) -> Decoder:
 
 @torch.no_grad()
 def judged(model: Decoder, text: Bytes, length: int, samples: int) -> dict[str, float]:
-    """Return nats of the text's bytes in the last quarter, and the share of right ones of the record."""
+    """Return nats of the text's bytes in the last quarter, and how much of the record is right."""
     rng = np.random.default_rng(length)
     nats, rights = [], []
     for _ in range(samples):

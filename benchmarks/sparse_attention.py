@@ -4,6 +4,7 @@ PyTorch's dense attention.
     python benchmarks/sparse_attention.py
     python benchmarks/sparse_attention.py --lengths 4096 8192 --dtype bfloat16 --json
     python benchmarks/sparse_attention.py --impl gathered
+    python benchmarks/sparse_attention.py --routed --lengths 16384
 
 One layer of SmolLM2's shape. The pattern sees the first block, four recent ones and random ones; on
 average a query sees 1024 tokens of 4096, 2048 from 8192 on, and behind 16,384 more as the logarithm
@@ -32,7 +33,9 @@ from deepseek.cli.models import positive
 from deepseek.models import Pattern
 from deepseek.models.static import pattern_table
 from deepseek.ops.attention import AttentionImpl, BlockTable, DenseKV, Layout, attention
+from deepseek.ops.attention.choice import choose_blocks
 from deepseek.ops.memory import keep_freed_memory
+from deepseek.ops.routing import Routing
 from deepseek.records import Measurement, summarize
 
 HEADS, KV_HEADS, DIM = 9, 3, 64
@@ -65,6 +68,23 @@ def sparse(length: int, impl: AttentionImpl = "auto") -> tuple[Run, BlockTable]:
         return attention(queries, DenseKV(keys, values), layout, table=table, impl=impl)
 
     return run, table
+
+
+def routed(length: int) -> tuple[Run, BlockTable]:
+    """Return attention in which each token chooses its blocks first, as many as `tokens_seen`, and
+    the table of one such choice."""
+    seen = tokens_seen(length)
+    routing = Routing(threshold=0.0, share=1.0, least=seen, most=seen, most_from=length)
+    layout = Layout.dense(1, length)
+    channels = list(range(DIM // 2))
+
+    def run(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kv = DenseKV(keys, values)
+        table = choose_blocks(queries, kv, layout, routing, channels)
+        return attention(queries, kv, layout, table=table)
+
+    queries, keys, values = random_inputs(length, torch.float32)
+    return run, choose_blocks(queries, DenseKV(keys, values), layout, routing, channels)
 
 
 def dense(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -102,7 +122,7 @@ def random_inputs(length: int, dtype: torch.dtype) -> list[Tensor]:
 
 def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> list[Measurement]:
     """Return the seconds of both, and their ratio round by round."""
-    run, table = sparse(length, args.impl)
+    run, table = routed(length) if args.routed else sparse(length, args.impl)
     inputs = random_inputs(length, DTYPES[args.dtype])
     peers = {args.dtype: inputs, "float32": [each.float() for each in inputs]}
     firsts = {name: timed(dense, peer, with_gradients) for name, peer in peers.items()}
@@ -118,6 +138,7 @@ def measured(length: int, with_gradients: bool, args: argparse.Namespace) -> lis
         "length": length,
         "dtype": args.dtype,
         "impl": args.impl,
+        "routed": args.routed,
         "threads": torch.get_num_threads(),
         "pass": "forward and backward" if with_gradients else "forward",
         "listed": round(float(table.counts.float().mean()) * BLOCK),
@@ -154,6 +175,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=positive, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--impl", choices=("auto", "gathered", "tiled"), default="auto")
+    parser.add_argument("--routed", action="store_true", help="by content, the choice included")
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")

@@ -223,3 +223,22 @@ def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
     queries, keys, values = (each.to(dtype) for each in drawn(layout, 2, 1))
     with pytest.raises(ConfigError, match="float32 and bfloat16, not in torch"):
         attention(queries, DenseKV(keys, values), layout, impl="tiled")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa in ("plain", "amx_emulated", BEST)])
+def test_the_largest_scores_of_blocks(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    mask = torch.ones(2, 300, dtype=torch.bool)
+    mask[0, :70] = False
+    layout = Layout((110, 110), (300, 250), 190, mask)
+    queries, keys, _ = (each.to(dtype) for each in drawn(layout, 6, 2, 32))
+    found = tiled.block_peaks(queries, keys, layout, 0.5)
+    scores = 0.5 * queries.float() @ keys.float().repeat_interleave(3, 1).transpose(-1, -2)
+    scores = scores.masked_fill(~layout.visible(torch.device("cpu"))[:, None], -torch.inf)
+    padded = torch.nn.functional.pad(scores, (0, 20), value=-torch.inf)
+    wanted = padded.unflatten(-1, (5, 64)).amax(-1)
+    assert torch.equal(found.isinf(), wanted.isinf()) and bool(wanted.isinf().any())
+    torch.testing.assert_close(found, wanted)

@@ -11,15 +11,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from deepseek.ops.attention import tiled
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.clusters import guess_scores, summarize
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.table import BlockTable
 from deepseek.ops.routing import BLOCK, Routing
 
-_MOST_SCORES = 1 << 24
+_MOST_SCORES = 1 << 22
 """Scores that are held at once."""
+_LEAST = -1e30
+"""The importance of a block that holds nothing."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,6 +36,7 @@ class Choice:
     """Of each KV head, ascending."""
 
 
+@torch.no_grad()
 def choose_blocks(
     queries: Tensor,
     kv: DenseKV | PagedKV,
@@ -60,49 +65,123 @@ def choose_blocks(
     scale = keys.shape[-1] ** -0.5
     if channels is not None:
         queries, keys = queries[..., channels], keys[..., channels]
-    queries = queries.float() * scale
     most = max(layout.key_length[row] for row in range(layout.num_rows)) - 1
-    budget = routing.budget(most // BLOCK + 1)
-    rows: list[list[list[list[int]]]] = []
+    budget = torch.tensor(routing.budget(most // BLOCK + 1), device=queries.device)
+    rows = []
     for row in range(layout.num_rows):
-        found = _choose_row(queries[row], keys[row], layout, row, routing, budget, _kept(kv, row))
-        rows.append([choice.blocks for choice in found])
+        past = _Past(keys[row], layout, row, scale)
+        found = _choose_row(queries[row], past, layout, row, routing, budget, _kept(kv, row))
+        rows.append(found)
         _keep(kv, row, found, routing.refresh)
-    return _as_table(rows, layout, routing, queries.device)
+    return _as_table(rows, layout, routing)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lists:
+    """What the groups of a row see, from its first group on."""
+
+    first: int
+    indices: Tensor
+    """int32 [KV heads, groups, K], ascending."""
+    counts: Tensor
+    """int32 [KV heads, groups]."""
+
+    @classmethod
+    def of(cls, first: int, seen: Tensor) -> _Lists:
+        """Return the lists of what is seen, bool [KV heads, groups, blocks]."""
+        counts = seen.sum(-1, dtype=torch.int32)
+        width = int(counts.max()) if counts.numel() else 0
+        # each is written to the place that its list has for it, the others behind the lists
+        place = torch.where(seen, seen.cumsum(-1) - 1, width)
+        blocks = torch.arange(seen.shape[-1], dtype=torch.int32, device=seen.device)
+        indices = blocks.new_zeros(*counts.shape, width + 1)
+        indices.scatter_(-1, place, blocks.expand_as(place))
+        return cls(first, indices[..., :width], counts)
+
+    def blocks(self, group: int) -> list[list[int]]:
+        """Return the blocks of a group, for each KV head."""
+        at = group - self.first
+        counts = self.counts[:, at].tolist()
+        lists = self.indices[:, at].tolist()
+        return [blocks[:count] for blocks, count in zip(lists, counts, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Past:
+    """The keys of a row [KV heads, slots, dim], which of them hold a token, and the scale."""
+
+    keys: Tensor
+    layout: Layout
+    row: int
+    scale: float
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [slots or more], which slots hold a token."""
+        return None if self.layout.key_mask is None else self.layout.key_mask[self.row]
+
+    def largest_scores(self, queries: Tensor, places: Tensor) -> Tensor:
+        """Return the largest score of a query in each block, minus infinity where it sees nothing:
+        [KV heads, query heads of one, places, blocks].
+
+        Args:
+            queries: [KV heads, query heads of one, places, dim].
+            places: slots of the queries, ascending.
+        """
+        stop = int(places[-1]) + 1
+        first = stop - len(places)
+        is_run = int(places[0]) == first
+        if is_run and len(places) >= tiled.LEAST_QUERIES and _is_native(queries):
+            mask = None if self.mask is None else self.mask[None, :stop]
+            layout = Layout((first,), (stop,), len(places), mask)
+            keys, asked = self.keys[None, :, :stop], queries.flatten(0, 1)[None]
+            peaks = tiled.block_peaks(asked, keys.to(queries.dtype), layout, self.scale)
+            return peaks[0].unflatten(0, queries.shape[:2])
+        return _largest_scores(queries.float() * self.scale, self.keys[:, :stop], places, self.mask)
 
 
 def _choose_row(
     queries: Tensor,
-    keys: Tensor,
+    past: _Past,
     layout: Layout,
     row: int,
     routing: Routing,
-    budget: list[int],
+    budget: Tensor,
     kept: Mapping[int, Choice],
-) -> list[Choice]:
+) -> _Lists:
     start, stop, refresh = layout.query_start[row], layout.key_length[row], routing.refresh
-    groups = list(range(start // refresh, (stop - 1) // refresh + 1))
-    if not groups:
-        return []
+    groups = range(start // refresh, (stop - 1) // refresh + 1)
+    heads, kv_heads = queries.shape[0], past.keys.shape[0]
     before = kept.get(start // BLOCK)
-    goes_on = start % refresh > 0 and before is not None and before.group == groups[0]
-    found = [before] if goes_on and before is not None else []
-    anchors = [max(group * refresh, start) for group in groups[len(found) :]]
-    heads, kv_heads = queries.shape[0], keys.shape[0]
-    mask = None if layout.key_mask is None else layout.key_mask[row]
+    goes_on = start % refresh > 0 and before is not None and before.group == start // refresh
+    parts = []
+    if goes_on and before is not None and groups:
+        seen = queries.new_zeros(kv_heads, 1, stop // BLOCK + 1, dtype=torch.bool)
+        for head, blocks in enumerate(before.blocks):
+            seen[head, 0, blocks] = True
+        parts.append(_Lists.of(groups[0], seen))
+    anchors = [max(group * refresh, start) for group in groups[len(parts) :]]
     per_chunk = max(1, _MOST_SCORES // (stop * heads))
+    if refresh == 1 and _is_native(queries):
+        per_chunk = max(tiled.LEAST_QUERIES, _MOST_SCORES // (stop // BLOCK * heads))
     for first in range(0, len(anchors), per_chunk):
-        some = anchors[first : first + per_chunk]
-        places = torch.tensor(some, device=queries.device)
+        places = torch.tensor(anchors[first : first + per_chunk], device=queries.device)
         asked = queries[:, places - start].unflatten(0, (kv_heads, heads // kv_heads))
-        largest = _largest_scores(asked, keys[:, :stop], places, mask)
+        largest = past.largest_scores(asked, places)
         if routing.summaries:
-            largest = _of_the_best(largest, asked, keys[:, :stop], places, routing, budget)
-        importance = _importance(largest)
-        for at, anchor in enumerate(some):
-            blocks = [_best(each, anchor, routing, budget) for each in importance[:, at].tolist()]
-            found.append(Choice(anchor // refresh, blocks))
-    return found
+            largest = _of_the_best(largest, asked, past, places, routing, budget)
+        seen = _best(_importance(largest), places, routing, budget)
+        parts.append(_Lists.of(anchors[first] // refresh, seen))
+    if not parts:
+        return _Lists.of(0, queries.new_zeros(kv_heads, 0, 1, dtype=torch.bool))
+    width = max(part.indices.shape[-1] for part in parts)
+    indices = [pad(part.indices, (0, width - part.indices.shape[-1])) for part in parts]
+    return _Lists(groups[0], torch.cat(indices, 1), torch.cat([part.counts for part in parts], 1))
+
+
+def _is_native(queries: Tensor) -> bool:
+    """Return whether our kernels score these queries."""
+    return queries.dtype in tiled.DTYPES and not tiled.why_not(queries)
 
 
 def _importance(largest: Tensor) -> Tensor:
@@ -119,56 +198,64 @@ def _largest_scores(queries: Tensor, keys: Tensor, places: Tensor, mask: Tensor 
     Args:
         queries: [KV heads, query heads of one, places, dim], scaled.
         keys: [KV heads, slots, dim].
-        places: slots of the queries.
-        mask: bool [slots], which of them hold a token.
+        places: slots of the queries, ascending.
+        mask: bool [slots or more], which of them hold a token.
     """
     slots = keys.shape[1]
-    scores = queries @ keys[:, None].float().transpose(-1, -2)
-    seen = torch.arange(slots, device=keys.device) <= places[:, None]
+    spare = -slots % BLOCK
+    whole = pad(keys.float(), (0, 0, 0, spare))
+    scores = queries.flatten(1, 2) @ whole.transpose(-1, -2)
+    scores = scores.unflatten(1, queries.shape[1:3])
+    behind = int(places[0]) + 1
+    later = torch.arange(behind, slots + spare, device=keys.device) > places[:, None]
+    scores[..., behind:].masked_fill_(later, -torch.inf)
     if mask is not None:
-        seen = seen & mask[:slots]
-    scores = scores.masked_fill(~seen, -torch.inf)
-    blocks = -(-slots // BLOCK)
-    padded = torch.nn.functional.pad(scores, (0, blocks * BLOCK - slots), value=-torch.inf)
-    return padded.unflatten(-1, (blocks, BLOCK)).amax(-1)
+        scores.masked_fill_(~pad(mask[:slots], (0, spare)), -torch.inf)
+    return scores.unflatten(-1, (-1, BLOCK)).amax(-1)
 
 
 def _of_the_best(
     largest: Tensor,
     queries: Tensor,
-    keys: Tensor,
+    past: _Past,
     places: Tensor,
     routing: Routing,
-    budget: list[int],
+    budget: Tensor,
 ) -> Tensor:
     """Return the largest scores of those blocks alone that are the best by their summaries, as many
-    as may be seen, and minus infinity for the others. Arguments as in `_largest_scores`."""
+    as may be seen, and minus infinity for the others. Arguments as in `largest_scores`."""
+    keys = past.keys[:, : int(places[-1]) + 1]
     full = keys.shape[1] // BLOCK
     guesses = largest.clone()
     if full:
         means, radii = summarize(keys[:, : full * BLOCK].float().unflatten(1, (full, BLOCK)))
-        guessed = guess_scores(queries, means[:, None], radii[:, None])
+        guessed = guess_scores(queries.float() * past.scale, means[:, None], radii[:, None])
         own = places // BLOCK
         is_old = torch.arange(full, device=keys.device) <= own[:, None] - routing.recent
         guesses[..., :full] = torch.where(is_old, guessed, guesses[..., :full])
-    everything = routing.replace(threshold=0.0)
-    kept = torch.zeros_like(largest, dtype=torch.bool)
-    for head, rows in enumerate(_importance(guesses).tolist()):
-        for at, row in enumerate(rows):
-            kept[head, :, at, _best(row, int(places[at]), everything, budget)] = True
-    return largest.masked_fill(~kept, -torch.inf)
+    kept = _best(_importance(guesses), places, routing.replace(threshold=0.0), budget)
+    return largest.masked_fill(~kept[:, None], -torch.inf)
 
 
-def _best(importance: list[float], anchor: int, routing: Routing, budget: list[int]) -> list[int]:
-    count = anchor // BLOCK + 1
-    first = min(routing.first, count)
-    recent = max(first, count - routing.recent)
-    wanted = max(0, budget[count - 1] - first - (count - recent))
-    between = sorted(range(first, recent), key=lambda block: -importance[block])[:wanted]
-    if wanted < recent - first and routing.threshold > 0:
-        least = math.log(routing.threshold)
-        between = [block for block in between if importance[block] > least]
-    return [*range(first), *sorted(between), *range(recent, count)]
+def _best(importance: Tensor, places: Tensor, routing: Routing, budget: Tensor) -> Tensor:
+    """Return the blocks that each place sees, of the importance of each: bool [KV heads, places,
+    blocks]."""
+    block = torch.arange(importance.shape[-1], device=places.device)
+    count = (places // BLOCK + 1)[:, None]
+    first = count.clamp(max=routing.first)
+    recent = torch.maximum(first, count - routing.recent)
+    wanted = (budget[count - 1] - first - (count - recent)).clamp(min=0)
+    between = (block >= first) & (block < recent)
+    # one that nobody sees still comes before those that are not asked for
+    ranked = importance.clamp(min=_LEAST).masked_fill(~between, -torch.inf)
+    order = ranked.sort(dim=-1, descending=True, stable=True).indices
+    chosen = between & torch.zeros_like(order, dtype=torch.bool).scatter_(
+        -1, order, (block < wanted).expand_as(order)
+    )
+    if routing.threshold > 0:
+        all_fit = wanted >= recent - first
+        chosen &= all_fit | (importance > math.log(routing.threshold))
+    return chosen | (block < first) | ((block >= recent) & (block < count))
 
 
 def _kept(kv: DenseKV | PagedKV, row: int) -> Mapping[int, Choice]:
@@ -179,30 +266,31 @@ def _kept(kv: DenseKV | PagedKV, row: int) -> Mapping[int, Choice]:
     return {block: kv.choices[page] for block, page in enumerate(pages) if page in kv.choices}
 
 
-def _keep(kv: DenseKV | PagedKV, row: int, found: list[Choice], refresh: int) -> None:
+def _keep(kv: DenseKV | PagedKV, row: int, found: _Lists, refresh: int) -> None:
+    """Keep what the last group of each page sees, for a pass that begins inside it."""
     if isinstance(kv, DenseKV):
         return
     pages = kv.page_table[row].tolist()
-    for choice in found:
-        kv.choices[pages[choice.group * refresh // BLOCK]] = choice
+    last = {
+        (found.first + at) * refresh // BLOCK: found.first + at
+        for at in range(found.counts.shape[1])
+    }
+    for block, group in last.items():
+        kv.choices[pages[block]] = Choice(group, found.blocks(group))
 
 
-def _as_table(
-    rows: list[list[list[list[int]]]], layout: Layout, routing: Routing, device: torch.device
-) -> BlockTable:
-    query_blocks = BlockTable.num_query_blocks(layout, routing.refresh)
-    kv_heads = max(len(row[0]) for row in rows if row)
-    width = max(len(blocks) for row in rows for heads in row for blocks in heads)
-    indices = torch.zeros(len(rows), kv_heads, query_blocks, width, dtype=torch.int32)
-    counts = torch.zeros(len(rows), kv_heads, query_blocks, dtype=torch.int32)
-    for at, row in enumerate(rows):
-        for group, heads in enumerate(row):
-            for head, blocks in enumerate(heads):
-                indices[at, head, group, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-                counts[at, head, group] = len(blocks)
+def _as_table(rows: list[_Lists], layout: Layout, routing: Routing) -> BlockTable:
+    groups = BlockTable.num_query_blocks(layout, routing.refresh)
+    width = max(row.indices.shape[-1] for row in rows)
+
+    indices = [
+        pad(row.indices, (0, width - row.indices.shape[-1], 0, groups - row.indices.shape[1]))
+        for row in rows
+    ]
+    counts = [pad(row.counts, (0, groups - row.counts.shape[1])) for row in rows]
     return BlockTable(
-        indices.to(device),
-        counts.to(device),
+        torch.stack(indices),
+        torch.stack(counts),
         BLOCK,
         query_block=routing.refresh,
         means=routing.means,

@@ -66,9 +66,7 @@ def attention_tiled(
     dtype = computed_in(queries)
     keys, values = keys.to(dtype), values.to(dtype)
     question = _question(layout, table)
-    if layout.key_mask is not None:
-        seen = layout.key_mask[:, : layout.num_slots]
-        question["bias"] = torch.zeros(seen.shape).masked_fill(~seen, _HIDDEN)
+    _hide_padding(question, layout)
     if slopes is not None:
         question |= {"slopes": slopes.float(), "place": torch.arange(layout.num_slots).float()}
     if table is not None and table.means:
@@ -190,6 +188,35 @@ class _Tiled(torch.autograd.Function):
             tensors["lse_gradient"] = of_lse.float().contiguous()
         _run("backward", ctx.question, (queries, keys, values), tensors)
         return found[0], found[1], found[2], None
+
+
+def block_peaks(queries: Tensor, keys: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Return the largest score of each query in each block of 64 slots, of what it sees: float32
+    [B, heads, T, blocks], minus infinity where it sees nothing of a block.
+
+    Args:
+        queries: [B, heads, T, dim], of which `why_not` gives no reason.
+        keys: [B, KV heads, S, dim], in the same dtype.
+        layout: where they sit.
+        scale: factor of the scores.
+    """
+    question = _question(layout, None)
+    hidden = _hide_padding(question, layout)
+    blocks = BlockTable.num_key_blocks(layout, DENSE_BLOCK)
+    peaks = torch.full((*queries.shape[:-1], blocks), -torch.inf)
+    inputs = (queries.contiguous(), keys.contiguous(), keys)
+    said = {**question, "scale": scale, "dtype": DTYPES[queries.dtype]}
+    _run("peaks", said, inputs, {"out": peaks})
+    return peaks.masked_fill_(peaks < _HIDDEN / 2, -torch.inf) if hidden else peaks
+
+
+def _hide_padding(question: dict[str, Any], layout: Layout) -> bool:
+    """Tell the question which slots are padding; return whether there may be any."""
+    if layout.key_mask is None:
+        return False
+    seen = layout.key_mask[:, : layout.num_slots]
+    question["bias"] = torch.zeros(seen.shape).masked_fill(~seen, _HIDDEN)
+    return True
 
 
 def _run(

@@ -235,7 +235,7 @@ Shared<T> shared(const nb::dict& given, const char* name) {
 }
 
 // The arrays stay with the caller, who keeps them until the call is over; see ops/attention/tiled.py.
-void tiled(TiledAttention& attention, const nb::dict& given, bool is_backward) {
+void tiled(TiledAttention& attention, const nb::dict& given, TiledPass pass) {
   TiledCall c;
   auto number = [&](const char* name) { return nb::cast<int>(given[name]); };
   auto address = [&](const char* name) { return given.contains(name) ? (void*)nb::cast<uintptr_t>(given[name]) : nullptr; };
@@ -254,8 +254,7 @@ void tiled(TiledAttention& attention, const nb::dict& given, bool is_backward) {
   TiledResult r{address("out"), (float*)address("lse"), address("gradient"), (const float*)address("lse_gradient"),
                 address("to_queries"), address("to_keys"), address("to_values")};
   nb::gil_scoped_release release;
-  if (is_backward) attention.backward(c, r);
-  else attention.forward(c, r);
+  attention.run(pass, c, r);
 }
 
 int choose(const std::string& isa, Array<float> logits, double temperature, int top_k, double top_p, double min_p,
@@ -323,8 +322,9 @@ NB_MODULE(_cpu, m) {
            [](TiledAttention* self, const std::string& isa, int threads) {
              new (self) TiledAttention(kernels_named(isa), threads);
            })
-      .def("forward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, false); })
-      .def("backward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, true); });
+      .def("forward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, TiledPass::forward); })
+      .def("backward", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, TiledPass::backward); })
+      .def("peaks", [](TiledAttention& self, const nb::dict& given) { tiled(self, given, TiledPass::peaks); });
   m.def("largest", &largest, nb::arg("isa"), nb::arg("logits"));
   m.def("certainty", &certainty, nb::arg("isa"), nb::arg("logits"));
   m.def("choose", &choose, nb::arg("isa"), nb::arg("logits"), nb::arg("temperature"), nb::arg("top_k"),

@@ -61,6 +61,7 @@ const Kernels DEEPSEEK_NAME(DEEPSEEK_ISA) = {
     .tiled_load = tiled_load,
     .tiled_forward = tiled_forward,
     .tiled_backward = tiled_backward,
+    .tiled_peaks = tiled_peaks,
     .tiled_store = tiled_store,
     .tiled_dot = tiled_dot,
     .tiled_sum = tiled_sum,

@@ -27,11 +27,13 @@ void set_bits(uint32_t* words, int first, int last) {
 struct Plan {
   const TiledCall& call;
   const Kernels& kernels;
+  TiledPass pass;
   bool is_backward;
   Kind kind;
   int dim, value_dim, width, repeats, blocks, pages, unit_tokens, element;
 
-  Plan(const TiledCall& c, const Kernels& k, bool backward, int threads) : call(c), kernels(k), is_backward(backward) {
+  Plan(const TiledCall& c, const Kernels& k, TiledPass which, int threads)
+      : call(c), kernels(k), pass(which), is_backward(which == TiledPass::backward) {
     kind = c.source == Kind::bf16 && k.has_tiles ? Kind::bf16 : Kind::f32;
     element = kind == Kind::bf16 ? 2 : 4;
     dim = round_up(c.dim, kTiledPad), value_dim = round_up(c.value_dim, kTiledPad);
@@ -68,7 +70,7 @@ struct HeadPages {
         to_keys.emplace_back(size_t(p.pages) * p.width * p.dim * 4);
         to_values.emplace_back(size_t(p.pages) * p.width * p.value_dim * 4);
       }
-    } else {
+    } else if (p.pass == TiledPass::forward) {
       values_along = Memory(p.pages * p.page_bytes(p.value_dim));
     }
     if (p.call.bias.data) bias = Memory(size_t(p.pages) * p.width * 4);
@@ -125,7 +127,8 @@ class Unit {
       find_unseen();
       for (int page = p_.blocks; page < p_.pages; ++page) meet_means(page);
     }
-    p_.is_backward ? store_gradients() : store_outputs();
+    if (p_.is_backward) store_gradients();
+    else if (p_.pass == TiledPass::forward) store_outputs();
   }
 
  private:
@@ -283,7 +286,7 @@ class Unit {
     size_t at = size_t(page) * p_.width;
     TiledPage t;
     t.dim = p_.dim, t.value_dim = p_.value_dim, t.width = p_.width;
-    t.scale = c_.scale * kLog2E, t.slope_scale = c_.scale;
+    t.scale = c_.scale * (p_.pass == TiledPass::peaks ? 1.0f : kLog2E), t.slope_scale = c_.scale;
     t.keys_across = pages_.keys_across.data() + page * p_.page_bytes(p_.dim);
     if (c_.bias.data) t.bias = (const float*)pages_.bias.data() + at;
     if (c_.slopes) t.place = (const float*)pages_.place.data() + at, t.slopes = w_.slopes.data(), t.own = w_.own.data();
@@ -295,6 +298,10 @@ class Unit {
       t.to_keys = (float*)pages_.to_keys[thread_].data() + at * p_.dim;
       t.to_values = (float*)pages_.to_values[thread_].data() + at * p_.value_dim;
       p_.kernels.tiled_backward(t, unit_, w_.scratch.data());
+    } else if (p_.pass == TiledPass::peaks) {
+      p_.kernels.tiled_peaks(t, unit_, w_.scratch.data());
+      for (int i = 0; i < found_; ++i)
+        ((float*)r_.out)[place_of(w_.rows[i]) * p_.blocks + page] = w_.top[w_.rows[i]];
     } else {
       t.values_along = pages_.values_along.data() + page * p_.page_bytes(p_.value_dim);
       p_.kernels.tiled_forward(t, unit_, w_.scratch.data());
@@ -342,7 +349,8 @@ void pack_pages(const Plan& p, HeadPages& pages, Workplace& w, int row, int kv_h
                            along ? along->data() + page * p.page_bytes(padded) : nullptr, w.scratch.data());
     };
     pack(c.key, c.dim, p.dim, &pages.keys_across, p.is_backward ? &pages.keys_along : nullptr);
-    pack(c.value, c.value_dim, p.value_dim, p.is_backward ? &pages.values_across : nullptr,
+    if (p.pass != TiledPass::peaks)
+      pack(c.value, c.value_dim, p.value_dim, p.is_backward ? &pages.values_across : nullptr,
          p.is_backward ? nullptr : &pages.values_along);
     for (int i = 0; i < count; ++i) {
       size_t at = size_t(page) * p.width + i;
@@ -378,10 +386,10 @@ void store_page_gradients(const Plan& p, HeadPages& pages, Workplace& w, const T
 
 TiledAttention::TiledAttention(const Kernels& kernels, int threads) : kernels_(kernels), pool_(threads) {}
 
-void TiledAttention::run(const TiledCall& call, const TiledResult& result, bool is_backward) {
+void TiledAttention::run(TiledPass pass, const TiledCall& call, const TiledResult& result) {
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   int threads = pool_.size();
-  Plan plan(call, kernels_, is_backward, threads);
+  Plan plan(call, kernels_, pass, threads);
   // Many heads: each thread has its own. Few: all threads share one after the other.
   int heads = call.rows * call.kv_heads, team = heads % threads == 0 || heads >= 4 * threads ? 1 : threads;
   std::vector<Workplace> places;
@@ -403,7 +411,7 @@ void TiledAttention::run(const TiledCall& call, const TiledResult& result, bool 
       for (int unit = member; unit < plan.units(row); unit += team)
         Unit(plan, result, mine, place, row, head, unit, member).run();
       meet();
-      if (!is_backward) continue;
+      if (pass != TiledPass::backward) continue;
       store_page_gradients(plan, mine, place, result, row, head, member, team);
       meet();  // nobody packs the next pages while somebody still adds these up
     }

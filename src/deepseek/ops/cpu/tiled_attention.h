@@ -48,14 +48,16 @@ struct TiledResult {
   void *to_queries = nullptr, *to_keys = nullptr, *to_values = nullptr;
 };
 
+// What is done: outputs; gradients; or the largest score of each query with each block, of dense attention: out is
+// float [rows][heads][queries][blocks], written where a query sees some of a block, and there are no values.
+enum class TiledPass { forward, backward, peaks };
+
 class TiledAttention {
  public:
   TiledAttention(const Kernels& kernels, int threads);
-  void forward(const TiledCall& call, const TiledResult& result) { run(call, result, false); }
-  void backward(const TiledCall& call, const TiledResult& result) { run(call, result, true); }
+  void run(TiledPass pass, const TiledCall& call, const TiledResult& result);
 
  private:
-  void run(const TiledCall& call, const TiledResult& result, bool is_backward);
 
   const Kernels& kernels_;
   Pool pool_;

@@ -259,6 +259,8 @@ struct Kernels {
                      void* rows, void* across);
   void (*tiled_forward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
   void (*tiled_backward)(const TiledPage& page, const TiledUnit& unit, void* scratch);
+  // The largest score with a page's keys, into `top` of the rows that see some of it.
+  void (*tiled_peaks)(const TiledPage& page, const TiledUnit& unit, void* scratch);
   // Rows of `padded` floats times their factors (or 1), as rows of `dim` numbers; the product of two rows; sums
   // [padded][width] of several gradients of a page, as rows [width][padded].
   void (*tiled_store)(Kind source, const float* from, int padded, const float* factors, int count, int dim,

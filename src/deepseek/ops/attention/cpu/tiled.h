@@ -403,6 +403,27 @@ size_t tiled_scratch_bytes(int dim, int value_dim, int width) {
   return 4 * size_t(kTiledRows) * (2 * (dim + value_dim + width) + dim + value_dim + 3 * width) + 4096;
 }
 
+// The largest score of each row that sees some of a page, of those that it sees.
+template <typename T, bool SeesAll>
+void peaks_page(const TiledPage p, const TiledUnit u, void* scratch) {
+  Pieces pieces(scratch);
+  T* gathered = pieces.take<T>(size_t(kForwardRows) * p.dim);
+  float* scores = pieces.take<float>(size_t(kForwardRows) * p.width);
+  for (int start = 0; start < p.count; start += kForwardRows) {
+    int count = std::min(kForwardRows, p.count - start), filled = round_up(count, 16);
+    const T* q = gathered_rows((const T*)u.queries, p, start, count, filled, p.dim, gathered);
+    product(filled, p.width, p.dim, Left<T>{q, p.dim, 1}, (const T*)p.keys_across, ptrdiff_t(p.width) * kPair<T>, scores,
+            p.width, false);
+    for (int i = 0; i < count; ++i) {
+      const float* x = scores + size_t(i) * p.width;
+      vf most = all(kHidden);
+      for (int slot = 0; slot < p.width; slot += kLanes)
+        most = vmax(most, SeesAll ? load(x + slot) : shown_scores(p, p.rows[start + i], start + i, slot, x));
+      u.top[p.rows[start + i]] = largest(most) * (SeesAll ? p.scale : 1.0f);
+    }
+  }
+}
+
 #if defined(DEEPSEEK_TILED_BF16)
 #define DEEPSEEK_TILED_CASE(kind, call)            \
   if ((kind) == Kind::bf16) {                      \
@@ -443,6 +464,16 @@ void tiled_forward(const TiledPage& page, const TiledUnit& unit, void* scratch) 
 void tiled_backward(const TiledPage& page, const TiledUnit& unit, void* scratch) {
   DEEPSEEK_TILED_CASE(unit.kind, backward_any<T>(page, unit, scratch))
   backward_any<float>(page, unit, scratch);
+}
+
+template <typename T>
+void peaks_any(const TiledPage& page, const TiledUnit& unit, void* scratch) {
+  sees_all(page) ? peaks_page<T, true>(page, unit, scratch) : peaks_page<T, false>(page, unit, scratch);
+}
+
+void tiled_peaks(const TiledPage& page, const TiledUnit& unit, void* scratch) {
+  DEEPSEEK_TILED_CASE(unit.kind, peaks_any<T>(page, unit, scratch))
+  peaks_any<float>(page, unit, scratch);
 }
 
 // Rows of a unit, and of bfloat16 their transpose too.
