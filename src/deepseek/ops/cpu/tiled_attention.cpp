@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 
 namespace deepseek {
 
@@ -10,6 +11,9 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 constexpr float kBlind = 1e30f;
+// Units are dealt to so many sums of a page's gradients, which are added up in order: whoever computes them, the
+// bits are the same.
+constexpr int kLanes = 4;
 constexpr int kMostTokens = 256, kLeastTokens = 64, kMostRows = 1024;
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
@@ -32,7 +36,7 @@ struct Plan {
   Kind kind;
   int dim, value_dim, width, repeats, blocks, pages, unit_tokens, element;
 
-  Plan(const TiledCall& c, const Kernels& k, TiledPass which, int threads)
+  Plan(const TiledCall& c, const Kernels& k, TiledPass which)
       : call(c), kernels(k), pass(which), is_backward(which == TiledPass::backward) {
     kind = c.source == Kind::bf16 && k.has_tiles ? Kind::bf16 : Kind::f32;
     element = kind == Kind::bf16 ? 2 : 4;
@@ -41,7 +45,7 @@ struct Plan {
     blocks = ((c.mean_from < 0 ? c.slots : c.mean_from) + c.block - 1) / c.block;
     pages = (c.slots + c.block - 1) / c.block;
     unit_tokens = kMostTokens;
-    while (unit_tokens > kLeastTokens && c.queries < 2 * threads * unit_tokens) unit_tokens /= 2;
+    while (unit_tokens > kLeastTokens && c.queries < 2 * kLanes * unit_tokens) unit_tokens /= 2;
     while (unit_tokens > 16 && unit_tokens * repeats > kMostRows) unit_tokens /= 2;
     unit_tokens = round_up(unit_tokens, c.query_size);
   }
@@ -53,20 +57,21 @@ struct Plan {
     int start = call.query_start[row];
     return (start + call.queries - 1) / unit_tokens - start / unit_tokens + 1;
   }
+  int lanes(int row) const { return std::min(kLanes, units(row)); }
 };
 
-// The pages of one KV head of one row, and the gradients of each thread.
+// The pages of one KV head of one row, and the gradients of each lane.
 struct HeadPages {
   Memory keys_across, values_along, values_across, keys_along;
   Memory bias, place;  // [pages][width]
   std::vector<Memory> to_keys, to_values;
 
-  HeadPages(const Plan& p, int threads) {
+  explicit HeadPages(const Plan& p) {
     keys_across = Memory(p.pages * p.page_bytes(p.dim));
     if (p.is_backward) {
       values_across = Memory(p.pages * p.page_bytes(p.value_dim));
       keys_along = Memory(p.pages * p.page_bytes(p.dim));
-      for (int i = 0; i < threads; ++i) {
+      for (int i = 0; i < kLanes; ++i) {
         to_keys.emplace_back(size_t(p.pages) * p.width * p.dim * 4);
         to_values.emplace_back(size_t(p.pages) * p.width * p.value_dim * 4);
       }
@@ -109,9 +114,8 @@ struct Workplace {
 // The queries of a unit: tokens first ... last - 1 of a row, and for each of them the heads of a KV head.
 class Unit {
  public:
-  Unit(const Plan& plan, const TiledResult& result, HeadPages& pages, Workplace& place, int row, int kv_head, int index,
-       int thread)
-      : p_(plan), c_(plan.call), r_(result), pages_(pages), w_(place), row_(row), kv_head_(kv_head), thread_(thread) {
+  Unit(const Plan& plan, const TiledResult& result, HeadPages& pages, Workplace& place, int row, int kv_head, int index)
+      : p_(plan), c_(plan.call), r_(result), pages_(pages), w_(place), row_(row), kv_head_(kv_head), lane_(index % kLanes) {
     start_ = c_.query_start[row];
     int from = (start_ / plan.unit_tokens + index) * plan.unit_tokens;
     first_ = std::max(0, from - start_), last_ = std::min(c_.queries, from + plan.unit_tokens - start_);
@@ -295,8 +299,8 @@ class Unit {
     if (p_.is_backward) {
       t.values_across = pages_.values_across.data() + page * p_.page_bytes(p_.value_dim);
       t.keys_along = pages_.keys_along.data() + page * p_.page_bytes(p_.dim);
-      t.to_keys = (float*)pages_.to_keys[thread_].data() + at * p_.dim;
-      t.to_values = (float*)pages_.to_values[thread_].data() + at * p_.value_dim;
+      t.to_keys = (float*)pages_.to_keys[lane_].data() + at * p_.dim;
+      t.to_values = (float*)pages_.to_values[lane_].data() + at * p_.value_dim;
       p_.kernels.tiled_backward(t, unit_, w_.scratch.data());
     } else if (p_.pass == TiledPass::peaks) {
       p_.kernels.tiled_peaks(t, unit_, w_.scratch.data());
@@ -331,17 +335,22 @@ class Unit {
   HeadPages& pages_;
   Workplace& w_;
   TiledUnit unit_;
-  int row_, kv_head_, thread_;
+  int row_, kv_head_, lane_;
   int start_, first_, last_, count_, length_;
   int found_ = 0;
   bool sees_all_ = true;
 };
 
-// Packs every `threads`-th page of a KV head, and empties this thread's gradients.
-void pack_pages(const Plan& p, HeadPages& pages, Workplace& w, int row, int kv_head, int thread, int threads) {
+// The threads that work on a KV head together, and which of them this is.
+struct Team {
+  int size = 1, member = 0;
+};
+
+// Packs this member's pages of a KV head, and empties its lanes.
+void pack_pages(const Plan& p, HeadPages& pages, Workplace& w, int row, int kv_head, Team team) {
   const TiledCall& c = p.call;
   size_t bytes = c.source == Kind::bf16 ? 2 : 4, head = size_t(row) * c.kv_heads + kv_head;
-  for (int page = thread; page < p.pages; page += threads) {
+  for (int page = team.member; page < p.pages; page += team.size) {
     int first = page * c.block, count = std::min(c.block, c.slots - first);
     auto pack = [&](const void* from, int dim, int padded, Memory* across, Memory* along) {
       p.kernels.tiled_pack(p.kind, c.source, (const uint8_t*)from + (head * c.slots + first) * dim * bytes, count, dim,
@@ -359,27 +368,39 @@ void pack_pages(const Plan& p, HeadPages& pages, Workplace& w, int row, int kv_h
     }
   }
   if (!p.is_backward) return;
-  std::memset(pages.to_keys[thread].data(), 0, size_t(p.pages) * p.width * p.dim * 4);
-  std::memset(pages.to_values[thread].data(), 0, size_t(p.pages) * p.width * p.value_dim * 4);
+  for (int lane = team.member; lane < p.lanes(row); lane += team.size) {
+    std::memset(pages.to_keys[lane].data(), 0, size_t(p.pages) * p.width * p.dim * 4);
+    std::memset(pages.to_values[lane].data(), 0, size_t(p.pages) * p.width * p.value_dim * 4);
+  }
 }
 
-// Writes the sums of all threads' gradients of every `threads`-th page.
+// Writes the sums of all lanes' gradients of this member's pages.
 void store_page_gradients(const Plan& p, HeadPages& pages, Workplace& w, const TiledResult& r, int row, int kv_head,
-                          int thread, int threads) {
+                          Team team) {
   const TiledCall& c = p.call;
   size_t head = size_t(row) * c.kv_heads + kv_head, bytes = c.source == Kind::bf16 ? 2 : 4;
-  std::vector<const float*> parts(threads);
-  for (int page = thread; page < p.pages; page += threads) {
+  int lanes = p.lanes(row);
+  const float* parts[kLanes];
+  for (int page = team.member; page < p.pages; page += team.size) {
     int first = page * c.block, count = std::min(c.block, c.slots - first);
     auto store = [&](const std::vector<Memory>& of, int dim, int padded, void* to) {
-      for (int i = 0; i < threads; ++i) parts[i] = (const float*)of[i].data() + size_t(page) * padded * p.width;
+      for (int i = 0; i < lanes; ++i) parts[i] = (const float*)of[i].data() + size_t(page) * padded * p.width;
       float* rows = (float*)w.scratch.data();
-      p.kernels.tiled_sum(parts.data(), threads, padded, p.width, rows);
+      p.kernels.tiled_sum(parts, lanes, padded, p.width, rows);
       for (int i = 0; i < count; ++i) w.targets[i] = (uint8_t*)to + (head * c.slots + first + i) * dim * bytes;
       p.kernels.tiled_store(c.source, rows, padded, nullptr, count, dim, w.targets.data());
     };
     store(pages.to_keys, c.dim, p.dim, r.to_keys), store(pages.to_values, c.value_dim, p.value_dim, r.to_values);
   }
+}
+
+// How many threads share a KV head: as few as leave none idle for long.
+int team_size(int threads, int heads) {
+  for (int size = 1; size <= std::min(threads, kLanes); ++size) {
+    int teams = threads / size;
+    if (threads % size == 0 && (heads % teams == 0 || heads >= 4 * teams)) return size;
+  }
+  return std::min(threads, kLanes);
 }
 
 }  // namespace
@@ -388,32 +409,30 @@ TiledAttention::TiledAttention(const Kernels& kernels, int threads) : kernels_(k
 
 void TiledAttention::run(TiledPass pass, const TiledCall& call, const TiledResult& result) {
   std::lock_guard<std::mutex> lock(one_at_a_time_);
-  int threads = pool_.size();
-  Plan plan(call, kernels_, pass, threads);
-  // Many heads: each thread has its own. Few: all threads share one after the other.
-  int heads = call.rows * call.kv_heads, team = heads % threads == 0 || heads >= 4 * threads ? 1 : threads;
+  int threads = pool_.size(), heads = call.rows * call.kv_heads, size = team_size(threads, heads), teams = threads / size;
+  Plan plan(call, kernels_, pass);
   std::vector<Workplace> places;
   std::vector<HeadPages> pages;
+  std::deque<Barrier> barriers;
   for (int i = 0; i < threads; ++i) places.emplace_back(plan);
-  for (int i = 0; i < threads / team; ++i) pages.emplace_back(plan, team);
-  auto meet = [&] {
-    if (team > 1) pool_.barrier().wait();
-  };
+  for (int i = 0; i < teams; ++i) pages.emplace_back(plan), barriers.emplace_back(size);
   pool_.run([&](int thread) {
-    int member = thread % team;
-    HeadPages& mine = pages[thread / team];
+    int which = thread / size;
+    if (which >= teams) return;
+    Team team{size, thread % size};
+    HeadPages& mine = pages[which];
     Workplace& place = places[thread];
-    for (int at = thread / team; at < heads; at += threads / team) {
+    for (int at = which; at < heads; at += teams) {
       int row = at / call.kv_heads, head = at % call.kv_heads;
-      pack_pages(plan, mine, place, row, head, member, team);
-      meet();
-      // the same units for a thread every time, or sums would differ in their order
-      for (int unit = member; unit < plan.units(row); unit += team)
-        Unit(plan, result, mine, place, row, head, unit, member).run();
-      meet();
+      pack_pages(plan, mine, place, row, head, team);
+      barriers[which].wait();
+      for (int lane = team.member; lane < kLanes; lane += size)
+        for (int unit = lane; unit < plan.units(row); unit += kLanes)
+          Unit(plan, result, mine, place, row, head, unit).run();
+      barriers[which].wait();
       if (pass != TiledPass::backward) continue;
-      store_page_gradients(plan, mine, place, result, row, head, member, team);
-      meet();  // nobody packs the next pages while somebody still adds these up
+      store_page_gradients(plan, mine, place, result, row, head, team);
+      barriers[which].wait();  // nobody packs the next pages while somebody still adds these up
     }
   });
 }
