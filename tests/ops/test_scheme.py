@@ -75,14 +75,6 @@ def test_gradients_run_through_torch() -> None:
     assert "gradients" in choose(case).why
 
 
-@NEEDS_KERNELS
-def test_attention_has_gradients_where_there_are_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(operation="attention", storage="bfloat16", rows=512, has_gradients=True)
-    for isa, name in {"amx": "deepseek amx", "avx512": "torch"}.items():
-        monkeypatch.setattr(choice, "chosen_instruction_set", lambda isa=isa: isa)
-        assert choose(case).name == name
-
-
 def test_without_kernels_torch_runs_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "why_missing", lambda: "no compiler was there")
     found = choose(Case(operation="linear", storage="bfloat16"))

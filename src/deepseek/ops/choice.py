@@ -170,16 +170,16 @@ class CompiledBackend:
 
     def kernel(self, case: Case) -> Kernel | None:
         """Return the compiled kernel of a case; None off the CPU, or not built, and with gradients
-        but for attention.
+        but for attention by a table.
 
         What executes a block table is named only: `deepseek.ops.attention.attention` calls it.
         """
         if case.device != "cpu" or why_missing() is not None:
             return None
         isa = chosen_instruction_set()
-        if case.operation == "attention" and _is_tiled(case, isa):
-            why = "listed blocks alone" if case.has_table else "softmax as blocks come"
-            return Kernel(name=f"deepseek {isa}", why=f"{why}, nothing kept but the outputs")
+        if case.has_table and case.storage in ("float32", "bfloat16"):
+            why = "listed blocks alone, gradients too; rows of a few queries are masked"
+            return Kernel(name=f"deepseek {isa}", why=why)
         if case.has_gradients:
             return None
         if case.operation == "linear" and case.keeps_grid:
@@ -212,14 +212,6 @@ class CompiledBackend:
             is_batch_invariant=True,
             attention=functools.partial(_compiled_attention, case.storage, isa),
         )
-
-
-def _is_tiled(case: Case, isa: str) -> bool:
-    """Return whether `ops/attention/tiled.py` attends: tables, and training in bfloat16 by tiles.
-    Rows of a few queries are masked or left to PyTorch."""
-    if case.storage not in ("float32", "bfloat16"):
-        return False
-    return case.has_table or (case.has_gradients and case.storage == "bfloat16" and isa == "amx")
 
 
 def _compiled_linear(case: Case, isa: str, weight: Tensor, bias: Tensor | None = None) -> Product:
@@ -265,6 +257,8 @@ class TorchBackend:
 
 
 def _why_torch(case: Case) -> str:
+    if case.has_gradients and case.operation == "attention":
+        return "PyTorch's, and our kernels within it where rows are long"
     if case.has_gradients:
         return "the compiled kernels have no gradients"
     if case.device != "cpu":

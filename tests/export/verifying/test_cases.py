@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek.errors import ConfigError, FormatError
@@ -38,6 +38,7 @@ spaces = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(spaces, st.integers(1, 260), st.integers(0, 2**32))
 def test_every_case_can_be_asked(space: Space, num_cases: int, seed: int) -> None:
     cases = generate(space, num_cases, seed)

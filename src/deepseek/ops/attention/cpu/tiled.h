@@ -65,7 +65,7 @@ inline void product(int m, int n, int k, Left<float> a, const float* b, ptrdiff_
                            c + row * c_pitch + column, c_pitch, adds);
 }
 
-// What the page's own pitch of `b` is: rows of n numbers, or of pairs.
+// Numbers of a column of a right matrix that lie side by side.
 template <typename T>
 constexpr int kPair = sizeof(T) == 2 ? 2 : 1;
 
@@ -161,12 +161,6 @@ inline void transpose_rows(const uint16_t* from, int rows, int dim, uint16_t* to
 }
 
 #endif
-
-template <typename T>
-inline T narrow_to(float x) {
-  if constexpr (sizeof(T) == 2) return float_to_bf16(x);
-  else return x;
-}
 
 template <typename T>
 inline T read_as(Kind source, const void* row, int at) {
