@@ -13,7 +13,7 @@ from deepseek import hub
 from deepseek.cli import attention_quality
 from deepseek.cli.attention_contenders import read, routing_of
 from deepseek.cli.attention_quality import documents
-from deepseek.cli.attention_speed import _figures, exponents
+from deepseek.cli.attention_speed import Peer, Times, _figures, exponents
 from deepseek.cli.kept import Kept
 from deepseek.cli.main import main
 from deepseek.errors import ConfigError, FormatError
@@ -187,11 +187,13 @@ def test_shares_of_dense_are_by_task() -> None:
 
 
 def test_ratios_are_of_the_same_round() -> None:
-    rounds, peer = [(1.0, 3.0, 0.1), (2.0, 6.0, 0.1), (1.0, 2.0, 0.1)], [4.0, 8.0, 3.0]
+    rounds = [Times(1.0, 3.0, 0.1, 0.05), Times(2.0, 6.0, 0.2, 0.1), Times(1.0, 2.0, 0.1, 0.05)]
+    peer = [Peer(4.0, 0.1), Peer(8.0, 0.4), Peer(3.0, 0.15)]
     found = {each.name: each for each in _figures(rounds, peer, {"contender": "routed-1"})}
     attention, whole = found["attention_speedup"], found["prefill_speedup"]
     assert attention.value == 4.0 and whole.value == 2.0 and whole.unit == "1"
     assert attention.spread is not None and attention.spread.low == 3.0
+    assert found["decode_speedup"].value == pytest.approx(2.0) and found["decode_s"].value == 0.1
     assert found["prefill_s"].value == 3.0 and found["prefill_s"].unit == "s"
 
 

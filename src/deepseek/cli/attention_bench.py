@@ -210,7 +210,7 @@ def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
         place: {each.name: each for each in figures} for place, figures in _by_place(found).items()
     }
     rows = []
-    columns = (TIMED[0], RATIOS[0], TIMED[1], RATIOS[1], TIMED[2])
+    columns = [each for pair in zip(TIMED, RATIOS, strict=True) for each in pair]
     for (length, name), figures in values.items():
         told = [_with_range(figures[what]) if what in figures else "" for what in columns]
         rows.append((f"{length:,} {name}", *told))
@@ -221,6 +221,7 @@ def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
         "prompt, s",
         "times with PyTorch's",
         "a token, s",
+        "times with PyTorch's",
     )
     out.table(title, header, rows)
     slopes = [

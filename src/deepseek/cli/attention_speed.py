@@ -1,8 +1,8 @@
 """What attention costs: of all layers while a prompt is read, of the prompt, of tokens behind it.
 
 Beside it PyTorch's `scaled_dot_product_attention`: one layer of the same shape in bfloat16, times
-the layers. What a choice costs is part of attention. All are measured by turns, and ratios are of
-the same turn: what else a machine does meets all of them.
+the layers, called in whichever way is faster. What a choice costs is part of attention. All are
+measured by turns, and ratios are of the same turn: what else a machine does meets all of them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -32,8 +31,28 @@ PEER = "sdpa"
 """The name under which PyTorch's attention stands."""
 TIMED = ("attention_s", "prefill_s", "decode_s")
 """Attention and all while a prompt is read, and a token behind it; in seconds."""
-RATIOS = ("attention_speedup", "prefill_speedup")
-"""Times as fast as PyTorch's attention, and as a prompt with it."""
+MOST_TRIED = 8192
+"""Tokens by which it is found in which way PyTorch's attention is faster."""
+RATIOS = ("attention_speedup", "prefill_speedup", "decode_speedup")
+"""Times as fast as PyTorch's attention, as a prompt with it, and as a token with it."""
+
+
+class Times(NamedTuple):
+    """Seconds of a contender."""
+
+    attention: float
+    """While a prompt is read."""
+    prompt: float
+    token: float
+    """Behind the prompt."""
+    token_attention: float
+
+
+class Peer(NamedTuple):
+    """Seconds of PyTorch's attention, all layers."""
+
+    attention: float
+    token_attention: float
 
 
 def attention_speed(
@@ -53,7 +72,8 @@ def attention_speed(
         ]
         rounds = _rounds(model, tokens[:length], trial, names, progress, done / work)
         about = {"length": length, "threads": trial.threads, "scheme": trial.scheme}
-        figures.append(_seconds(TIMED[0], rounds[PEER], {**about, "contender": PEER}))
+        peer = [each.attention for each in rounds[PEER]]
+        figures.append(_seconds(TIMED[0], peer, {**about, "contender": PEER}))
         for name in names:
             figures += _figures(rounds[name], rounds[PEER], {**about, "contender": name})
         done += length**2
@@ -68,7 +88,7 @@ def _rounds(
     progress: Progress,
     share: float,
 ) -> dict[str, list[Any]]:
-    """Return seconds of the peer, and the three times of each contender, of each round."""
+    """Return the times of the peer and of each contender, of each round."""
     peer = sdpa_layer(model, len(tokens), trial)
     engines = {name: new_engine(model, trial, routing_of(name, len(tokens))) for name in names}
     rounds: dict[str, list[Any]] = {name: [] for name in (PEER, *names)}
@@ -83,56 +103,81 @@ def _rounds(
 
 
 def _figures(
-    rounds: Sequence[tuple[float, float, float]],
-    peer: Sequence[float],
-    about: Mapping[str, Any],
+    rounds: Sequence[Times], peer: Sequence[Peer], about: Mapping[str, Any]
 ) -> list[Measurement]:
     """Return the seconds of a contender, and its speed in the peer's: of attention, and of a prompt
-    whose attention is the peer's and all else the contender's."""
-    columns = zip(*rounds, strict=True)
+    and of a token whose attention is the peer's and all else the contender's."""
+    columns = zip(*(each[: len(TIMED)] for each in rounds), strict=True)
     figures = [_seconds(what, times, about) for what, times in zip(TIMED, columns, strict=True)]
-    pairs = list(zip(rounds, peer, strict=True))
-    attention = [other / own for (own, _, _), other in pairs]
-    whole = [(all_of - own + other) / all_of for (own, all_of, _), other in pairs]
-    for name, ratios in zip(RATIOS, (attention, whole), strict=True):
-        figures.append(dataclasses.replace(_seconds(name, ratios, about), unit="1"))
+    ratios = [
+        (
+            other.attention / own.attention,
+            1 + (other.attention - own.attention) / own.prompt,
+            1 + (other.token_attention - own.token_attention) / own.token,
+        )
+        for own, other in zip(rounds, peer, strict=True)
+    ]
+    for name, values in zip(RATIOS, zip(*ratios, strict=True), strict=True):
+        figures.append(dataclasses.replace(_seconds(name, values, about), unit="1"))
     return figures
 
 
-def _timed(engine: Engine, tokens: Sequence[int]) -> tuple[float, float, float]:
-    """Return seconds of attention and of all while a prompt is read, and of a token behind it."""
+def _timed(engine: Engine, tokens: Sequence[int]) -> Times:
+    """Return the times of an engine that reads a prompt and goes on."""
     engine.native.is_timed = True
-    before = np.array(engine.native.seconds)
-    start = time.perf_counter()
+
+    def attention() -> float:
+        ops = [item.op for item in engine.program.instructions]
+        seconds = zip(engine.native.seconds, ops, strict=False)
+        return float(sum(spent for spent, op in seconds if op == "attend"))
+
+    before, start = attention(), time.perf_counter()
     _, pages, table = read(engine, tokens, room=DECODED)
-    whole = time.perf_counter() - start
-    spent = np.array(engine.native.seconds) - before
-    ops = [item.op for item in engine.program.instructions]
-    attention = sum(s for s, op in zip(spent, ops, strict=False) if op == "attend")
+    whole, between = time.perf_counter() - start, attention()
     start = time.perf_counter()
     for place in range(len(tokens), len(tokens) + DECODED):
         engine.step(pages, [tokens[place % len(tokens)]], [place], [0], table, [0])
-    return float(attention), whole, (time.perf_counter() - start) / DECODED
+    token = (time.perf_counter() - start) / DECODED
+    return Times(between - before, whole, token, (attention() - between) / DECODED)
 
 
-def sdpa_layer(model: Decoder, length: int, trial: Trial) -> Callable[[], float]:
-    """Return a function that runs PyTorch's attention once, and returns the seconds that it takes
-    for all layers; it has been warmed up."""
+def sdpa_layer(model: Decoder, length: int, trial: Trial) -> Callable[[], Peer]:
+    """Return a function that runs PyTorch's attention of a prompt and of a token behind it, and
+    returns the seconds that they take for all layers; it has been warmed up."""
     config = model.config
     torch.set_num_threads(trial.threads)
+    heads, kv_heads = config.num_heads, config.num_kv_heads
     queries, keys, values = (
-        torch.randn(1, heads, length, config.head_dim, dtype=torch.bfloat16)
-        for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        torch.randn(1, each, length, config.head_dim, dtype=torch.bfloat16)
+        for each in (heads, kv_heads, kv_heads)
     )
+    repeated = [each.repeat_interleave(heads // kv_heads, 1) for each in (keys, values)]
+    # the heads of a KV head as queries of it, which reads its keys once
+    grouped = queries[:, :, -1:].reshape(1, kv_heads, heads // kv_heads, -1)
 
-    def run() -> float:
+    def grouped_heads(count: int) -> None:
+        part = (each[:, :, :count] for each in (queries, keys, values))
+        scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+
+    def repeated_heads(count: int) -> None:
+        part = (each[:, :, :count] for each in (queries, *repeated))
+        scaled_dot_product_attention(*part, is_causal=True)
+
+    def seconds(way: Callable[[int], None], count: int) -> float:
         start = time.perf_counter()
         with torch.no_grad():
-            scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+            way(count)
         return (time.perf_counter() - start) * config.num_layers
 
-    run()
-    return run
+    def token(count: int) -> None:
+        for _ in range(count):
+            scaled_dot_product_attention(grouped, keys, values)
+
+    for way in (grouped_heads, repeated_heads, token):
+        seconds(way, min(length, DECODED))
+    tried = min(length, MOST_TRIED)
+    prompt = min((grouped_heads, repeated_heads), key=lambda way: seconds(way, tried))
+    return lambda: Peer(seconds(prompt, length), seconds(token, DECODED) / DECODED)
 
 
 def exponents(figures: Sequence[Measurement]) -> list[Measurement]:

@@ -177,7 +177,9 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, out, lse = ctx.saved_tensors
         gradient, of_lse = gradients
         assert gradient is not None
