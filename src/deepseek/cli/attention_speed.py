@@ -156,12 +156,12 @@ def sdpa_layer(model: Decoder, length: int, trial: Trial) -> Callable[[], Peer]:
     grouped = queries[:, :, -1:].reshape(1, kv_heads, heads // kv_heads, -1)
 
     def grouped_heads(count: int) -> None:
-        part = (each[:, :, :count] for each in (queries, keys, values))
-        scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+        q, k, v = (each[:, :, :count] for each in (queries, keys, values))
+        scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def repeated_heads(count: int) -> None:
-        part = (each[:, :, :count] for each in (queries, *repeated))
-        scaled_dot_product_attention(*part, is_causal=True)
+        q, k, v = (each[:, :, :count] for each in (queries, *repeated))
+        scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def seconds(way: Callable[[int], None], count: int) -> float:
         start = time.perf_counter()
