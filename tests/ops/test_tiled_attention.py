@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepseek.errors import ConfigError
+from deepseek.errors import ConfigError, ShapeError
 from deepseek.ops.attention import (
     AttentionImpl,
     BlockTable,
@@ -214,6 +214,34 @@ def test_nothing_asked_is_nothing_found() -> None:
     found = with_gradients("tiled", inputs, layout, torch.zeros(1, 2, 0, 8))
     assert found[0].shape == (1, 2, 0, 8) and not found[1].numel()
     assert not found[2].any() and not found[3].any()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "count", "says"),
+    [
+        ([0, 0], 2, "twice"),
+        ([0, 3], 2, "not there"),
+        ([0, -1], 2, "not there"),
+        ([0, 1], 3, "room"),
+    ],
+)
+def test_a_wrong_list_is_refused(blocks: list[int], count: int, says: str) -> None:
+    lists = torch.tensor(blocks, dtype=torch.int32).expand(1, 1, 3, 2)
+    table = BlockTable(lists, torch.full((1, 1, 3), count, dtype=torch.int32), 64)
+    layout = Layout.dense(1, 150)
+    queries, keys, values = drawn(layout, 2, 1)
+    with pytest.raises(ShapeError, match=says):
+        attention(queries, DenseKV(keys, values), layout, table=table, impl="tiled")
+    second_is_wrong = torch.stack([torch.tensor([[0, 1]]).int().expand(1, 3, 2), lists[0]])
+    good = torch.full((1, 1, 3), 2, dtype=torch.int32)
+    if says != "room":
+        both = dataclasses.replace(table, indices=second_is_wrong, counts=good)
+        asked, *past = (each.expand(2, -1, -1, -1) for each in (queries, keys, values))
+        with pytest.raises(ShapeError, match=says):
+            attention(asked, DenseKV(*past), Layout.dense(2, 150), table=both, impl="tiled")
+    short = dataclasses.replace(table, indices=lists[:, :, :2], counts=table.counts[:, :, :2])
+    with pytest.raises(ShapeError, match=r"indices of BlockTable must be of shape \[1, 1, 3, 2\]"):
+        attention(queries, DenseKV(keys, values), layout, table=short, impl="tiled")
 
 
 def test_when_auto_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:

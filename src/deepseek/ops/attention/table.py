@@ -97,14 +97,7 @@ class BlockTable:
         Raises:
             ShapeError: names the field that is wrong.
         """
-        query_blocks = self.num_query_blocks(layout, self.query_size)
-        wanted = (layout.num_rows, num_kv_heads, query_blocks, self.indices.shape[-1])
-        _check_shape("indices", self.indices, wanted)
-        _check_shape("counts", self.counts, wanted[:3])
-        if self.skip is not None:
-            _check_shape("skip", self.skip, (layout.num_rows, num_heads, *wanted[2:]))
-        if self.reach is not None:
-            _check_shape("reach", self.reach, (layout.num_rows, num_heads, query_blocks))
+        wanted = self.check_shapes(layout, num_heads, num_kv_heads)
         if int(self.counts.min()) < 0 or int(self.counts.max()) > wanted[3]:
             must = f"between 0 and {wanted[3]}, the width of indices"
             raise ShapeError(describe("counts", "BlockTable", must, self.counts.max().item()))
@@ -120,6 +113,24 @@ class BlockTable:
             raise ShapeError(
                 describe("indices", "BlockTable", "listed once per query block", "a block twice")
             )
+
+    def check_shapes(
+        self, layout: Layout, num_heads: int, num_kv_heads: int
+    ) -> tuple[int, int, int, int]:
+        """Raise if the shapes do not fit the layout and the heads; return that of whole indices.
+
+        Raises:
+            ShapeError: names the field that is wrong.
+        """
+        query_blocks = self.num_query_blocks(layout, self.query_size)
+        wanted = (layout.num_rows, num_kv_heads, query_blocks, self.indices.shape[-1])
+        _check_shape("indices", self.indices, wanted)
+        _check_shape("counts", self.counts, wanted[:3])
+        if self.skip is not None:
+            _check_shape("skip", self.skip, (layout.num_rows, num_heads, *wanted[2:]))
+        if self.reach is not None:
+            _check_shape("reach", self.reach, (layout.num_rows, num_heads, query_blocks))
+        return wanted
 
     def visible(self, layout: Layout, num_heads: int, num_kv_heads: int) -> Tensor:
         """Return which slots each query sees under the table and the layout: bool [B or 1, heads or

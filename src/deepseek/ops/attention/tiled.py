@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-from deepseek.errors import ConfigError, describe
+from deepseek.errors import ConfigError, ShapeError, describe
 from deepseek.ops.attention.cache import DenseKV, PagedKV
 from deepseek.ops.attention.layout import Layout
 from deepseek.ops.attention.means import block_means
@@ -56,6 +56,7 @@ def attention_tiled(
     Raises:
         ConfigError: the kernels are not here, or tensors are not on the CPU in float32 or bfloat16
             (of autocast, where it is on).
+        ShapeError: a list names a block twice, or one that is not there.
     """
     if why := why_not(queries):
         step = "Use attention='auto' or 'sdpa'"
@@ -65,6 +66,8 @@ def attention_tiled(
     keys, values = kv.dense(layout.num_slots)
     dtype = computed_in(queries)
     keys, values = keys.to(dtype), values.to(dtype)
+    if table is not None:
+        table.check_shapes(layout, queries.shape[1], keys.shape[1])
     question = _question(layout, table)
     _hide_padding(question, layout)
     if slopes is not None:
@@ -247,7 +250,11 @@ def _run(
     said |= {name: each.data_ptr() for name, each in tensors.items()}
     threads = torch.get_num_threads()
     native = _kernels(chosen_instruction_set(), threads, os.getpid())
-    getattr(native, which)(said)
+    try:
+        getattr(native, which)(said)
+    except ValueError as error:
+        must = "one that BlockTable.check lets through"
+        raise ShapeError(describe("table", "attention", must, str(error))) from error
 
 
 @functools.lru_cache(maxsize=4)

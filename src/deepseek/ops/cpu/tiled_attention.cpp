@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <deque>
+#include <stdexcept>
 
 namespace deepseek {
 
@@ -35,6 +36,7 @@ struct Plan {
   bool is_backward;
   Kind kind;
   int dim, value_dim, width, repeats, blocks, pages, unit_tokens, element;
+  int query_blocks = 0;  // of the longest row
 
   Plan(const TiledCall& c, const Kernels& k, TiledPass which)
       : call(c), kernels(k), pass(which), is_backward(which == TiledPass::backward) {
@@ -48,6 +50,10 @@ struct Plan {
     while (unit_tokens > kLeastTokens && c.queries < 2 * kLanes * unit_tokens) unit_tokens /= 2;
     while (unit_tokens > 16 && unit_tokens * repeats > kMostRows) unit_tokens /= 2;
     unit_tokens = round_up(unit_tokens, c.query_size);
+    for (int row = 0; row < c.rows; ++row) {
+      int start = c.query_start[row], last = start + c.queries - 1;
+      query_blocks = std::max(query_blocks, last / c.query_size - start / c.query_size + 1);
+    }
   }
 
   size_t page_bytes(int channels) const { return size_t(width) * channels * element; }
@@ -394,6 +400,27 @@ void store_page_gradients(const Plan& p, HeadPages& pages, Workplace& w, const T
   }
 }
 
+// Throws where a list is longer than its room, or names a block that is not there, or one twice: threads would write
+// where they have no place.
+void check_lists(const Plan& p) {
+  const TiledCall& c = p.call;
+  if (!c.indices.data) return;
+  std::vector<int64_t> named(p.blocks, -1);
+  int64_t list = 0;
+  for (int row = 0; row < (c.counts.row || c.indices.row ? c.rows : 1); ++row)
+    for (int head = 0; head < (c.counts.head || c.indices.head ? c.kv_heads : 1); ++head)
+      for (int block = 0; block < p.query_blocks; ++block, ++list) {
+        int count = c.counts.data[row * c.counts.row + head * c.counts.head + block];
+        if (count < 0 || count > c.width) throw std::invalid_argument("a list is longer than its room");
+        const int32_t* blocks = c.indices.data + row * c.indices.row + head * c.indices.head + ptrdiff_t(block) * c.width;
+        for (int at = 0; at < count; ++at) {
+          if (blocks[at] < 0 || blocks[at] >= p.blocks) throw std::invalid_argument("a list names a block that is not there");
+          if (named[blocks[at]] == list) throw std::invalid_argument("a list names a block twice");
+          named[blocks[at]] = list;
+        }
+      }
+}
+
 // How many threads share a KV head: as few as leave none idle for long.
 int team_size(int threads, int heads) {
   for (int size = 1; size <= std::min(threads, kLanes); ++size) {
@@ -411,6 +438,7 @@ void TiledAttention::run(TiledPass pass, const TiledCall& call, const TiledResul
   std::lock_guard<std::mutex> lock(one_at_a_time_);
   int threads = pool_.size(), heads = call.rows * call.kv_heads, size = team_size(threads, heads), teams = threads / size;
   Plan plan(call, kernels_, pass);
+  check_lists(plan);
   std::vector<Workplace> places;
   std::vector<HeadPages> pages;
   std::deque<Barrier> barriers;
