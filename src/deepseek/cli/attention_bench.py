@@ -214,15 +214,8 @@ def _show_speed(title: str, found: Sequence[Measurement], out: Output) -> None:
     for (length, name), figures in values.items():
         told = [_with_range(figures[what]) if what in figures else "" for what in columns]
         rows.append((f"{length:,} {name}", *told))
-    header = (
-        "tokens",
-        "attention, s",
-        "times PyTorch's",
-        "prompt, s",
-        "times with PyTorch's",
-        "a token, s",
-        "times with PyTorch's",
-    )
+    # short, so that names stay whole on 80 columns
+    header = ("tokens", "attention, s", "times", "prompt, s", "times", "a token, s", "times")
     out.table(title, header, rows)
     slopes = [
         (str(each.conditions["contender"]), str(each.conditions["of"]), number(each.value))
