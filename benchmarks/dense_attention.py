@@ -31,7 +31,9 @@ PEERS = ("sdpa", "blocked")
 
 def shape(text: str) -> tuple[int, int]:
     """Return rows and tokens of "8x512"."""
-    rows, tokens = text.split("x")
+    rows, _, tokens = text.partition("x")
+    if not (rows and tokens):
+        raise argparse.ArgumentTypeError(f"must be ROWSxTOKENS, as in 8x512; got {text!r}")
     return positive(rows), positive(tokens)
 
 
