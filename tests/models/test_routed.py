@@ -243,3 +243,13 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     path = hub.save(Encoder(config), tmp_path / "encoder", name="encoder").path
     with pytest.raises(ConfigError, match="attention of load must be"):
         load(path, attention="routed")
+
+
+def test_a_token_that_may_see_all_sees_what_is_below_the_threshold() -> None:
+    layout = Layout.dense(1, 1024)
+    queries, keys = torch.randn(1, 2, 1024, 8), torch.randn(1, 1, 1024, 8)
+    routing = Routing(threshold=0.99, recent=1, share=0.1, least=512, most=512)
+    table = choose_blocks(queries, DenseKV(keys, keys), layout, routing)
+    counts = table.counts[0, 0]
+    assert counts[:512].tolist() == [slot // 64 + 1 for slot in range(512)]
+    assert int(counts[512:].max()) < 8
